@@ -1,0 +1,34 @@
+"""castlora moves a LoRA adapter from one language model to another, without the task's data.
+
+CAST: arXiv 2510.17902.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from castlora.errors import UserError
+    from castlora.evaluation import evaluate
+    from castlora.inspection import inspect
+    from castlora.maps import CastLayer
+    from castlora.pipeline import transfer
+
+__all__ = ["CastLayer", "UserError", "__version__", "evaluate", "inspect", "transfer"]
+
+_HOMES = {
+    "CastLayer": "castlora.maps",
+    "UserError": "castlora.errors",
+    "evaluate": "castlora.evaluation",
+    "inspect": "castlora.inspection",
+    "transfer": "castlora.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the public names on first use: torch takes seconds to load."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'castlora' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

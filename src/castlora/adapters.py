@@ -1,0 +1,275 @@
+"""Adapters: reading a PEFT LoRA into factors, and writing the portable PEFT form."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from castlora.errors import UserError
+from castlora.models import LinearSlot, layer_index, linear_slots, skeleton
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+PORTABLE_RANKS = (8, 16, 32, 64, 128)
+"""Ranks that every serving engine accepts."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The two factors of a low-rank update ΔW = B·A, the scale folded into B."""
+
+    a: Tensor
+    """Shape (r, d_in)."""
+    b: Tensor
+    """Shape (d_out, r)."""
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of A."""
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter on disk whose configuration has been read and accepted."""
+
+    name: str
+    """What the user called it: a folder or a hub id."""
+    folder: Path
+    config: LoraConfig
+
+    @property
+    def base_model(self) -> str:
+        """The base model that the adapter names in its configuration; may be empty."""
+        return self.config.base_model_name_or_path or ""
+
+
+def open_adapter(name_or_path: str, revision: str | None = None) -> AdapterFiles:
+    """Finds an adapter and reads its configuration, without touching its weights.
+
+    Raises:
+        UserError: it cannot be found, is not a LoRA, or uses a feature that cannot be carried.
+    """
+    folder = _adapter_folder(name_or_path, revision)
+    config_path = folder / CONFIG_FILE
+    if not config_path.is_file():
+        raise UserError(f"Adapter {name_or_path!r} has no {CONFIG_FILE}; give the folder that PEFT saved.")
+    try:
+        peft_type = json.loads(config_path.read_text(encoding="utf-8")).get("peft_type")
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, AttributeError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{config_path.name} of {name_or_path!r} is not a PEFT configuration: {error}.") from error
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"Adapter {name_or_path!r}: peft_type is {peft_type}, castlora carries LORA; convert it first.")
+    _refuse_unsupported(name_or_path, config)
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        reason = "only a pickled adapter_model.bin, which is never opened" if pickled else f"no {WEIGHTS_FILE}"
+        raise UserError(f"Adapter {name_or_path!r} has {reason}; save it again with safe_serialization=True.")
+    return AdapterFiles(name_or_path, folder, config)
+
+
+def read_factors(files: AdapterFiles, base_config: PreTrainedConfig) -> dict[str, LowRank]:
+    """Reads the factors of every adapted module of the base model, in fp32.
+
+    Ranks and scales are the ones PEFT itself resolves for this base model.
+
+    Args:
+        files: the adapter
+        base_config: configuration of its base model
+
+    Returns:
+        Module path inside the base model → factors, in the order of the model.
+
+    Raises:
+        UserError: the weights are damaged, hold NaN, or do not fit the base model.
+    """
+    tensors = _read_tensors(files)
+    base = skeleton(base_config)
+    slots = linear_slots(base, base_config)
+    try:
+        with torch.device("meta"):
+            model = PeftModel(base, files.config)
+    except ValueError as error:
+        raise UserError(f"Adapter {files.name!r} does not fit its base model {files.base_model!r}: {error}") from error
+    _check_against_base(files, tensors, get_peft_model_state_dict(model, save_embedding_layers=False))
+    factors = {}
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if name not in slots:
+            raise UserError(
+                f"Adapter {files.name!r} adapts {name!r}, which is not a linear map of a decoder layer that castlora "
+                "knows; retrain without it or add its name to castlora.models.MODULE_ROLES."
+            )
+        a = tensors[f"{KEY_PREFIX}{name}.lora_A.weight"].float()
+        b = tensors[f"{KEY_PREFIX}{name}.lora_B.weight"].float()
+        factors[name] = LowRank(a, b * layer.scaling["default"])
+    return factors
+
+
+def portable_rank(rank: int) -> int:
+    """The smallest rank that every engine accepts and that holds `rank`.
+
+    Raises:
+        UserError: there is none.
+    """
+    for accepted in PORTABLE_RANKS:
+        if rank <= accepted:
+            return accepted
+    raise UserError(f"Rank {rank} is above {PORTABLE_RANKS[-1]}, the largest that serving engines accept.")
+
+
+def write_portable(
+    folder: Path,
+    factors: Mapping[str, LowRank],
+    slots: Mapping[str, LinearSlot],
+    rank: int,
+    base: str,
+    revision: str | None,
+) -> None:
+    """Writes the adapter form that every serving engine loads.
+
+    One rank everywhere (zero-padded), `lora_alpha == r`, plain suffixes as targets, every layer
+    present (zeros where nothing is mapped), fp32 safetensors.
+
+    Args:
+        folder: where `adapter_config.json` and `adapter_model.safetensors` go
+        factors: module path → factors; missing modules of an adapted type become zeros
+        slots: the linear modules of the base model
+        rank: rank of every module, at least that of any factor
+        base: hub id of the base model
+        revision: its revision, if it is known
+    """
+    adapted_types = {_type_of(name) for name in factors}
+    tensors = {}
+    for name, slot in slots.items():
+        if _type_of(name) not in adapted_types:
+            continue
+        padded = pad_rank(factors[name], rank) if name in factors else _zeros(slot, rank)
+        tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = padded.a.float().contiguous()
+        tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = padded.b.float().contiguous()
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=base,
+        revision=revision,
+        fan_in_fan_out=any(slots[name].is_conv1d for name in factors),
+    )
+    # PEFT keeps a set here, whose order on disk would change from run to run.
+    config.target_modules = target_suffixes(factors, slots)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def target_suffixes(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:
+    """The shortest ends of module names that select the adapted types and no others, sorted.
+
+    `q_proj` where that is enough; `attn.c_proj` where `mlp.c_proj` stays unadapted.
+    """
+    adapted_types = {_type_of(name) for name in adapted}
+    others = {_type_of(name).split(".")[-1] for name in modules if _type_of(name) not in adapted_types}
+    return sorted({end if (end := name.split(".")[-1]) not in others else name for name in adapted_types})
+
+
+def pad_rank(factors: LowRank, rank: int) -> LowRank:
+    """The same update with zero rows in A and zero columns in B up to `rank`."""
+    missing = rank - factors.rank
+    a = torch.cat([factors.a, factors.a.new_zeros(missing, factors.a.shape[1])])
+    b = torch.cat([factors.b, factors.b.new_zeros(factors.b.shape[0], missing)], dim=1)
+    return LowRank(a, b)
+
+
+def _type_of(module_name: str) -> str:
+    """What names a module in every layer: `self_attn.q_proj`, `mlp.c_proj`."""
+    return ".".join(module_name.split(".")[-2:])
+
+
+def _zeros(slot: LinearSlot, rank: int) -> LowRank:
+    return LowRank(torch.zeros(rank, slot.d_in), torch.zeros(slot.d_out, rank))
+
+
+def _adapter_folder(name_or_path: str, revision: str | None) -> Path:
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        raise UserError(f"Adapter {name_or_path!r} is not a folder; give the folder that PEFT saved, or a hub id.")
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"Adapter {name_or_path!r} is neither a folder here nor reachable on the hub.") from error
+
+
+def _refuse_unsupported(name: str, config: LoraConfig) -> None:
+    for field, value in _unsupported_fields(config):
+        raise UserError(
+            f"Adapter {name!r}: {field}={value!r} cannot be carried yet; retrain as a plain LoRA without it."
+        )
+
+
+def _unsupported_fields(config: LoraConfig) -> Iterable[tuple[str, object]]:
+    plain_starts = (True, False, "gaussian", "orthogonal", "eva")
+    if config.init_lora_weights not in plain_starts:
+        yield "init_lora_weights", config.init_lora_weights
+    if config.bias != "none":
+        yield "bias", config.bias
+    fields = (
+        "use_dora use_rslora rank_pattern alpha_pattern lora_bias modules_to_save trainable_token_indices "
+        "layer_replication target_parameters use_qalora alora_invocation_tokens arrow_config"
+    )
+    for field in fields.split():
+        value = getattr(config, field)
+        if value:
+            yield field, value
+
+
+def _read_tensors(files: AdapterFiles) -> dict[str, Tensor]:
+    path = files.folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{WEIGHTS_FILE} of {files.name!r} is damaged or cut short ({error}); copy it again."
+        ) from error
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{WEIGHTS_FILE} of {files.name!r} holds NaN or infinity in {key!r}; use an intact adapter."
+            )
+    return tensors
+
+
+def _check_against_base(files: AdapterFiles, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    hint = "name the base it was trained on with --source"
+    missing = sorted(set(expected) - set(found))
+    surplus = sorted(set(found) - set(expected))
+    if missing or surplus:
+        lacks = f"lacks {missing[0]!r}" if missing else f"holds {surplus[0]!r}, unknown there"
+        raise UserError(f"Adapter {files.name!r} does not fit its base model: it {lacks}; {hint}.")
+    for key, tensor in expected.items():
+        if found[key].shape != tensor.shape:
+            raise UserError(
+                f"Adapter {files.name!r} does not fit its base model: {key!r} has shape {tuple(found[key].shape)}, "
+                f"the base needs {tuple(tensor.shape)}; {hint}."
+            )
+
+
+def adapted_layers(factors: Mapping[str, LowRank]) -> set[int]:
+    """Indices of the layers that hold at least one adapted module."""
+    return {layer for name in factors if (layer := layer_index(name)) is not None}

@@ -1,0 +1,42 @@
+"""Capturing what flows into and out of modules during forward passes."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Activations:
+    """The last input and output of one module, each of shape (batch, positions, width)."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+@contextmanager
+def capture(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Activations]]:
+    """Keeps the latest activations of the named modules while the context is open.
+
+    Args:
+        model: the model whose forward passes are watched
+        names: module paths inside it
+
+    Yields:
+        module path → activations, filled by each forward pass
+    """
+    captured: dict[str, Activations] = {}
+
+    def keep(name: str):  # type: ignore[no-untyped-def]
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            captured[name] = Activations(arguments[0].detach(), output.detach())
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()

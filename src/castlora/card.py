@@ -1,0 +1,250 @@
+"""The model card of a transferred adapter."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from castlora.formatting import MISSING, number, percent, percent_interval, printable, score, score_interval
+from castlora.report import TRANSFERRED, Skill
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_LOCAL_PATH = re.compile(r"[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|file:")
+_FOLDERS = re.compile(r"(?<![\w.])(?:~|[A-Za-z]:)?[/\\](?:[^/\\\s'\"]+[/\\])+")
+_ACCESS_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+_LONGEST_NAME = 200
+_NAMED_MODULES = 4
+
+_LIMITS = """\
+- The adapter imitates the source model with its adapter, mistakes and biases included. No labels were used.
+- It belongs to the revision of the base model named above; on another one it may do harm.
+- The licences and terms of the source adapter and of both base models apply.
+"""
+
+_CITATION = """\
+@misc{kari2025activation,
+  title = {Activation Manifold Projection: Liberating Task-Specific Behaviors from {LLM} Architectures},
+  author = {Al Kari},
+  year = {2025},
+  eprint = {2510.17902},
+  archivePrefix = {arXiv}
+}
+"""
+
+
+def write_card(folder: Path, manifest: Mapping[str, Any], skills: Sequence[Skill] = ()) -> Path:
+    """Writes README.md, the model card of the adapter in `folder`.
+
+    Names are taken as hostile, and of local files and folders only the last component is told.
+
+    Args:
+        folder: The adapter's folder.
+        manifest: What was done, as `castlora.transfer` writes it next to the adapter.
+        skills: Scores by task; empty for a transfer without a task.
+
+    Returns:
+        The card's path.
+    """
+    path = folder / "README.md"
+    make_card(manifest, skills).save(path)
+    return path
+
+
+def make_card(manifest: Mapping[str, Any], skills: Sequence[Skill] = ()) -> ModelCard:
+    """Returns the model card that `write_card` writes."""
+    adapter, source = _name(manifest["adapter"]["name"]), _name(manifest["source"]["name"])
+    target = _name(manifest["target"]["name"])
+    sections = [
+        f"# {adapter} for {target}",
+        f"A LoRA adapter for {target} that carries the skill of {adapter}, an adapter for {source}."
+        " castlora moved it without task labels.",
+        "## Origin",
+        _table(("", ""), _facts(manifest)),
+        "## Evaluation",
+        _evaluation(skills),
+        "## Use",
+        _fenced("python", _peft_snippet(manifest)),
+        _fenced("shell", _vllm_snippet(manifest)),
+        "## Reproduce",
+        _fenced("shell", public_command(shlex.split(manifest["command"]))),
+        "Versions: " + ", ".join(_code(f"{name} {version}") for name, version in manifest["versions"].items()),
+        "## Limits",
+        _LIMITS.strip(),
+        "## Citation",
+        _fenced("bibtex", _CITATION),
+    ]
+    return ModelCard(f"---\n{_metadata(manifest['target']['name']).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _metadata(target: str) -> ModelCardData:
+    base_model = target if is_hub_id(target) else None
+    return ModelCardData(
+        base_model=base_model,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["castlora", "lora", *([f"base_model:adapter:{base_model}"] if base_model else [])],
+    )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the name is surely a Hub id: "owner/name", and nothing local goes by it."""
+    return bool(_HUB_ID.fullmatch(name)) and not _exists(name)
+
+
+def public_name(name: str) -> str:
+    """Returns a name without what it tells about the user's machine: a local path loses its folders."""
+    is_local = _LOCAL_PATH.match(name) or _exists(name) or name.count("/") > 1
+    return _redact(re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_local else name)
+
+
+def public_command(arguments: Sequence[str]) -> str:
+    """Quotes a command line for a POSIX shell, without the folders of local paths and without access tokens."""
+    return shlex.join(map(_public_argument, arguments))
+
+
+def _public_argument(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    if argument.startswith("-") and equals:
+        return f"{option}={_public_argument(value)}"
+    return public_name(argument) if _LOCAL_PATH.match(argument) or _exists(argument) else _redact(argument)
+
+
+def _redact(text: str) -> str:
+    return _ACCESS_TOKEN.sub("hf_…", _FOLDERS.sub("", text))
+
+
+def _exists(name: str) -> bool:
+    try:
+        return bool(name) and Path(name).exists()
+    except OSError:  # longer than a path can be
+        return False
+
+
+def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    recipe, losses = manifest["recipe"], manifest["losses"]
+    departures = ", ".join(_code(f"{field}={value}") for field, value in recipe["departures"].items())
+    return [
+        ("source adapter", f"{_name(manifest['adapter']['name'])}, rank {manifest['adapter']['rank']}"),
+        ("source base model", _model(manifest["source"])),
+        ("target base model", _model(manifest["target"])),
+        ("text", _text(manifest["text"])),
+        ("recipe", _code(recipe["name"]) + (f" with {departures}" if departures else "")),
+        ("start", _code(recipe["start"])),
+        ("objective", _objective(recipe)),
+        ("steps × batch", f"{recipe['steps']} × {recipe['batch_size']}"),
+        ("seed", str(manifest["seed"])),
+        ("rank", str(manifest["rank"])),
+        ("pairing", _pairing_summary(manifest["pairing"])),
+        ("held-out loss", f"{number(losses['held_out_before'])} → {number(losses['held_out_after'])}"),
+        (
+            "next token as the teacher's",
+            f"{percent(losses['agreement_before'])} → {percent(losses['agreement_after'])} of held-out positions",
+        ),
+        ("time", f"{number(manifest['seconds'])} s"),
+        ("peak memory", f"{number(manifest['peak_memory_bytes'] / 2**30)} GiB"),
+    ]
+
+
+def _model(record: Mapping[str, Any]) -> str:
+    return _name(record["name"]) + (f" at {_code(record['revision'])}" if record["revision"] else "")
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    names = [_name(record[kind]) for kind in ("text", "prompts") if record[kind]]
+    return ", ".join([_code(record["regime"]), *names])
+
+
+def _objective(recipe: Mapping[str, Any]) -> str:
+    weights = {"KL": "kl_weight", "hidden MSE": "mse_weight", "chunk": "chunk_weight"}
+    return " + ".join(f"{number(recipe[field])} × {name}" for name, field in weights.items() if recipe[field])
+
+
+def _pairing_summary(pairs: Sequence[Mapping[str, Any]]) -> str:
+    alone = [pair["target"] for pair in pairs if not pair["sources"]]
+    summary = f"{len(pairs) - len(alone)} of {len(pairs)} target modules have a partner in the source"
+    if not alone:
+        return summary
+    more = f" and {len(alone) - _NAMED_MODULES} more" if len(alone) > _NAMED_MODULES else ""
+    return f"{summary}; no update for {', '.join(map(_code, alone[:_NAMED_MODULES]))}{more}"
+
+
+def _evaluation(skills: Sequence[Skill]) -> str:
+    if not skills:
+        return "No task was evaluated: how much of the skill arrived is not known."
+    rows = [row for skill in skills for row in _skill_rows(skill)]
+    return (
+        _table(("task", "model", "score", "95 %", "NLL", "lift"), rows)
+        + "\n\nLift is (transferred − bare target) / (retrained on the target − bare target), with a bootstrap 95 %"
+        " interval. NLL is the mean negative log-likelihood of the right answer, in nats."
+    )
+
+
+def _skill_rows(skill: Skill) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for model, result in skill.scores.items():
+        lift = skill.countable_lift if model == TRANSFERRED else None
+        arrived = f"{percent(lift.lift)} {percent_interval(lift.ci95)}".strip() if lift else ""
+        values = score(result.value), score_interval(result.interval), score(result.nll)
+        rows.append((_code(f"{skill.name} ({skill.metric})"), _code(model), *values, arrived))
+    return rows
+
+
+def _peft_snippet(manifest: Mapping[str, Any]) -> str:
+    revision = manifest["target"]["revision"]
+    base = _python_string(public_name(manifest["target"]["name"]))
+    pinned = f"{base}, revision={_python_string(revision)}" if revision else base
+    return f"""\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({pinned})
+base = AutoModelForCausalLM.from_pretrained({pinned})
+model = PeftModel.from_pretrained(base, "path/to/this/adapter")
+"""
+
+
+def _vllm_snippet(manifest: Mapping[str, Any]) -> str:
+    revision = manifest["target"]["revision"]
+    name = re.sub(r"[^\w.-]+", "-", public_name(manifest["adapter"]["name"]).split("/")[-1]).strip("-") or "adapter"
+    parts = ["vllm", "serve", public_name(manifest["target"]["name"])]
+    parts += ["--revision", revision] if revision else []
+    parts += ["--enable-lora", "--max-lora-rank", str(manifest["rank"])]
+    parts += ["--lora-modules", f"{name}=path/to/this/adapter"]
+    return shlex.join(parts)
+
+
+def _name(name: str) -> str:
+    return _code(public_name(name))
+
+
+def _python_string(text: str) -> str:
+    return json.dumps(printable(text), ensure_ascii=False)
+
+
+def _code(text: str) -> str:
+    """Writes text as a Markdown code span, the one place where neither Markdown nor HTML means anything."""
+    line = " ".join(printable(text).split())[:_LONGEST_NAME]
+    if not line:
+        return MISSING
+    fence = "`" * (_longest_run_of_backticks(line) + 1)
+    padding = " " if "`" in line else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def _fenced(language: str, text: str) -> str:
+    lines = printable(text).strip("\n")
+    fence = "`" * max(3, _longest_run_of_backticks(lines) + 1)
+    return f"{fence}{language}\n{lines}\n{fence}"
+
+
+def _longest_run_of_backticks(text: str) -> int:
+    return max(map(len, re.findall(r"`+", text)), default=0)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "¦") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

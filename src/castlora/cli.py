@@ -1,0 +1,167 @@
+"""The command line: `castlora transfer | evaluate | inspect | demo`."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+
+from castlora import __version__
+from castlora.config import RecipeName, Start, Tuning
+from castlora.errors import UserError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def _transfer(
+    adapter: str,
+    target: str,
+    out: str,
+    source: str | None = None,
+    text: str | None = None,
+    prompt_format: str | None = None,
+    prompts: str | None = None,
+    recipe: RecipeName = "default",
+    start: Start | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    rank: int | None = None,
+    tuning: Tuning = Tuning(),  # noqa: B008  # frozen, and jsonargparse reads the fields from it
+) -> None:
+    """Moves an adapter to another base model and writes a standard PEFT LoRA.
+
+    The same command continues a run that was interrupted.
+
+    Args:
+        adapter: folder or hub id of a PEFT LoRA
+        target: folder or hub id of the new base model
+        out: folder to write, new or empty
+        source: base model of the adapter, if not the one that its configuration names
+        text: general text: .txt or .jsonl, gzipped or not, or a hub data set; by default allenai/c4
+        prompt_format: the adapter's prompt format with a {text} slot, filled from the general text
+        prompts: file of unlabelled prompts of the task, instead of general text
+        recipe: the best that has been measured, or the paper as far as it is stated
+        start: random maps (paper), closed-form maps (ridge) or a plain LoRA (fresh), instead of the recipe's
+        steps: optimizer steps, instead of the recipe's
+        batch_size: passages per step, instead of the recipe's
+        seed: the same seed gives the same bytes on the same machine
+        rank: rank of the adapter to write; by default the smallest that holds the update
+        tuning: departures from the recipe's other numbers
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from castlora.pipeline import transfer as run
+
+    disable_progress_bar()
+    run(
+        adapter, target, out, source, text, prompt_format, prompts, recipe, start, steps, batch_size, seed, rank, tuning
+    )  # fmt: skip
+
+
+def _evaluate(model: str, task: str, adapter: str | None = None, out: str | None = None, batch_size: int = 32) -> None:
+    """Scores a model, with or without an adapter, on a task file.
+
+    Args:
+        model: folder or hub id of the base model
+        task: JSON lines with prompt, completion and optionally choices
+        adapter: folder or hub id of a PEFT LoRA for it
+        out: JSON file for the result
+        batch_size: items per forward pass
+    """
+    from castlora.evaluation import evaluate as run
+
+    result = run(model=model, adapter=adapter, task=task, out=out, batch_size=batch_size)
+    low, high = result["ci95"]
+    print(f"{result['metric']} {result['score']:.3f} [{low:.3f}, {high:.3f}]  nll {result['nll']:.3f}  n {result['n']}")
+
+
+def _inspect(adapter: str, target: str, source: str | None = None, steps: int = 1000, batch_size: int = 16) -> None:
+    """Shows before a transfer what will be paired, what will be dropped, and what it will cost.
+
+    Args:
+        adapter: folder or hub id of a PEFT LoRA
+        target: folder or hub id of the new base model
+        source: base model of the adapter, if not the one that its configuration names
+        steps: optimizer steps to forecast
+        batch_size: passages per step to forecast
+    """
+    from castlora.inspection import inspect as run
+
+    print(run(adapter, target, source, steps, batch_size))
+
+
+def _demo(out: str = "castlora-demo", seed: int = 0) -> None:
+    """Moves a skill between the two bundled models, and shows how much of it arrived.
+
+    Args:
+        out: folder to write, new or empty
+        seed: of everything random
+    """
+    from castlora.demonstration import demonstrate
+
+    demonstrate(out, seed)
+
+
+# The names differ from the package's public ones, which jsonargparse would look up and so import.
+COMMANDS: dict[str, Callable[..., None]] = {
+    "transfer": _transfer,
+    "evaluate": _evaluate,
+    "inspect": _inspect,
+    "demo": _demo,
+}
+
+
+class _DashedHelp(DefaultHelpFormatter):
+    """Help that shows options the way people type them: `--prompt-format`."""
+
+    def _format_action_invocation(self, action) -> str:  # type: ignore[no-untyped-def]
+        return super()._format_action_invocation(action).replace("_", "-")
+
+
+def parser() -> ArgumentParser:
+    """The parser of all commands, each with `--config` and `--print_config`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    whole = ArgumentParser(
+        prog="castlora",
+        description="Moves a LoRA adapter from one language model to another.",
+        version=__version__,
+        formatter_class=_DashedHelp,
+    )
+    commands = whole.add_subcommands(required=True, dest="command")
+    for name, function in COMMANDS.items():
+        command = ArgumentParser(formatter_class=_DashedHelp)
+        command.add_argument("--config", action="config", help="YAML file with any of these settings")
+        command.add_function_arguments(function, as_positional=False)
+        commands.add_subcommand(name, command, help=(function.__doc__ or "").splitlines()[0])
+    return whole
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command; bad input ends with one sentence and exit code 2."""
+    whole = parser()
+    parsed = whole.parse_args([_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)])
+    chosen: str = parsed.command
+    settings: Namespace = whole.instantiate_classes(parsed)[chosen]
+    settings.pop("config", None)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("castlora").setLevel(logging.INFO)
+    try:
+        COMMANDS[chosen](**vars(settings))
+    except UserError as error:
+        print(f"castlora: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print("castlora: interrupted; the same command continues a transfer where it was", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _underscored(word: str) -> str:
+    """`--prompt-format` as the Python name `--prompt_format`; values stay as they are."""
+    if not word.startswith("--"):
+        return word
+    option, equals, value = word.partition("=")
+    return "--" + option[2:].replace("-", "_") + equals + value

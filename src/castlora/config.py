@@ -1,0 +1,132 @@
+"""Recipes: where a transfer starts, what it minimises, and for how long."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from castlora.errors import UserError
+
+Start = Literal["paper", "ridge", "fresh"]
+RecipeName = Literal["default", "paper"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All numbers of a transfer that are not its inputs."""
+
+    start: Start
+    """`paper`: random maps; `ridge`: closed-form maps; `fresh`: a plain LoRA without maps."""
+    steps: int
+    """Optimizer steps."""
+    batch_size: int
+    """Passages per step."""
+    kl_weight: float
+    """Weight of the KL divergence between the next-token distributions of teacher and student."""
+    mse_weight: float
+    """Weight of the mean squared error between final hidden states through a trained head."""
+    chunk_weight: float
+    """Weight of the chunk log-probability loss where the two tokenizers cut the text differently."""
+    temperature: float
+    """Divides both sets of logits before the KL divergence."""
+    context_weight: float
+    """Weight of a position inside a prompt; positions of the answer count 1. Plain text has no prompt."""
+    write_answers: bool
+    """Whether source + LoRA continues each prompt, so that the later tokens of an answer are taught too."""
+    answer_tokens: int
+    """Tokens of the longest answer that source + LoRA writes."""
+    learning_rate_scale: float
+    """Peak learning rate times the target's hidden size; wider models need smaller steps."""
+    map_learning_rate_ratio: float
+    """Learning rate of maps as a share of the one that a plain LoRA has."""
+    ridge: float
+    """Penalty of the closed form relative to the mean square of the activations."""
+    passages: int
+    """Passages of text drawn for training; they are read again when the steps outlast them."""
+    max_length: int
+    """Tokens per passage, counted in the tokenizer that needs more."""
+
+
+PAPER = Recipe(
+    start="paper",
+    steps=1000,
+    batch_size=16,
+    kl_weight=1.0,
+    mse_weight=1.0,
+    chunk_weight=0.0,
+    temperature=2.0,
+    context_weight=1.0,
+    write_answers=False,
+    answer_tokens=48,
+    learning_rate_scale=0.4,
+    map_learning_rate_ratio=0.3,
+    ridge=0.1,
+    passages=16000,
+    max_length=128,
+)
+"""The paper (arXiv 2510.17902) as far as it is stated: KL + MSE, general text, 1000 steps."""
+
+DEFAULT = replace(
+    PAPER,
+    start="fresh",
+    mse_weight=0.0,
+    temperature=1.0,
+    context_weight=0.1,
+    write_answers=True,
+    passages=8000,
+)
+"""The best that has been measured so far."""
+
+RECIPES: dict[RecipeName, Recipe] = {"default": DEFAULT, "paper": PAPER}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Departures from the recipe; a field left out keeps the recipe's value."""
+
+    kl_weight: float | None = None
+    mse_weight: float | None = None
+    chunk_weight: float | None = None
+    temperature: float | None = None
+    context_weight: float | None = None
+    write_answers: bool | None = None
+    answer_tokens: int | None = None
+    learning_rate_scale: float | None = None
+    map_learning_rate_ratio: float | None = None
+    ridge: float | None = None
+    passages: int | None = None
+    max_length: int | None = None
+
+
+def resolve_recipe(
+    name: RecipeName, start: Start | None, steps: int | None, batch_size: int | None, tuning: Tuning
+) -> Recipe:
+    """The named recipe with the given departures.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+    departures: dict[str, Any] = {"start": start, "steps": steps, "batch_size": batch_size, **asdict(tuning)}
+    recipe = replace(RECIPES[name], **{field: value for field, value in departures.items() if value is not None})
+    for field in (
+        "steps",
+        "batch_size",
+        "temperature",
+        "learning_rate_scale",
+        "passages",
+        "max_length",
+        "answer_tokens",
+    ):
+        if getattr(recipe, field) <= 0:
+            raise UserError(f"{field} is {getattr(recipe, field)}; give a number above 0.")
+    for field in ("kl_weight", "mse_weight", "chunk_weight", "context_weight", "ridge", "map_learning_rate_ratio"):
+        if getattr(recipe, field) < 0:
+            raise UserError(f"{field} is {getattr(recipe, field)}; give 0 or more.")
+    if recipe.kl_weight + recipe.mse_weight + recipe.chunk_weight == 0:
+        raise UserError("kl_weight, mse_weight and chunk_weight are all 0; give at least one of them a weight.")
+    return recipe
+
+
+def recipe_differences(recipe: Recipe, name: RecipeName) -> dict[str, Any]:
+    """The fields in which a resolved recipe departs from the named one."""
+    named = RECIPES[name]
+    pairs = ((field.name, getattr(recipe, field.name), getattr(named, field.name)) for field in fields(Recipe))
+    return {field: value for field, value, original in pairs if value != original}

@@ -1,0 +1,46 @@
+"""What the package carries for the demo: two base models, three adapters, text and a test.
+
+The models and adapters were trained by `benchmarks/zoo`; the text was written by the bundled source
+model and the test items by `benchmarks/zoo/demo_items.py`, so that none of it is anybody's corpus.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+SOURCE = "llama-s"
+TARGET = "mistral-s"
+
+
+@dataclass(frozen=True)
+class DemoSkill:
+    """A skill of the demo."""
+
+    name: str
+    title: str
+    prompt_format: str
+
+    @property
+    def task(self) -> Path:
+        """Task file of labelled test items."""
+        return _FOLDER / "tasks" / f"{self.name}.jsonl"
+
+    def adapter(self, base: str) -> Path:
+        """The adapter that was trained for this skill on one of the bundled models."""
+        return _FOLDER / "adapters" / base / self.name
+
+
+def demo_models_path() -> Path:
+    """Folder that holds the bundled base models, one folder each."""
+    return _FOLDER / "models"
+
+
+def demo_text_path() -> Path:
+    """General text, written by the bundled source model."""
+    return _FOLDER / "text.jsonl.gz"
+
+
+def demo_skill() -> DemoSkill:
+    """The skill that the demo moves."""
+    return DemoSkill(**json.loads((_FOLDER / "skill.json").read_text(encoding="utf-8")))

@@ -1,0 +1,289 @@
+"""Training the student (target + LoRA) to behave like the teacher (source + LoRA)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, PeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import ProgressCallback, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
+
+from castlora.config import Recipe
+from castlora.objective import (
+    binary_kl,
+    chunk_log_probabilities,
+    gather_positions,
+    kl_divergence,
+    shared_log_probabilities,
+    weighted_mean,
+)
+from castlora.positions import AlignedPassage, Batch, PassageDataset, batches, collate
+from castlora.tokens import ByteTokenizer, same_tokenizer, shared_vocabulary
+
+TRAINABLE_FILE = "trainable.safetensors"
+_WARMUP_FRACTION = 0.05
+
+
+@dataclass(frozen=True)
+class SharedVocabulary:
+    """Ids of the tokens that both models spell alike, one-to-one, each of shape (shared,)."""
+
+    source_ids: Tensor
+    target_ids: Tensor
+    is_whole: bool
+    """Whether both models have the same tokenizer, so that positions and tokens correspond as they stand."""
+
+    @classmethod
+    def of(cls, source: ByteTokenizer, target: ByteTokenizer) -> "SharedVocabulary":
+        """Compares two tokenizers."""
+        if same_tokenizer(source, target):
+            ids = torch.arange(len(source.spellings))
+            return cls(ids, ids, is_whole=True)
+        source_ids, target_ids = shared_vocabulary(source, target)
+        return cls(torch.from_numpy(source_ids), torch.from_numpy(target_ids), is_whole=False)
+
+
+class Student(nn.Module):
+    """The target with its trainable LoRA, and the head that compares hidden states."""
+
+    def __init__(self, model: PeftModel, hidden_size: int, teacher_hidden_size: int, with_head: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.hidden_size = hidden_size
+        self.hidden_head = nn.Linear(hidden_size, teacher_hidden_size) if with_head else None
+
+    def causal_lm(self) -> PeftModelForCausalLM:
+        """The student as the language model that it is."""
+        assert isinstance(self.model, PeftModelForCausalLM)
+        return self.model
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that training changes, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def distillation_losses(
+    teacher: nn.Module, student: Student, batch: Batch, shared: SharedVocabulary, recipe: Recipe
+) -> dict[str, Tensor]:
+    """The parts of the objective on one batch; those with weight 0 are left out.
+
+    Returns:
+        `kl`, `mse` and `chunk`, scalars in nats (mse: squared hidden units), before weighting
+    """
+    with_hidden = student.hidden_head is not None
+    with torch.no_grad():
+        teacher_output = teacher(
+            input_ids=batch["source_ids"],
+            attention_mask=batch["source_mask"],
+            output_hidden_states=with_hidden,
+            use_cache=False,
+        )
+    student_output = student.model(
+        input_ids=batch["target_ids"],
+        attention_mask=batch["target_mask"],
+        output_hidden_states=with_hidden,
+        use_cache=False,
+    )
+    weights = batch["weights"]
+    counts = weights > 0
+    losses = {}
+    if recipe.kl_weight > 0:
+        teacher_logits = gather_positions(teacher_output.logits, batch["source_positions"])[counts].float()
+        student_logits = gather_positions(student_output.logits, batch["target_positions"])[counts].float()
+        divergence = _divergence(teacher_logits, student_logits, shared, recipe.temperature)
+        losses["kl"] = weighted_mean(divergence, weights[counts])
+    if student.hidden_head is not None:
+        teacher_hidden = gather_positions(teacher_output.hidden_states[-1], batch["source_positions"])[counts]
+        student_hidden = gather_positions(student_output.hidden_states[-1], batch["target_positions"])[counts]
+        error = (student.hidden_head(student_hidden.float()) - teacher_hidden.float()).square().mean(-1)
+        losses["mse"] = weighted_mean(error, weights[counts])
+    if recipe.chunk_weight > 0 and not shared.is_whole:
+        losses["chunk"] = _chunk_loss(teacher_output.logits, student_output.logits, batch)
+    return losses
+
+
+def total_loss(losses: Mapping[str, Tensor], recipe: Recipe) -> Tensor:
+    """The weighted sum of the parts."""
+    weights = {"kl": recipe.kl_weight, "mse": recipe.mse_weight, "chunk": recipe.chunk_weight}
+    return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How close the student is to the teacher on held-out text."""
+
+    loss: float
+    """The objective, weighted as in training."""
+    kl: float
+    """KL divergence per position, in nats, at temperature 1."""
+    agreement: float
+    """Share of positions where both models' likeliest next token is the same one."""
+
+
+@torch.no_grad()
+def measure_held_out(
+    teacher: nn.Module, student: Student, examples: Sequence[AlignedPassage], shared: SharedVocabulary, recipe: Recipe
+) -> HeldOut:
+    """Compares teacher and student on held-out passages; positions count as in training."""
+    device = next(student.parameters()).device
+    student.eval()
+    losses, divergences, agreements, weights = [], [], [], []
+    for batch in batches(examples, recipe.batch_size, device):
+        losses.append(total_loss(distillation_losses(teacher, student, batch, shared, recipe), recipe))
+        teacher_next = next_token_log_probabilities(teacher, batch, "source", shared.source_ids)
+        student_next = next_token_log_probabilities(student.model, batch, "target", shared.target_ids)
+        divergences.append(kl_divergence(teacher_next, student_next))
+        agreements.append(teacher_next.argmax(-1) == student_next.argmax(-1))
+        weights.append(batch["weights"][batch["weights"] > 0])
+    weight = torch.cat(weights)
+    return HeldOut(
+        float(torch.stack(losses).mean()),
+        float(weighted_mean(torch.cat(divergences), weight)),
+        float(weighted_mean(torch.cat(agreements).float(), weight)),
+    )
+
+
+def next_token_log_probabilities(
+    model: nn.Module, batch: Batch, side: Literal["source", "target"], shared_ids: Tensor
+) -> Tensor:
+    """What a model predicts at the aligned positions that count.
+
+    Args:
+        model: teacher or student
+        batch: aligned passages
+        side: whose ids and positions to read
+        shared_ids: the shared tokens in that model's ids, shape (shared,)
+
+    Returns:
+        log-probabilities of the shared tokens and of the rest, shape (positions, shared + 1)
+    """
+    logits = model(input_ids=batch[f"{side}_ids"], attention_mask=batch[f"{side}_mask"], use_cache=False).logits
+    at_positions = gather_positions(logits, batch[f"{side}_positions"])[batch["weights"] > 0]
+    return shared_log_probabilities(at_positions.float(), shared_ids.to(logits.device), temperature=1.0)
+
+
+@torch.no_grad()
+def shared_mass(
+    model: nn.Module,
+    examples: Sequence[AlignedPassage],
+    side: Literal["source", "target"],
+    shared_ids: Tensor,
+) -> float:
+    """Mean probability that a model gives to the shared tokens at the aligned positions."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in collate(examples).items()}
+    return float(next_token_log_probabilities(model, batch, side, shared_ids)[:, :-1].exp().sum(-1).mean())
+
+
+class DistillationTrainer(Trainer):
+    """A Trainer whose batches hold both models' tokens and whose checkpoints hold only what is trained."""
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: Student,
+        examples: Sequence[AlignedPassage],
+        shared: SharedVocabulary,
+        recipe: Recipe,
+        arguments: TrainingArguments,
+    ) -> None:
+        optimizer = torch.optim.AdamW(_parameter_groups(student, recipe), weight_decay=0.0)
+        warmup = max(1, round(_WARMUP_FRACTION * recipe.steps))
+        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, recipe.steps)
+        super().__init__(
+            model=student,
+            args=arguments,
+            data_collator=collate,
+            train_dataset=PassageDataset(examples),
+            optimizers=(optimizer, schedule),
+        )
+        self.passages = examples
+        self.teacher = teacher
+        self.shared = shared
+        self.recipe = recipe
+        self.parts: dict[str, list[float]] = {}
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The distillation objective on one batch."""
+        student = self.accelerator.unwrap_model(model)
+        losses = distillation_losses(self.teacher, student, inputs, self.shared, self.recipe)
+        for name, loss in losses.items():
+            self.parts.setdefault(name, []).append(loss.item())
+        loss = total_loss(losses, self.recipe)
+        return (loss, losses) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the mean of each part of the objective since the last report."""
+        means = {name: sum(values) / len(values) for name, values in self.parts.items()}
+        self.parts = {}
+        super().log({**logs, **means}, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.passages)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        student = self.accelerator.unwrap_model(self.model)
+        tensors = {name: parameter.detach().contiguous() for name, parameter in student.trainable().items()}
+        save_file(tensors, folder / TRAINABLE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        student = self.accelerator.unwrap_model(model or self.model)
+        tensors = load_file(Path(resume_from_checkpoint) / TRAINABLE_FILE)
+        with torch.no_grad():
+            for name, parameter in student.trainable().items():
+                parameter.copy_(tensors[name])
+
+
+class LossProgress(ProgressCallback):
+    """A progress bar that shows the loss beside the rate and the expected end."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Puts the latest loss into the bar instead of printing a line for it."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
+
+
+def peak_learning_rate(recipe: Recipe, hidden_size: int) -> float:
+    """Learning rate of a plain LoRA on a model of this width."""
+    return recipe.learning_rate_scale / hidden_size
+
+
+def _parameter_groups(student: Student, recipe: Recipe) -> list[dict[str, Any]]:
+    rate = peak_learning_rate(recipe, student.hidden_size)
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in student.trainable().items():
+        groups["parametrizations" in name].append(parameter)
+    rates = {True: rate * recipe.map_learning_rate_ratio, False: rate}
+    return [{"params": params, "lr": rates[is_map]} for is_map, params in groups.items() if params]
+
+
+def _divergence(teacher_logits: Tensor, student_logits: Tensor, shared: SharedVocabulary, temperature: float) -> Tensor:
+    """KL per position times temperature², which keeps gradients comparable across temperatures."""
+    if shared.is_whole and teacher_logits.shape == student_logits.shape:
+        teacher = (teacher_logits / temperature).log_softmax(-1)
+        student = (student_logits / temperature).log_softmax(-1)
+        return kl_divergence(teacher, student) * temperature**2
+    device = teacher_logits.device
+    teacher = shared_log_probabilities(teacher_logits, shared.source_ids.to(device), temperature)
+    student = shared_log_probabilities(student_logits, shared.target_ids.to(device), temperature)
+    return kl_divergence(teacher, student) * temperature**2
+
+
+def _chunk_loss(teacher_logits: Tensor, student_logits: Tensor, batch: Batch) -> Tensor:
+    """Chunk divergence over the stretches that at least one tokenizer cuts into several tokens."""
+    source_lengths = batch["source_positions"].diff(dim=-1)
+    target_lengths = batch["target_positions"].diff(dim=-1)
+    teacher = chunk_log_probabilities(teacher_logits.float(), batch["source_ids"], batch["source_positions"])
+    student = chunk_log_probabilities(student_logits.float(), batch["target_ids"], batch["target_positions"])
+    is_split = (source_lengths > 0) & (target_lengths > 0) & ((source_lengths > 1) | (target_lengths > 1))
+    # The prediction of a chunk is made at its first position, whose weight it has.
+    weights = batch["weights"][:, :-1] * is_split
+    return weighted_mean(binary_kl(teacher, student), weights)

@@ -1,0 +1,85 @@
+"""The manifest of a transfer: everything needed to judge it and to run it again."""
+
+import resource
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from castlora import __version__
+from castlora.config import Recipe, RecipeName, recipe_differences
+from castlora.models import public_name
+from castlora.pairing import Pairing
+from castlora.stages import Models, Plan, TextSource
+
+MANIFEST_FILE = "castlora.json"
+_REPORTED_PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers")
+
+
+def describe_inputs(plan: Plan, models: Models, text: TextSource) -> dict[str, Any]:
+    """Both bases, the adapter and the text, without any path of this machine."""
+    source_rank = max(factors.rank for factors in plan.factors.values())
+    return {
+        "source": {
+            "name": public_name(plan.source),
+            "revision": plan.source_revision,
+            "tokenizer_sha256": models.source_bytes.fingerprint,
+        },
+        "target": {
+            "name": public_name(plan.target),
+            "revision": None,
+            "tokenizer_sha256": models.target_bytes.fingerprint,
+        },
+        "adapter": {"name": public_name(plan.adapter.name), "rank": source_rank},
+        "text": {
+            "regime": text.regime,
+            "text": public_name(text.text) if text.text else None,
+            "prompt_format": text.prompt_format,
+            "prompts": public_name(text.prompts) if text.prompts else None,
+        },
+    }
+
+
+def describe_recipe(recipe: Recipe, name: RecipeName) -> dict[str, Any]:
+    """The resolved recipe, its name, and where it departs from the named one."""
+    return {"name": name, **asdict(recipe), "departures": recipe_differences(recipe, name)}
+
+
+def describe_pairing(pairing: Pairing) -> list[dict[str, Any]]:
+    """One entry per target module: its sources, none if it stays unchanged."""
+    return [
+        {
+            "target": pair.target.name,
+            "sources": [{"module": branch.source_module, "roles": list(branch.roles)} for branch in pair.branches],
+        }
+        for pair in pairing.pairs
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Versions of castlora and of the libraries that decide its results."""
+    return {"castlora": __version__, **{package: version(package) for package in _REPORTED_PACKAGES}}
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def command_line(request: Mapping[str, Any]) -> str:
+    """The command that repeats a run; local inputs appear by their last component."""
+    words = ["castlora", "transfer"]
+    for field, value in request.items():
+        if value is None or isinstance(value, dict):
+            continue
+        is_local = isinstance(value, str) and Path(value).exists()
+        words += [f"--{field.replace('_', '-')}", public_name(value) if is_local else str(value)]
+    for field, value in request["tuning"].items():
+        if value is not None:
+            words += [
+                f"--tuning.{field.replace('_', '-')}",
+                str(value).lower() if isinstance(value, bool) else str(value),
+            ]
+    return shlex.join(words)

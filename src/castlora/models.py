@@ -1,0 +1,227 @@
+"""Base models: loading them safely, and the table of which linear module plays which role."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from castlora.errors import UserError
+
+Role = Literal["q", "k", "v", "o", "gate", "up", "down", "fc"]
+"""The part a linear map plays in a decoder layer; `fc` is the first map of an ungated MLP."""
+
+MODULE_ROLES: Mapping[str, tuple[Role, ...]] = {
+    "q_proj": ("q",),
+    "k_proj": ("k",),
+    "v_proj": ("v",),
+    "o_proj": ("o",),
+    "gate_proj": ("gate",),
+    "up_proj": ("up",),
+    "down_proj": ("down",),
+    "attn.c_attn": ("q", "k", "v"),
+    "attn.c_proj": ("o",),
+    "mlp.c_fc": ("fc",),
+    "mlp.c_proj": ("down",),
+    "self_attn.qkv_proj": ("q", "k", "v"),
+    "mlp.gate_up_proj": ("gate", "up"),
+}
+"""Ends of module names and the roles they hold, in the order of their output rows.
+
+A family with other names needs a line here; a fused module whose rows are not laid out one role
+after the other (GPT-NeoX interleaves heads) needs its own case in `role_rows`.
+"""
+
+
+@dataclass(frozen=True)
+class LinearSlot:
+    """A linear module of a decoder layer that a LoRA can adapt."""
+
+    name: str
+    """Module path inside the model, for example `model.layers.0.self_attn.q_proj`."""
+    layer: int
+    rows: Mapping[Role, slice]
+    """The output rows of each role, in order."""
+    d_in: int
+    d_out: int
+    is_conv1d: bool
+    """Whether the module is a transformers `Conv1D`, which stores its weight as (d_in, d_out)."""
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles that the module holds; several for a fused module."""
+        return tuple(self.rows)
+
+
+def load_config(name_or_path: str, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a decoder-only model, without its weights.
+
+    Raises:
+        UserError: the model cannot be found or is not a decoder-only language model.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError, HFValidationError) as error:
+        raise UserError(
+            f"Model {name_or_path!r}: cannot read a config.json that transformers knows ({_first_line(error)}); "
+            "give a model folder or a hub id."
+        ) from error
+    architectures = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")]
+    is_decoder = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    if config.is_encoder_decoder or not is_decoder:
+        raise UserError(
+            f"Model {name_or_path!r} ({', '.join(architectures)}) is not a decoder-only language model; "
+            "castlora needs one whose architecture ends in ForCausalLM or LMHeadModel."
+        )
+    return config
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a model.
+
+    Raises:
+        UserError: there is none, or it has no fast form (byte alignment needs one).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"Tokenizer of {name_or_path!r} cannot be read ({_first_line(error)}); put tokenizer.json beside the model."
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"Tokenizer of {name_or_path!r} has no fast form; convert it to a tokenizer.json first.")
+    return tokenizer
+
+
+def load_model(
+    name_or_path: str, revision: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Loads a base model from safetensors, and its fast tokenizer.
+
+    The weights are fp32 on a processor and bf16 on an accelerator.
+
+    Raises:
+        UserError: the model cannot be found, is damaged or incomplete, holds NaN, or is not a decoder.
+    """
+    config = load_config(name_or_path, revision)
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path, config=config, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"Weights of {name_or_path!r} cannot be read ({_first_line(error)}); "
+            "the folder needs complete safetensors files."
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    loading: dict[str, Any] = loaded[1]
+    broken = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    if broken:
+        raise UserError(
+            f"Weights of {name_or_path!r} lack or misfit {broken[0]!r} ({len(broken)} tensors); "
+            "download the model again or fix its config.json."
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"Weights of {name_or_path!r} hold NaN or infinity in {name!r}; use an intact checkpoint.")
+    return model.eval().to(device=torch.device(device)), load_tokenizer(name_or_path, revision)
+
+
+def best_device() -> torch.device:
+    """Where models go: the accelerator of this process if there is one."""
+    return torch.device(PartialState().device or "cpu")
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: every module and shape, no weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def linear_slots(model: nn.Module, config: PreTrainedConfig) -> dict[str, LinearSlot]:
+    """All adaptable linear modules of the decoder layers, in the order of the model.
+
+    Args:
+        model: the model itself or its `skeleton`
+        config: its configuration, which tells how fused modules are laid out
+    """
+    slots = {}
+    for name, module in model.named_modules():
+        layer = layer_index(name)
+        roles = _roles_of(name)
+        if layer is None or roles is None or not isinstance(module, nn.Linear | Conv1D):
+            continue
+        d_in, d_out = _dimensions(module)
+        rows = role_rows(roles, d_out, config)
+        slots[name] = LinearSlot(name, layer, rows, d_in, d_out, isinstance(module, Conv1D))
+    return slots
+
+
+def role_rows(roles: tuple[Role, ...], d_out: int, config: PreTrainedConfig) -> dict[Role, slice]:
+    """Output rows of each role in a module whose roles follow one another."""
+    sizes = [d_out // len(roles)] * len(roles)
+    if roles == ("q", "k", "v") and config.model_type != "gpt2":
+        head_dim = d_out // (config.num_attention_heads + 2 * config.num_key_value_heads)
+        sizes = [head_dim * n for n in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return {role: slice(start, start + size) for role, start, size in zip(roles, starts, sizes, strict=True)}
+
+
+def number_of_layers(slots: Mapping[str, LinearSlot]) -> int:
+    """The depth of the model that the slots were read from."""
+    return 1 + max(slot.layer for slot in slots.values())
+
+
+def layer_index(module_name: str) -> int | None:
+    """The first number in a module path: `model.layers.3.mlp.up_proj` is in layer 3."""
+    match = re.search(r"\.(\d+)\.", module_name)
+    return int(match.group(1)) if match else None
+
+
+def public_name(name_or_path: str) -> str:
+    """A name that may be written into files: a hub id as it is, a local folder by its last component."""
+    return Path(name_or_path).resolve().name if Path(name_or_path).exists() else name_or_path
+
+
+def hidden_size(config: PreTrainedConfig) -> int:
+    """Width of the residual stream; transformers maps `n_embd` and its like to this name."""
+    return int(config.hidden_size)
+
+
+def _roles_of(module_name: str) -> tuple[Role, ...] | None:
+    ends = _endings(module_name)
+    return next((MODULE_ROLES[end] for end in ends if end in MODULE_ROLES), None)
+
+
+def _endings(module_name: str) -> Iterator[str]:
+    parts = module_name.split(".")
+    yield ".".join(parts[-2:])
+    yield parts[-1]
+
+
+def _dimensions(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return module.in_features, module.out_features
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

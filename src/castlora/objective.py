@@ -1,0 +1,81 @@
+"""What a transfer minimises: pure functions of logits and hidden states.
+
+Paper: CAST, arXiv 2510.17902, the KL divergence between output distributions plus the mean squared
+error between final hidden states. Across tokenizers the divergence runs over the shared vocabulary,
+and approximate likelihood matching (arXiv 2503.20083) compares whole chunks of text.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def kl_divergence(teacher_log_probabilities: Tensor, student_log_probabilities: Tensor) -> Tensor:
+    """KL(teacher ‖ student) per position, in nats.
+
+    Args:
+        teacher_log_probabilities: shape (positions, outcomes)
+        student_log_probabilities: shape (positions, outcomes)
+
+    Returns:
+        shape (positions,)
+    """
+    terms = functional.kl_div(student_log_probabilities, teacher_log_probabilities, reduction="none", log_target=True)
+    return terms.sum(-1)
+
+
+def shared_log_probabilities(logits: Tensor, shared_ids: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities of the shared tokens, and of all other tokens together as one outcome.
+
+    Args:
+        logits: shape (positions, vocabulary)
+        shared_ids: ids of the tokens that both vocabularies spell alike, shape (shared,)
+        temperature: divides the logits
+
+    Returns:
+        shape (positions, shared + 1), the last column for the rest; it sums to one in probability
+    """
+    log_probabilities = functional.log_softmax(logits / temperature, dim=-1)
+    is_rest = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    is_rest[shared_ids] = False
+    shared = log_probabilities[:, shared_ids]
+    if not is_rest.any():
+        impossible = torch.full_like(shared[:, :1], torch.finfo(shared.dtype).min)
+        return torch.cat([shared, impossible], dim=-1)
+    rest = torch.logsumexp(log_probabilities[:, is_rest], dim=-1, keepdim=True)
+    return torch.cat([shared, rest], dim=-1)
+
+
+def gather_positions(values: Tensor, positions: Tensor) -> Tensor:
+    """Rows of `values` (batch, tokens, width) at `positions` (batch, aligned) → (batch, aligned, width)."""
+    return values.gather(1, positions.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean of `values` under `weights`, both of one shape; 0 where all weights are 0."""
+    return (values * weights).sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def chunk_log_probabilities(logits: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
+    """Log-probability of the text between neighbouring aligned positions, in nats.
+
+    Args:
+        logits: shape (batch, tokens, vocabulary)
+        ids: token ids, shape (batch, tokens)
+        positions: aligned positions, shape (batch, aligned), increasing up to the padding
+
+    Returns:
+        shape (batch, aligned - 1)
+    """
+    predicted = functional.log_softmax(logits[:, :-1], dim=-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    up_to = functional.pad(predicted.cumsum(-1), (1, 0))
+    at_positions = up_to.gather(1, positions)
+    return at_positions[:, 1:] - at_positions[:, :-1]
+
+
+def binary_kl(teacher_log_probability: Tensor, student_log_probability: Tensor) -> Tensor:
+    """KL divergence between the events "this chunk comes next" of teacher and student, elementwise."""
+    largest = -1e-4
+    teacher, student = teacher_log_probability.clamp_max(largest), student_log_probability.clamp_max(largest)
+    teacher_rest, student_rest = torch.log(-torch.expm1(teacher)), torch.log(-torch.expm1(student))
+    return teacher.exp() * (teacher - student) + teacher_rest.exp() * (teacher_rest - student_rest)

@@ -1,0 +1,136 @@
+"""Pairing: which source module speaks for each target module."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from castlora.errors import UserError
+from castlora.models import LinearSlot, Role, number_of_layers
+
+STAND_INS: Mapping[Role, Role] = {"fc": "up", "up": "fc"}
+"""Roles that take each other's place between gated and ungated MLPs.
+
+`gate` has no counterpart in an ungated MLP: towards one its update is dropped, from one it stays zero.
+"""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One source update that flows into a target module."""
+
+    source_module: str
+    roles: tuple[Role, ...]
+    """Roles of the target module that it feeds."""
+    source_rows: slice
+    """Output rows of the source module that it takes."""
+    target_rows: slice
+    """Output rows of the target module that it writes."""
+
+
+@dataclass(frozen=True)
+class ModulePair:
+    """A target module and the source updates that speak for it; none leaves it unchanged."""
+
+    target: LinearSlot
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The correspondence of two models' sites for one adapter."""
+
+    pairs: tuple[ModulePair, ...]
+    layer_map: tuple[int, ...]
+    """For each target layer the source layer that speaks for it."""
+    dropped: tuple[str, ...]
+    """Adapted source modules whose update reaches no target module."""
+
+    @property
+    def mapped(self) -> tuple[ModulePair, ...]:
+        """The pairs with at least one branch."""
+        return tuple(pair for pair in self.pairs if pair.branches)
+
+    def multiplicity(self, source_module: str) -> int:
+        """How many target modules a source module speaks for."""
+        return sum(branch.source_module == source_module for pair in self.pairs for branch in pair.branches)
+
+
+def relative_depth(source_layers: int, target_layers: int) -> tuple[int, ...]:
+    """Pairs first with first, last with last, and the rest by relative depth."""
+    if target_layers == 1:
+        return (source_layers - 1,)
+    return tuple(round(layer * (source_layers - 1) / (target_layers - 1)) for layer in range(target_layers))
+
+
+def pair_modules(
+    source_slots: Mapping[str, LinearSlot], target_slots: Mapping[str, LinearSlot], adapted: Iterable[str]
+) -> Pairing:
+    """Pairs every linear module of the target with the adapted source modules of its layer's partner.
+
+    A fused target module whose source is fused in the same way takes the whole update in one
+    branch; otherwise each of its roles is fed by a branch of its own, which adds their ranks.
+
+    Args:
+        source_slots: linear modules of the source model
+        target_slots: linear modules of the target model
+        adapted: names of the source modules that the adapter changes
+
+    Raises:
+        UserError: no adapted module has a partner.
+    """
+    adapted = sorted(adapted)
+    layer_map = relative_depth(number_of_layers(source_slots), number_of_layers(target_slots))
+    by_layer: dict[int, list[LinearSlot]] = {}
+    for name in adapted:
+        by_layer.setdefault(source_slots[name].layer, []).append(source_slots[name])
+    pairs = tuple(
+        ModulePair(slot, _branches(slot, by_layer.get(layer_map[slot.layer], []))) for slot in target_slots.values()
+    )
+    used = {branch.source_module for pair in pairs for branch in pair.branches}
+    if not used:
+        raise UserError("No module that the adapter changes has a partner in the target; choose another target.")
+    return Pairing(pairs, layer_map, tuple(name for name in adapted if name not in used))
+
+
+def branch_ranks(pair: ModulePair, source_ranks: Mapping[str, int]) -> int:
+    """Rank of the folded update of a target module: the sum over its branches."""
+    return sum(source_ranks[branch.source_module] for branch in pair.branches)
+
+
+def describe(pairing: Pairing) -> str:
+    """The pairing as a table for the terminal: one row per target layer."""
+    lines = ["target layer  source layer  target module <- source module(roles)"]
+    for layer, source_layer in enumerate(pairing.layer_map):
+        cells = [_describe_pair(pair) for pair in pairing.pairs if pair.target.layer == layer]
+        lines.append(f"{layer:>12}  {source_layer:>12}  {', '.join(cells)}")
+    if pairing.dropped:
+        lines.append(f"dropped (no partner in the target): {', '.join(pairing.dropped)}")
+    return "\n".join(lines)
+
+
+def _describe_pair(pair: ModulePair) -> str:
+    target = pair.target.name.rsplit(".", 1)[-1]
+    if not pair.branches:
+        return f"{target} <- nothing"
+    sources = (f"{branch.source_module.rsplit('.', 1)[-1]}({'+'.join(branch.roles)})" for branch in pair.branches)
+    return f"{target} <- {' & '.join(sources)}"
+
+
+def _branches(target: LinearSlot, sources: list[LinearSlot]) -> tuple[Branch, ...]:
+    for source in sources:
+        if source.roles == target.roles:
+            return (Branch(source.name, target.roles, slice(0, source.d_out), slice(0, target.d_out)),)
+    branches = []
+    for role, target_rows in target.rows.items():
+        found = _find_role(role, sources)
+        if found is not None:
+            source, source_role = found
+            branches.append(Branch(source.name, (role,), source.rows[source_role], target_rows))
+    return tuple(branches)
+
+
+def _find_role(role: Role, sources: list[LinearSlot]) -> tuple[LinearSlot, Role] | None:
+    for wanted in (role, STAND_INS.get(role, role)):
+        for source in sources:
+            if wanted in source.rows:
+                return source, wanted
+    return None

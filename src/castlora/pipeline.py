@@ -1,0 +1,255 @@
+"""The transfer, from an adapter for one base model to an adapter for another."""
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from castlora.adapters import LowRank, write_portable
+from castlora.card import write_card
+from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
+from castlora.distill import HeldOut, Student, measure_held_out, shared_mass
+from castlora.manifest import (
+    MANIFEST_FILE,
+    command_line,
+    describe_inputs,
+    describe_pairing,
+    describe_recipe,
+    peak_memory_bytes,
+    versions,
+)
+from castlora.pairing import Pairing, describe
+from castlora.positions import AlignedPassage, collate
+from castlora.report import Distillation, Report, SitePair, write_report
+from castlora.report import Pairing as ReportPairing
+from castlora.run_directory import RunDirectory, check_output, open_run, write_whole
+from castlora.stages import (
+    Models,
+    Plan,
+    TextSource,
+    align_text,
+    answer_prompts,
+    draw_text,
+    load_models,
+    plan_transfer,
+    start_student,
+    train_student,
+)
+from castlora.starts import student_factors
+from castlora.text import Passage
+from castlora.verification import check_written, live_logits
+
+logger = logging.getLogger("castlora")
+
+PASSAGES_FILE = "passages.json"
+REPORT_FILE = "report.html"
+_CHECKED_PASSAGES = 4
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    """What a transfer left behind."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    log: list[dict[str, float]]
+    pairing: Pairing
+
+
+def transfer(
+    adapter: str,
+    target: str,
+    out: str,
+    source: str | None = None,
+    text: str | None = None,
+    prompt_format: str | None = None,
+    prompts: str | None = None,
+    recipe: RecipeName = "default",
+    start: Start | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    rank: int | None = None,
+    tuning: Tuning | None = None,
+) -> TransferResult:
+    """Moves an adapter to another base model and writes a standard PEFT LoRA.
+
+    Called again with the same arguments after an interruption, it continues where it was.
+
+    Args:
+        adapter: folder or hub id of a PEFT LoRA
+        target: folder or hub id of the new base model
+        out: folder to write; it must not hold anything else
+        source: base model of the adapter, if not the one that its configuration names
+        text: general text, a .txt or .jsonl file (may be gzipped) or a hub data set; by default allenai/c4
+        prompt_format: the adapter's prompt format with a `{text}` slot, filled from the general text
+        prompts: file of unlabelled prompts of the task, instead of general text
+        recipe: `default`, the best that has been measured, or `paper`
+        start: `paper`, `ridge` or `fresh`, instead of the recipe's
+        steps: optimizer steps, instead of the recipe's
+        batch_size: passages per step, instead of the recipe's
+        seed: of everything random; the same seed gives the same bytes on the same machine
+        rank: rank of the adapter to write; by default the smallest that holds the update
+        tuning: departures from the recipe's other numbers
+
+    Returns:
+        the folder, the manifest and the training log
+
+    Raises:
+        UserError: bad input; nothing has been written.
+        RuntimeError: the written adapter does not compute what was trained.
+    """
+    tuning = tuning or Tuning()
+    request = {
+        "adapter": adapter, "target": target, "source": source, "text": text, "prompt_format": prompt_format,
+        "prompts": prompts, "recipe": recipe, "start": start, "steps": steps, "batch_size": batch_size,
+        "seed": seed, "rank": rank, "tuning": asdict(tuning),
+    }  # fmt: skip
+    resolved = resolve_recipe(recipe, start, steps, batch_size, tuning)
+    check_output(out, request)
+    started = time.monotonic()
+    set_seed(seed)
+    plan = plan_transfer(adapter, target, source)
+    output_rank = plan.rank(resolved, rank)
+    logger.info(describe(plan.pairing))
+    text_source = TextSource(text, prompt_format, prompts)
+    models = load_models(plan)
+    passages = draw_text(models, text_source, resolved, seed)
+    logger.info("Text: %s, %d passages", text_source.regime, len(passages))
+
+    run = open_run(out, request, _needed_bytes(plan, resolved))
+    training, held_out = align_text(models, _answered(run, models, passages, resolved, seed), resolved)
+    masses = _report_shared_mass(models, held_out)
+    student = start_student(models, plan, resolved, training, output_rank, seed)
+    before = measure_held_out(models.teacher, student, held_out, models.shared, resolved)
+    log = train_student(models, student, training, resolved, seed, run.checkpoints, run.last_checkpoint())
+    after = measure_held_out(models.teacher, student, held_out, models.shared, resolved)
+    logger.info("Held-out KL to source + LoRA: %.4f before, %.4f after (nats per position)", before.kl, after.kl)
+
+    manifest = {
+        **describe_inputs(plan, models, text_source),
+        "castlora_version": versions()["castlora"],
+        "rank": output_rank,
+        "pairing": describe_pairing(plan.pairing),
+        "recipe": describe_recipe(resolved, recipe),
+        "seed": seed,
+        "versions": versions(),
+        "passages": {"training": len(training), "held_out": len(held_out)},
+        "shared_vocabulary": masses,
+        "losses": _losses(before, after),
+        "command": command_line({**request, "out": out}),
+    }
+    manifest["logit_difference"] = _write_adapter(run, plan, student, output_rank, held_out)
+    manifest["seconds"] = round(time.monotonic() - started, 1)
+    manifest["peak_memory_bytes"] = peak_memory_bytes()
+    _write_record(run, manifest, log, plan.pairing)
+    run.publish()
+    logger.info("Wrote %s", out)
+    return TransferResult(Path(out), manifest, log, plan.pairing)
+
+
+def report_pairing(pairing: Pairing) -> ReportPairing:
+    """The pairing as the report shows it: a row per target module and a layer-by-layer matrix."""
+    sites = []
+    for pair in pairing.pairs:
+        label = _site_label(pair.target.name)
+        sources = " + ".join(_site_label(branch.source_module) for branch in pair.branches)
+        sites.append(SitePair(label, sources or None))
+    source_layers = 1 + max(pairing.layer_map)
+    matrix = [[1.0 if layer == source else 0.0 for layer in range(source_layers)] for source in pairing.layer_map]
+    return ReportPairing(sites, matrix, measure="paired")
+
+
+def report_distillation(log: Iterable[Mapping[str, float]], losses: Mapping[str, float]) -> Distillation:
+    """The training log as the report shows it."""
+    entries = list(log)
+    loss = [(int(entry["step"]), entry["loss"]) for entry in entries]
+    parts = {name for entry in entries for name in entry} & {"kl", "mse", "chunk"}
+    components = {name: [(int(entry["step"]), entry[name]) for entry in entries] for name in sorted(parts)}
+    return Distillation(
+        loss,
+        components if len(components) > 1 else {},
+        held_out_before=losses["held_out_before"],
+        held_out_after=losses["held_out_after"],
+        agreement_before=losses["agreement_before"],
+        agreement_after=losses["agreement_after"],
+    )
+
+
+def _answered(run: RunDirectory, models: Models, passages: list[Passage], recipe: Recipe, seed: int) -> list[Passage]:
+    """Passages with answers; written once, so that a resumed run does not write them again."""
+    path = run.state / PASSAGES_FILE
+    if path.exists():
+        return [Passage(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    answered = answer_prompts(models, passages, recipe, seed)
+    write_whole(path, json.dumps([asdict(passage) for passage in answered]))
+    return answered
+
+
+def _report_shared_mass(models: Models, held_out: list[AlignedPassage]) -> dict[str, float]:
+    """How much of both models' probability lies on tokens that both vocabularies spell alike."""
+    with models.teacher.disable_adapter():
+        source_mass = shared_mass(models.teacher, held_out, "source", models.shared.source_ids)
+    target_mass = shared_mass(models.target, held_out, "target", models.shared.target_ids)
+    tokens = len(models.shared.source_ids)
+    logger.info(
+        "Shared vocabulary: %d of %d source and %d target tokens, carrying %.1f %% of the source's and %.1f %% of the "
+        "target's probability", tokens, len(models.source_bytes.spellings), len(models.target_bytes.spellings),
+        100 * source_mass, 100 * target_mass,
+    )  # fmt: skip
+    return {"tokens": tokens, "source_mass": source_mass, "target_mass": target_mass}
+
+
+def _write_adapter(run: RunDirectory, plan: Plan, student: Student, rank: int, held_out: list[AlignedPassage]) -> float:
+    factors: dict[str, LowRank] = student_factors(student.model, plan.target_modules)
+    write_portable(run.finished, factors, plan.target_slots, rank, plan.target, None)
+    batch = collate(held_out[:_CHECKED_PASSAGES])
+    ids, mask = batch["target_ids"], batch["target_mask"]
+    device = next(student.parameters()).device
+    live = live_logits(student.model, ids.to(device), mask.to(device)).cpu()
+    return check_written(run.finished, plan.target, None, ids, mask, live)
+
+
+def _write_record(run: RunDirectory, manifest: dict[str, Any], log: list[dict[str, float]], pairing: Pairing) -> None:
+    write_whole(run.finished / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
+    write_card(run.finished, manifest)
+    report = Report(
+        title=f"{manifest['adapter']['name']} → {manifest['target']['name']}",
+        facts={"source": manifest["source"]["name"], "target": manifest["target"]["name"]},
+        distillation=report_distillation(log, manifest["losses"]),
+        pairing=report_pairing(pairing),
+        manifest=manifest,
+        command=manifest["command"],
+        files=sorted([*(path.name for path in run.finished.iterdir()), REPORT_FILE]),
+    )
+    write_report(report, run.finished / REPORT_FILE)
+
+
+def _losses(before: HeldOut, after: HeldOut) -> dict[str, float]:
+    return {
+        f"{name}_{when}": value
+        for when, held_out in (("before", before), ("after", after))
+        for name, value in (("held_out", held_out.loss), ("kl", held_out.kl), ("agreement", held_out.agreement))
+    }
+
+
+def _needed_bytes(plan: Plan, recipe: Recipe) -> int:
+    """Disk for two checkpoints: each trained number in fp32 and its two optimizer moments."""
+    trained = 0
+    for pair in plan.pairing.mapped:
+        for branch in pair.branches:
+            a, b = plan.factors[branch.source_module].a, plan.factors[branch.source_module].b
+            if recipe.start == "fresh":
+                trained += a.shape[0] * (pair.target.d_in + pair.target.d_out)
+            else:
+                trained += a.shape[1] * pair.target.d_in + b.shape[0] * pair.target.d_out
+    return 2 * 3 * 4 * trained + (16 << 20)
+
+
+def _site_label(module_name: str) -> str:
+    return module_name.removeprefix("model.").removeprefix("transformer.")

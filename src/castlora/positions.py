@@ -1,0 +1,130 @@
+"""Aligned positions: passages as token ids of both models with the places where they can be compared."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+from castlora.text import Passage
+from castlora.tokens import ByteTokenizer, EncodedText, aligned_positions
+
+_ENCODE_BATCH = 512
+
+
+@dataclass(frozen=True)
+class AlignedPassage:
+    """One passage in both tokenizers."""
+
+    source_ids: list[int]
+    target_ids: list[int]
+    source_positions: list[int]
+    """Positions in `source_ids` where both models have read the same bytes."""
+    target_positions: list[int]
+    """The same places in `target_ids`."""
+    weights: list[float]
+    """How much the next-token prediction at each place counts."""
+
+
+class PassageDataset(Dataset[AlignedPassage]):
+    """Passages in the form that torch and transformers read."""
+
+    def __init__(self, passages: Sequence[AlignedPassage]) -> None:
+        self.passages = passages
+
+    def __len__(self) -> int:
+        """Number of passages."""
+        return len(self.passages)
+
+    def __getitem__(self, index: int) -> AlignedPassage:
+        """The passage at a place."""
+        return self.passages[index]
+
+
+Batch = dict[str, Tensor]
+"""`source_ids`, `source_mask`, `target_ids`, `target_mask`: (batch, tokens); `source_positions`,
+`target_positions`, `weights`: (batch, aligned), weight 0 where padded."""
+
+
+def align_passages(
+    passages: Iterable[Passage],
+    source: ByteTokenizer,
+    target: ByteTokenizer,
+    max_length: int,
+    context_weight: float,
+) -> Iterator[AlignedPassage]:
+    """Encodes passages with both tokenizers and finds their aligned positions.
+
+    Tokens beyond `max_length` are cut off. A passage left without a position that counts is dropped.
+
+    Args:
+        passages: the text
+        source: tokenizer of the source model
+        target: tokenizer of the target model
+        max_length: tokens kept per passage, in either tokenizer
+        context_weight: weight of positions before the answer begins
+    """
+    for group in _groups(passages):
+        texts = [passage.text for passage in group]
+        encoded = zip(group, source.encode_batch(texts), target.encode_batch(texts), strict=True)
+        for passage, in_source, in_target in encoded:
+            aligned = _align(passage, in_source, in_target, max_length, context_weight)
+            if sum(aligned.weights) > 0:
+                yield aligned
+
+
+def _groups(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
+    """Groups of passages that are encoded together."""
+    remaining = iter(passages)
+    while group := list(islice(remaining, _ENCODE_BATCH)):
+        yield group
+
+
+def batches(passages: Sequence[AlignedPassage], batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """Padded batches in the given order, on the device."""
+    for batch in DataLoader(PassageDataset(passages), batch_size, collate_fn=collate):
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def collate(examples: Sequence[AlignedPassage]) -> Batch:
+    """Pads passages on the right into one batch."""
+
+    def padded(rows: list[list[int]] | list[list[float]], dtype: torch.dtype) -> Tensor:
+        return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
+
+    def mask(rows: list[list[int]]) -> Tensor:
+        return pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+
+    return {
+        "source_ids": padded([example.source_ids for example in examples], torch.long),
+        "source_mask": mask([example.source_ids for example in examples]),
+        "target_ids": padded([example.target_ids for example in examples], torch.long),
+        "target_mask": mask([example.target_ids for example in examples]),
+        "source_positions": padded([example.source_positions for example in examples], torch.long),
+        "target_positions": padded([example.target_positions for example in examples], torch.long),
+        "weights": padded([example.weights for example in examples], torch.float32),
+    }
+
+
+def bytes_per_token(passages: Sequence[Passage], tokenizer: ByteTokenizer) -> float:
+    """Mean UTF-8 bytes that a token of this tokenizer covers."""
+    encoded = tokenizer.encode_batch([passage.text for passage in passages])
+    return sum(len(passage.text.encode()) for passage in passages) / sum(len(text.ids) for text in encoded)
+
+
+def _align(
+    passage: Passage, source: EncodedText, target: EncodedText, max_length: int, context_weight: float
+) -> AlignedPassage:
+    source_ids, target_ids = source.ids[:max_length], target.ids[:max_length]
+    in_source, in_target = aligned_positions(source.ends[:max_length], target.ends[:max_length])
+    is_answer = source.ends[in_source] >= passage.answer_start
+    return AlignedPassage(
+        source_ids.tolist(),
+        target_ids.tolist(),
+        in_source.tolist(),
+        in_target.tolist(),
+        [1.0 if answer else context_weight for answer in is_answer.tolist()],
+    )

@@ -1,0 +1,34 @@
+"""The report of a transfer: one HTML file that needs neither a network nor scripts."""
+
+from castlora.lift import Lift
+from castlora.report.contents import (
+    BARE_TARGET,
+    RETRAINED,
+    SOURCE_LORA,
+    TRANSFERRED,
+    Distillation,
+    Pairing,
+    Report,
+    Sample,
+    Score,
+    SitePair,
+    Skill,
+)
+from castlora.report.page import render_report, write_report
+
+__all__ = [
+    "BARE_TARGET",
+    "RETRAINED",
+    "SOURCE_LORA",
+    "TRANSFERRED",
+    "Distillation",
+    "Lift",
+    "Pairing",
+    "Report",
+    "Sample",
+    "Score",
+    "SitePair",
+    "Skill",
+    "render_report",
+    "write_report",
+]

@@ -1,0 +1,149 @@
+"""What a report shows, as plain data."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from castlora.lift import Lift
+from castlora.report.figures import Series
+
+BARE_TARGET = "bare target"
+SOURCE_LORA = "source + LoRA"
+TRANSFERRED = "transferred"
+RETRAINED = "retrained"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one model reaches on a skill.
+
+    Attributes:
+        value: Score as a fraction, e.g. accuracy; None when it was not measured.
+        interval: Its 95 % interval.
+        nll: Mean negative log-likelihood of the right answer, in nats.
+    """
+
+    value: float | None
+    interval: tuple[float, float] | None = None
+    nll: float | None = None
+
+
+@dataclass(frozen=True)
+class Skill:
+    """The scores of one task.
+
+    Attributes:
+        name: Name of the task.
+        scores: Scores by model: BARE_TARGET, SOURCE_LORA, TRANSFERRED, RETRAINED as far as measured, then any controls.
+        lift: How much of a retrained adapter's gain arrived; None without a retrained adapter.
+        metric: What the score is.
+        examples: Number of test examples.
+    """
+
+    name: str
+    scores: Mapping[str, Score]
+    lift: Lift | None = None
+    metric: str = "accuracy"
+    examples: int | None = None
+
+    @property
+    def countable_lift(self) -> Lift | None:
+        """The lift, unless retraining gains too little to measure it by."""
+        return self.lift if self.lift and self.lift.countable else None
+
+    def value(self, model: str) -> float | None:
+        """Returns a model's score, or None when it was not measured."""
+        return self.scores[model].value if model in self.scores else None
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How training went.
+
+    Attributes:
+        loss: (step, loss) in order of steps.
+        components: Parts of the loss by name, e.g. "KL" and "hidden MSE", each in the form of `loss`.
+        held_out_before: Loss on held-out text of the start.
+        held_out_after: Loss on held-out text of the result.
+        agreement_before: Share of held-out positions where the bare target's next token is the teacher's.
+        agreement_after: The same share for the result.
+    """
+
+    loss: Series = ()
+    components: Mapping[str, Series] = field(default_factory=dict)
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+    agreement_before: float | None = None
+    agreement_after: float | None = None
+
+
+@dataclass(frozen=True)
+class SitePair:
+    """The source site that speaks for a target site.
+
+    Attributes:
+        target: Label such as "layer 3 q".
+        source: Label of its partner; None when it has none and stays without update.
+        score: Similarity of the two, when the pairing was measured.
+    """
+
+    target: str
+    source: str | None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which source sites speak for which target sites.
+
+    Attributes:
+        sites: One entry per target site.
+        matrix: Weights or similarities, target layers × source layers; empty for none.
+        measure: What the matrix holds, e.g. "CKA".
+    """
+
+    sites: Sequence[SitePair]
+    matrix: Sequence[Sequence[float | None]] = ()
+    measure: str = "weight"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the models write after one prompt.
+
+    Attributes:
+        prompt: The prompt.
+        outputs: Generated text by model.
+        expected: The right answer, where there is one.
+    """
+
+    prompt: str
+    outputs: Mapping[str, str]
+    expected: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything the report shows; sections without data are left out.
+
+    Attributes:
+        title: What was transferred, in a few words.
+        facts: Short facts shown under the verdict, e.g. {"target": "org/model"}.
+        skills: Scores by task; empty for a transfer without a task.
+        distillation: How training went; None for a transfer in closed form.
+        pairing: Which source sites speak for which target sites.
+        samples: Generated text side by side.
+        manifest: Full record of the run, JSON-like.
+        command: Command line that reproduces the run.
+        files: Names of the files written.
+    """
+
+    title: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+    skills: Sequence[Skill] = ()
+    distillation: Distillation | None = None
+    pairing: Pairing | None = None
+    samples: Sequence[Sample] = ()
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+    files: Sequence[str] = ()

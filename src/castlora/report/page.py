@@ -1,0 +1,82 @@
+"""The report as one HTML file."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from castlora.formatting import MISSING, number, percent, percent_interval, printable, score, score_interval
+from castlora.report import figures
+from castlora.report.contents import Distillation, Report
+from castlora.report.verdict import verdict
+from castlora.report.views import sample_view, skill_view
+
+_OPEN_SAMPLES = 8
+_LOSS_HEIGHT = 220
+
+
+def render_report(report: Report) -> str:
+    """Renders the report as one HTML page without scripts or outside requests.
+
+    Every string of the report is taken as hostile: it is escaped, and control characters are made visible.
+    """
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            report=report,
+            verdict=verdict(report),
+            skills=[skill_view(skill) for skill in report.skills],
+            samples=[sample_view(sample) for sample in report.samples],
+            open_samples=_OPEN_SAMPLES,
+            run=report.distillation,
+            measured=_measured(report.distillation),
+            loss=_loss_figure(report.distillation),
+            loss_height=_LOSS_HEIGHT,
+            heat=figures.heat_rows(report.pairing.matrix) if report.pairing else [],
+            manifest=json.dumps(report.manifest, indent=2, ensure_ascii=False, default=str),
+        )
+    )
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Writes the rendered report as UTF-8."""
+    path.write_text(render_report(report), encoding="utf-8", newline="\n")
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("castlora.report", "assets"),
+        autoescape=True,
+        finalize=_printable,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "score": score, "score_interval": score_interval}
+    environment.filters |= {"percent": percent, "percent_interval": percent_interval}
+    return environment
+
+
+def _loss_figure(run: Distillation | None) -> figures.LossFigure | None:
+    if run is None:
+        return None
+    ends = run.held_out_before, run.held_out_after
+    return figures.loss_figure({"loss": run.loss, **run.components}, ends, _LOSS_HEIGHT)
+
+
+def _measured(run: Distillation | None) -> list[tuple[str, str, str]]:
+    if run is None:
+        return []
+    rows = [
+        ("loss", number(run.held_out_before), number(run.held_out_after)),
+        ("next token as the teacher's", percent(run.agreement_before), percent(run.agreement_after)),
+    ]
+    return [row for row in rows if row[1:] != (MISSING, MISSING)]
+
+
+def _printable(value: object) -> object:
+    return value if isinstance(value, Markup) else printable(str(value))

@@ -1,0 +1,284 @@
+"""The stages of a transfer, each from plain inputs to plain results; `pipeline` strings them together."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    ProgressCallback,
+    TrainingArguments,
+)
+
+from castlora.adapters import AdapterFiles, LowRank, open_adapter, portable_rank, read_factors
+from castlora.answers import write_answers
+from castlora.config import Recipe
+from castlora.distill import DistillationTrainer, LossProgress, SharedVocabulary, Student
+from castlora.errors import UserError
+from castlora.models import LinearSlot, best_device, linear_slots, load_config, load_model, skeleton
+from castlora.pairing import Pairing, branch_ranks, pair_modules
+from castlora.positions import AlignedPassage, align_passages, bytes_per_token
+from castlora.starts import attach_lora, collect_moments, paper_maps, parametrize_by_maps, ridge_maps
+from castlora.text import HUB_DEFAULT, Passage, cut_passages, fill_prompt_format, read_documents, read_prompts
+from castlora.tokens import ByteTokenizer
+
+HELD_OUT_PASSAGES = 64
+_SAMPLE_FOR_LENGTH = 64
+_STATISTICS_PASSAGES = 1024
+_ANSWER_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known from configurations and the adapter alone, before any model is loaded."""
+
+    adapter: AdapterFiles
+    source: str
+    source_revision: str | None
+    target: str
+    source_config: PreTrainedConfig
+    target_config: PreTrainedConfig
+    factors: dict[str, LowRank]
+    source_slots: dict[str, LinearSlot]
+    target_slots: dict[str, LinearSlot]
+    pairing: Pairing
+
+    @property
+    def exact_rank(self) -> int:
+        """Rank that holds every folded update: a fused target module adds the ranks of its branches."""
+        ranks = {name: factors.rank for name, factors in self.factors.items()}
+        return max(branch_ranks(pair, ranks) for pair in self.pairing.mapped)
+
+    @property
+    def target_modules(self) -> list[str]:
+        """Target modules that receive an update."""
+        return [pair.target.name for pair in self.pairing.mapped]
+
+    def rank(self, recipe: Recipe, wanted: int | None) -> int:
+        """Rank of the adapter to write.
+
+        Raises:
+            UserError: the wanted rank cannot hold the folded updates.
+        """
+        fresh_rank = max(factors.rank for factors in self.factors.values())
+        needed = fresh_rank if recipe.start == "fresh" else self.exact_rank
+        if wanted is None:
+            return portable_rank(needed)
+        if recipe.start != "fresh" and wanted < needed:
+            raise UserError(f"--rank {wanted} cannot hold the folded update of rank {needed}; give {needed} or more.")
+        if portable_rank(wanted) != wanted:
+            raise UserError(f"--rank {wanted} is not a rank that serving engines accept; give {portable_rank(wanted)}.")
+        return wanted
+
+
+@dataclass(frozen=True)
+class Models:
+    """Both models in memory. The source carries the adapter; the target is bare until a student is made of it."""
+
+    source: PreTrainedModel
+    """The base model inside the teacher; the teacher's adapter acts in it unless it is disabled."""
+    teacher: PeftModel
+    target: PreTrainedModel
+    source_tokenizer: PreTrainedTokenizerFast
+    target_tokenizer: PreTrainedTokenizerFast
+    source_bytes: ByteTokenizer
+    target_bytes: ByteTokenizer
+    shared: SharedVocabulary
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where the text comes from, as the user named it."""
+
+    text: str | None = None
+    prompt_format: str | None = None
+    prompts: str | None = None
+
+    @property
+    def regime(self) -> str:
+        """What is known about the task: nothing, the format of its prompts, or prompts themselves."""
+        if self.prompts is not None:
+            return "unlabelled prompts"
+        return "prompt format" if self.prompt_format is not None else "general text"
+
+
+def plan_transfer(adapter: str, target: str, source: str | None) -> Plan:
+    """Reads the adapter and both configurations, and pairs the modules.
+
+    Raises:
+        UserError: something is missing, damaged or does not fit.
+    """
+    files = open_adapter(adapter)
+    source_name = source or files.base_model
+    if not source_name:
+        raise UserError(f"Adapter {adapter!r} names no base model; name it with --source.")
+    revision = None if source else files.config.revision
+    source_config, target_config = load_config(source_name, revision), load_config(target)
+    factors = read_factors(files, source_config)
+    source_slots = linear_slots(skeleton(source_config), source_config)
+    target_slots = linear_slots(skeleton(target_config), target_config)
+    if not target_slots:
+        raise UserError(
+            f"Target {target!r}: no linear module has a name that castlora knows; add its names to "
+            "castlora.models.MODULE_ROLES."
+        )
+    pairing = pair_modules(source_slots, target_slots, factors)
+    return Plan(
+        files, source_name, revision, target, source_config, target_config, factors, source_slots, target_slots, pairing
+    )
+
+
+def load_models(plan: Plan) -> Models:
+    """Loads both models and applies the adapter to the source."""
+    device = best_device()
+    source, source_tokenizer = load_model(plan.source, plan.source_revision, device)
+    target, target_tokenizer = load_model(plan.target, None, device)
+    teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
+    source_bytes = ByteTokenizer.from_tokenizer(source_tokenizer)
+    target_bytes = ByteTokenizer.from_tokenizer(target_tokenizer)
+    shared = SharedVocabulary.of(source_bytes, target_bytes)
+    return Models(source, teacher, target, source_tokenizer, target_tokenizer, source_bytes, target_bytes, shared)
+
+
+def draw_text(models: Models, text: TextSource, recipe: Recipe, seed: int) -> list[Passage]:
+    """The passages of a run: plain text, or prompts that are still without an answer.
+
+    Raises:
+        UserError: the text cannot be read or is too little.
+    """
+    count = recipe.passages + HELD_OUT_PASSAGES
+    if text.prompts is not None:
+        prompts = read_prompts(text.prompts, count, seed)
+        passages = [Passage(prompt, len(prompt.encode())) for prompt in prompts]
+    elif text.prompt_format is not None:
+        prompts = fill_prompt_format(read_documents(text.text or HUB_DEFAULT), text.prompt_format, count, seed)
+        passages = [Passage(prompt, len(prompt.encode())) for prompt in prompts]
+    else:
+        max_bytes = _passage_bytes(models, text.text or HUB_DEFAULT, recipe.max_length)
+        passages = cut_passages(read_documents(text.text or HUB_DEFAULT), count, max_bytes, seed)
+    if len(passages) < 2:
+        raise UserError(f"The text yields {len(passages)} passages, at least 2 are needed; give more text.")
+    return passages
+
+
+def answer_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe, seed: int) -> list[Passage]:
+    """Prompts with the answers that source + LoRA writes, in shuffled order; plain text as it is."""
+    prompts = [passage.text for passage in passages if passage.answer_start]
+    if not prompts or not recipe.write_answers:
+        return list(passages)
+    answered = write_answers(
+        models.teacher,
+        models.source_tokenizer,
+        prompts,
+        max_new_tokens=recipe.answer_tokens,
+        max_prompt_tokens=recipe.max_length,
+        batch_size=_ANSWER_BATCH,
+        seed=seed,
+    )
+    shuffled = list(answered)
+    random.Random(seed).shuffle(shuffled)
+    return shuffled
+
+
+def align_text(
+    models: Models, passages: Sequence[Passage], recipe: Recipe
+) -> tuple[list[AlignedPassage], list[AlignedPassage]]:
+    """Passages in both tokenizers, split into training and held-out ones.
+
+    Raises:
+        UserError: too little text has aligned positions.
+    """
+    aligned = list(
+        align_passages(passages, models.source_bytes, models.target_bytes, recipe.max_length, recipe.context_weight)
+    )
+    held_out = min(HELD_OUT_PASSAGES, len(aligned) // 5)
+    if len(aligned) < 2:
+        raise UserError("Too little of the text has positions where both tokenizers agree; give longer text.")
+    held_out = max(1, held_out)
+    return aligned[:-held_out], aligned[-held_out:]
+
+
+def start_student(
+    models: Models, plan: Plan, recipe: Recipe, training: Sequence[AlignedPassage], rank: int, seed: int
+) -> Student:
+    """The target with the LoRA that training starts from.
+
+    A `fresh` start adapts the same types of modules in every layer; maps adapt the paired modules.
+    """
+    torch.manual_seed(seed)
+    maps = None
+    if recipe.start == "paper":
+        maps = paper_maps(plan.pairing, plan.factors, seed)
+    elif recipe.start == "ridge":
+        with models.teacher.disable_adapter():
+            moments = collect_moments(models.source, models.target, plan.pairing, training[:_STATISTICS_PASSAGES])
+        maps = ridge_maps(moments, plan.pairing, recipe.ridge)
+    peft_model = attach_lora(models.target, plan.target_modules, rank)
+    if maps is not None:
+        parametrize_by_maps(peft_model, plan.pairing, plan.factors, maps)
+    with_head = recipe.mse_weight > 0
+    widths = models.target.config.hidden_size, models.teacher.config.hidden_size
+    return Student(peft_model, *widths, with_head=with_head)
+
+
+def train_student(
+    models: Models,
+    student: Student,
+    training: Sequence[AlignedPassage],
+    recipe: Recipe,
+    seed: int,
+    state_folder: Path,
+    checkpoint: str | None = None,
+    quiet: bool = False,
+) -> list[dict[str, float]]:
+    """Trains to the last step, from the checkpoint if one is given.
+
+    Returns:
+        the log: `step`, `loss` and the parts of the loss, averaged since the entry before
+    """
+    arguments = TrainingArguments(
+        output_dir=str(state_folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        logging_steps=max(1, recipe.steps // 50),
+        save_strategy="no" if quiet else "steps",
+        save_steps=max(1, recipe.steps // 10),
+        save_total_limit=2,
+        seed=seed,
+        report_to="none",
+        disable_tqdm=quiet,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    examples = reading_order(training, recipe.steps * recipe.batch_size, seed)
+    trainer = DistillationTrainer(models.teacher, student, examples, models.shared, recipe, arguments)
+    trainer.remove_callback(PrinterCallback if quiet else ProgressCallback)
+    if not quiet:
+        trainer.add_callback(LossProgress())
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def reading_order(training: Sequence[AlignedPassage], count: int, seed: int) -> list[AlignedPassage]:
+    """`count` passages: the training set in a new random order each time it is read through.
+
+    Laid out in advance, so that a resumed run sees what it would have seen.
+    """
+    generator = random.Random(seed)
+    order: list[AlignedPassage] = []
+    while len(order) < count:
+        order += generator.sample(training, len(training))
+    return order[:count]
+
+
+def _passage_bytes(models: Models, text: str, max_length: int) -> int:
+    """Bytes of text that fill `max_length` tokens of the tokenizer that needs more of them."""
+    sample = cut_passages(read_documents(text), _SAMPLE_FOR_LENGTH, 4 * max_length, seed=0)
+    densest = min(bytes_per_token(sample, tokenizer) for tokenizer in (models.source_bytes, models.target_bytes))
+    return max(16, int(densest * (max_length - 2)))

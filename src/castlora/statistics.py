@@ -1,0 +1,76 @@
+"""Additive second moments of paired activations, from which the maps are solved."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Sums over positions of two activations x (regressor) and y (response), in fp64.
+
+    Sums of several shards are added with `merge`, so any engine can compute them in parts.
+    """
+
+    count: Tensor
+    """Number of positions, shape ()."""
+    sum_x: Tensor
+    """Shape (d_x,)."""
+    sum_y: Tensor
+    """Shape (d_y,)."""
+    xx: Tensor
+    """Σ x xᵀ, shape (d_x, d_x)."""
+    yx: Tensor
+    """Σ y xᵀ, shape (d_y, d_x)."""
+
+    @classmethod
+    def zeros(cls, d_x: int, d_y: int) -> "Moments":
+        """The moments of no positions."""
+        shapes = ((), (d_x,), (d_y,), (d_x, d_x), (d_y, d_x))
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Adds positions: x (n, d_x) and y (n, d_y). Products in fp32, sums in fp64."""
+        x, y = x.detach().float(), y.detach().float()
+        self.count += len(x)
+        self.sum_x += x.sum(0).double().cpu()
+        self.sum_y += y.sum(0).double().cpu()
+        self.xx += (x.T @ x).double().cpu()
+        self.yx += (y.T @ x).double().cpu()
+
+    def merge(self, other: "Moments") -> "Moments":
+        """The moments of both sets of positions together."""
+        return Moments(*(mine + theirs for mine, theirs in zip(self._tensors(), other._tensors(), strict=True)))
+
+    def covariances(self) -> tuple[Tensor, Tensor]:
+        """Centred moments per position: cov(x, x) (d_x, d_x) and cov(y, x) (d_y, d_x)."""
+        mean_x, mean_y = self.sum_x / self.count, self.sum_y / self.count
+        return (
+            self.xx / self.count - torch.outer(mean_x, mean_x),
+            self.yx / self.count - torch.outer(mean_y, mean_x),
+        )
+
+    def raw(self) -> tuple[Tensor, Tensor]:
+        """Uncentred moments per position: E[x xᵀ] (d_x, d_x) and E[y xᵀ] (d_y, d_x)."""
+        return self.xx / self.count, self.yx / self.count
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.count, self.sum_x, self.sum_y, self.xx, self.yx
+
+
+def save_moments(moments: dict[str, Moments], path: Path) -> None:
+    """Writes named moments to one safetensors file."""
+    tensors = {f"{name}/{field}": value for name, m in moments.items() for field, value in vars(m).items()}
+    save_file(tensors, path)
+
+
+def load_moments(path: Path) -> dict[str, Moments]:
+    """Reads what `save_moments` wrote."""
+    fields: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(path).items():
+        name, field = key.rsplit("/", 1)
+        fields.setdefault(name, {})[field] = value
+    return {name: Moments(**values) for name, values in fields.items()}

@@ -1,0 +1,174 @@
+"""Text that a transfer learns from: corpora, prompt formats, prompts and written answers."""
+
+import gzip
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from datasets import load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from castlora.errors import UserError
+
+HUB_DEFAULT = "allenai/c4"
+SLOT = "{text}"
+_HUB_CONFIGS = {"allenai/c4": "en"}
+_TEXT_FIELDS = ("text", "content", "prompt")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of text, and where in it an answer begins."""
+
+    text: str
+    answer_start: int = 0
+    """Bytes before the answer; 0 for plain text, all of which counts."""
+
+
+def read_documents(path_or_id: str) -> Iterator[str]:
+    """Documents of a local file (.txt, .jsonl, either gzipped) or a streamed hub data set.
+
+    A plain text file is one document per blank-line-separated paragraph; a JSON-lines file needs
+    a `text` field.
+
+    Raises:
+        UserError: the source cannot be read or holds no text.
+    """
+    if Path(path_or_id).exists():
+        documents = _read_file(Path(path_or_id))
+    elif path_or_id.count("/") == 1 and not path_or_id.endswith((".txt", ".jsonl", ".gz")):
+        documents = _stream_hub(path_or_id)
+    else:
+        raise UserError(f"--text {path_or_id!r} does not exist; give a .txt or .jsonl file, or a data set id.")
+    first = next(documents, None)
+    if first is None:
+        raise UserError(f"--text {path_or_id!r} holds no text; give a file with at least one paragraph.")
+    yield first
+    yield from documents
+
+
+def cut_passages(documents: Iterable[str], count: int, max_bytes: int, seed: int) -> list[Passage]:
+    """Up to `count` passages of running text of at most `max_bytes` bytes, in shuffled order."""
+    pieces = (piece for document in documents for piece in _pieces(document, max_bytes))
+    drawn = list(islice(pieces, count))
+    random.Random(seed).shuffle(drawn)
+    return [Passage(piece) for piece in drawn]
+
+
+def fill_prompt_format(documents: Iterable[str], prompt_format: str, count: int, seed: int) -> list[str]:
+    r"""Prompts in the adapter's own format, the slot filled from general text.
+
+    Args:
+        documents: general text
+        prompt_format: text with one `{text}` slot, for example `Question: {text}\nAnswer:`
+        count: how many prompts, at most one per sentence of the text
+        seed: of the shuffle
+
+    Raises:
+        UserError: the format has no slot.
+    """
+    if SLOT not in prompt_format:
+        raise UserError(f"--prompt-format has no {SLOT} slot; write for example 'Question: {SLOT}\\nAnswer:'.")
+    fillings = (sentence for document in documents for sentence in _sentences(document))
+    drawn = list(islice(fillings, count))
+    random.Random(seed).shuffle(drawn)
+    return [prompt_format.replace(SLOT, filling) for filling in drawn]
+
+
+def read_prompts(path: str, count: int, seed: int) -> list[str]:
+    """Unlabelled prompts: JSON lines with `prompt`, or one prompt per line of plain text.
+
+    Raises:
+        UserError: the file cannot be read or holds no prompt.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--prompts {path!r} is not a file; give JSON lines with a 'prompt' field, or plain lines.")
+    lines = list(_read_lines(Path(path)))
+    is_json = any(suffix in {".jsonl", ".json"} for suffix in Path(path).suffixes)
+    prompts = [_field(line, path, number, ("prompt",)) if is_json else line for number, line in enumerate(lines, 1)]
+    prompts = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
+    if not prompts:
+        raise UserError(f"--prompts {path!r} holds no prompt; give at least one line.")
+    random.Random(seed).shuffle(prompts)
+    return prompts[:count]
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    suffixes = path.suffixes
+    if ".jsonl" in suffixes or ".json" in suffixes:
+        for number, line in enumerate(_read_lines(path), 1):
+            text = _field(line, str(path), number, _TEXT_FIELDS)
+            if text.strip():
+                yield text
+        return
+    paragraph: list[str] = []
+    for line in _read_lines(path, keep_blank=True):
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield "\n".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield "\n".join(paragraph)
+
+
+def _read_lines(path: Path, keep_blank: bool = False) -> Iterator[str]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                if keep_blank or line.strip():
+                    yield line.rstrip("\r\n")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)!r} cannot be read as UTF-8 text ({error}); check the file.") from error
+
+
+def _field(line: str, path: str, number: int, names: tuple[str, ...]) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path!r} line {number} is not JSON ({error.msg}); write one object per line.") from error
+    for name in names:
+        if isinstance(record, dict) and isinstance(record.get(name), str):
+            return str(record[name])
+    raise UserError(f"{path!r} line {number} has no text field {names[0]!r}; write one object per line with it.")
+
+
+def _stream_hub(data_set: str) -> Iterator[str]:
+    try:
+        stream = load_dataset(data_set, _HUB_CONFIGS.get(data_set), split="train", streaming=True)
+        # Shards are read in a fixed order, so that the same seed draws the same text again.
+        for record in stream:
+            yield record["text"]
+    except (DatasetNotFoundError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--text {data_set!r} cannot be streamed from the hub ({type(error).__name__}); "
+            "give a local .txt or .jsonl file instead."
+        ) from error
+
+
+def _pieces(document: str, max_bytes: int) -> Iterator[str]:
+    """Consecutive pieces of a document, cut at spaces; a rest under a quarter of the length is dropped."""
+    start = 0
+    while start < len(document):
+        end = min(start + max_bytes, len(document))
+        while len(document[start:end].encode()) > max_bytes:
+            end -= 1 + (len(document[start:end].encode()) - max_bytes) // 4
+        if end < len(document):
+            space = document.rfind(" ", start + 1, end)
+            end = space if space > start else end
+        piece = document[start:end]
+        if len(piece.strip()) >= min(max_bytes // 4, len(document.strip())):
+            yield piece.strip()
+        start = end
+
+
+def _sentences(document: str) -> Iterator[str]:
+    """Sentences of 4 to 60 words, on one line."""
+    for sentence in document.replace("\n", " ").replace("? ", "?\n").replace(". ", ".\n").split("\n"):
+        words = sentence.split()
+        if 4 <= len(words) <= 60:
+            yield " ".join(words)

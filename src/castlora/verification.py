@@ -1,0 +1,82 @@
+"""Proof that what was written is what was trained: a fresh process loads it and its logits are compared."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from castlora.adapters import WEIGHTS_FILE
+from castlora.errors import UserError
+from castlora.models import best_device, load_model
+
+TOLERANCE = 1e-4
+"""Largest accepted difference of logits, relative to the largest logit."""
+
+
+@torch.no_grad()
+def live_logits(student: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the model in memory, shape (batch, tokens, vocabulary), zero where padded."""
+    logits: Tensor = student(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return logits * mask.unsqueeze(-1)
+
+
+def check_written(adapter: Path, target: str, revision: str | None, ids: Tensor, mask: Tensor, live: Tensor) -> float:
+    """Loads the adapter in a fresh process and compares its logits with the live model's.
+
+    Args:
+        adapter: the folder that was written
+        target: the base model it is for
+        revision: of the base model
+        ids: token ids, shape (batch, tokens)
+        mask: attention mask, shape (batch, tokens)
+        live: logits of the model in memory for these ids, shape (batch, tokens, vocabulary)
+
+    Returns:
+        the largest difference relative to the largest logit
+
+    Raises:
+        RuntimeError: the difference is above `TOLERANCE`, or the adapter could not be loaded.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Path(folder) / "reference.safetensors"
+        save_file({"ids": ids, "mask": mask, "logits": live.float().contiguous()}, reference)
+        arguments = json.dumps({"adapter": str(adapter), "target": target, "revision": revision})
+        finished = subprocess.run(
+            [sys.executable, "-m", "castlora.verification", arguments, str(reference)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if finished.returncode != 0:
+        raise RuntimeError(f"The written adapter cannot be loaded again: {finished.stderr.strip()[-500:]}")
+    difference = float(json.loads(finished.stdout.strip().splitlines()[-1])["relative_difference"])
+    if not difference <= TOLERANCE:
+        raise RuntimeError(
+            f"The written adapter's logits differ from the trained model's by {difference:.2e}, above {TOLERANCE:.0e}."
+        )
+    return difference
+
+
+@torch.no_grad()
+def _relative_difference(adapter: str, target: str, revision: str | None, reference: Path) -> float:
+    expected = load_file(reference)
+    device = best_device()
+    base, _ = load_model(target, revision, device)
+    model = PeftModel.from_pretrained(base, adapter)
+    written = set(load_file(Path(adapter) / WEIGHTS_FILE))
+    loaded = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if written != loaded:
+        raise UserError(f"{WEIGHTS_FILE} and the model disagree on {sorted(written ^ loaded)[0]!r}.")
+    logits = live_logits(model, expected["ids"].to(device), expected["mask"].to(device)).cpu()
+    return float((logits - expected["logits"]).abs().max() / expected["logits"].abs().max())
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
+    print(json.dumps({"relative_difference": _relative_difference(**request, reference=Path(sys.argv[2]))}))
