@@ -1,0 +1,252 @@
+"""How much of a skill arrives: pairs × skills × methods × text × seeds, one JSON file per run.
+
+    python -m benchmarks.quality --tasks TASKS --text CORPUS/train-05.jsonl.gz --out benchmarks/results/quality
+
+Runs that are already there are skipped, so a stopped benchmark goes on where it was. TASKS is made by
+`python -m benchmarks.zoo.skills`. `python -m benchmarks.quality_report` renders the results into docs.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import auto_cli
+from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from castlora.config import RecipeName, Start, Tuning, resolve_recipe
+from castlora.distill import measure_held_out
+from castlora.evaluation import Evaluation, evaluate_model, load_adapter
+from castlora.manifest import peak_memory_bytes, versions
+from castlora.models import load_model
+from castlora.stages import (
+    TextSource,
+    align_text,
+    answer_prompts,
+    draw_text,
+    load_models,
+    plan_transfer,
+    start_student,
+    train_student,
+)
+from castlora.tasks import TaskItem, load_task
+
+ZOO = Path(__file__).parent / "zoo"
+PAIRS = (
+    "llama-s:mistral-s",
+    "gpt2-s:gpt2-m",
+    "llama-s:llama-m",
+    "llama-m:llama-s",
+    "llama-s:gpt2-s",
+    "stories260K-hf:llama-s",
+    "llama-s:stories260K-hf",
+)
+METHODS: dict[str, tuple[RecipeName, Start]] = {
+    "fresh": ("default", "fresh"),
+    "ridge start": ("default", "ridge"),
+    "paper start": ("default", "paper"),
+    "paper": ("paper", "paper"),
+}
+"""Method → recipe and start. The first three share the default's objective; `paper` is the whole recipe."""
+
+TextRegime = Literal["general", "format", "prompts"]
+REGIMES: tuple[TextRegime, ...] = ("general", "format", "prompts")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs share."""
+
+    zoo: Path
+    models: Path
+    tasks: Path
+    text: Path
+    steps: int
+    batch_size: int
+    passages: int
+    max_length: int
+
+    def base(self, name: str) -> Path:
+        """Folder of a base model: of the zoo, or of the third-party models."""
+        ours = self.zoo / "models" / name
+        return ours if ours.exists() else self.models / name
+
+    def adapter(self, base: str, skill: str) -> Path:
+        """Folder of an adapter of the zoo."""
+        return self.zoo / "adapters" / base / skill
+
+    def skill(self, skill: str) -> dict[str, Any]:
+        """Description of a skill."""
+        return dict(json.loads((self.tasks / skill / "skill.json").read_text()))
+
+
+def reference_scores(settings: Settings, pair: str, skill: str) -> dict[str, Any]:
+    """Scores of the models that every method is compared with."""
+    source, target = pair.split(":")
+    items = load_task(settings.tasks / skill / "test.jsonl")
+    models = {
+        "bare target": (target, None),
+        "source + LoRA": (source, settings.adapter(source, skill)),
+        "retrained": (target, settings.adapter(target, skill)),
+    }
+    return {
+        "pair": pair,
+        "skill": skill,
+        "references": {name: _score(settings, base, adapter, items) for name, (base, adapter) in models.items()},
+    }
+
+
+def run_method(settings: Settings, pair: str, skill: str, method: str, regime: TextRegime, seed: int) -> dict[str, Any]:
+    """One transfer and its score on held-out test items."""
+    started = time.monotonic()
+    set_seed(seed)
+    source, target = pair.split(":")
+    name, start = METHODS[method]
+    tuning = Tuning(passages=settings.passages, max_length=settings.max_length)
+    recipe = resolve_recipe(name, start, settings.steps, settings.batch_size, tuning)
+    plan = plan_transfer(str(settings.adapter(source, skill)), str(settings.base(target)), str(settings.base(source)))
+    models = load_models(plan)
+    passages = answer_prompts(models, draw_text(models, _text(settings, skill, regime), recipe, seed), recipe, seed)
+    training, held_out = align_text(models, passages, recipe)
+    text_seconds = time.monotonic() - started
+    student = start_student(models, plan, recipe, training, plan.rank(recipe, None), seed)
+    before = measure_held_out(models.teacher, student, held_out, models.shared, recipe)
+    with tempfile.TemporaryDirectory() as state:
+        log = train_student(models, student, training, recipe, seed, Path(state), quiet=True)
+    after = measure_held_out(models.teacher, student, held_out, models.shared, recipe)
+    train_seconds = time.monotonic() - started - text_seconds
+    items = load_task(settings.tasks / skill / "test.jsonl")
+    evaluation = evaluate_model(student.causal_lm(), models.target_tokenizer, items)
+    return {
+        "pair": pair,
+        "skill": skill,
+        "method": method,
+        "regime": regime,
+        "seed": seed,
+        "steps": recipe.steps,
+        "batch_size": recipe.batch_size,
+        "passages": len(training),
+        **_figures(evaluation),
+        "held_out_kl": [before.kl, after.kl],
+        "agreement": [before.agreement, after.agreement],
+        "last_loss": log[-1]["loss"],
+        "text_seconds": round(text_seconds, 1),
+        "train_seconds": round(train_seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def main(
+    tasks: Path,
+    text: Path,
+    out: Path = Path("benchmarks/results/quality"),
+    zoo: Path = ZOO,
+    third_party: Path = Path("../shared/data/models"),
+    pairs: Sequence[str] = PAIRS,
+    skills: Sequence[str] = ("question-type", "operation", "topic"),
+    methods: Sequence[str] = tuple(METHODS),
+    regimes: Sequence[TextRegime] = REGIMES,
+    seeds: int = 3,
+    steps: int = 300,
+    batch_size: int = 16,
+    passages: int = 3000,
+    max_length: int = 96,
+    threads: int = 1,
+) -> None:
+    """Runs what is missing of the grid.
+
+    Args:
+        tasks: folder of task files, one folder per skill
+        text: general text
+        out: folder of the results
+        zoo: folder of the zoo's models and adapters
+        third_party: folder of models that the zoo does not hold
+        pairs: SOURCE:TARGET, each
+        skills: names of skills
+        methods: names of methods
+        regimes: what is known about the task
+        seeds: number of seeds
+        steps: optimizer steps of each run
+        batch_size: passages per step
+        passages: passages drawn per run
+        max_length: tokens per passage
+        threads: processor threads
+    """
+    torch.set_num_threads(threads)
+    disable_progress_bar()
+    settings = Settings(zoo, third_party, tasks, text, steps, batch_size, passages, max_length)
+    for pair, skill in product(pairs, skills):
+        folder = out / pair.replace(":", "--") / skill
+        _write_missing(folder / "references.json", lambda p=pair, s=skill: reference_scores(settings, p, s))
+    # Seeds outermost: an early stop leaves every cell with the same number of seeds.
+    for seed, pair, skill, regime, method in product(range(seeds), pairs, skills, regimes, methods):
+        name = f"{method.replace(' ', '-')}.{regime}.seed{seed}.json"
+        path = out / pair.replace(":", "--") / skill / name
+        _write_missing(path, lambda a=(pair, skill, method, regime, seed): run_method(settings, *a))
+
+
+def _write_missing(path: Path, run: Any) -> None:
+    """Runs and writes unless the result is there or another process is at it."""
+    claim = path.with_suffix(".running")
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    try:
+        result = {**run(), "environment": _environment()}
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(path)
+        print(path, result.get("score", ""), flush=True)
+    finally:
+        claim.unlink()
+
+
+def _text(settings: Settings, skill: str, regime: TextRegime) -> TextSource:
+    if regime == "prompts":
+        return TextSource(prompts=str(settings.tasks / skill / "prompts.jsonl"))
+    prompt_format = settings.skill(skill)["prompt_format"] if regime == "format" else None
+    return TextSource(text=str(settings.text), prompt_format=prompt_format)
+
+
+def _score(settings: Settings, base: str, adapter: Path | None, items: list[TaskItem]) -> dict[str, Any]:
+    model, tokenizer = load_model(str(settings.base(base)))
+    adapted = load_adapter(model, str(adapter), base) if adapter else model
+    return _figures(evaluate_model(adapted, tokenizer, items))
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "metric": evaluation.metric,
+        "score": evaluation.score,
+        "ci95": evaluation.ci95,
+        "nll": evaluation.nll,
+        "n": evaluation.n,
+        "scores": "".join(str(int(score)) for score in evaluation.scores),
+    }
+
+
+def _environment() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "commit": commit,
+        "versions": versions(),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
+    }
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

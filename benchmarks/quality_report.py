@@ -1,0 +1,183 @@
+"""Renders the results of the quality benchmark into one JSON summary and a page of tables.
+
+python -m benchmarks.quality_report
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import auto_cli
+
+from castlora.lift import Lift, lift_with_interval
+
+REGIME_TITLES = {
+    "general": "General text only",
+    "format": "General text inside the adapter's prompt format",
+    "prompts": "Unlabelled task prompts",
+}
+METHOD_ORDER = ("fresh", "ridge start", "paper start", "paper")
+COUNTABLE_POINTS = 20
+
+References = dict[tuple[str, str], dict[str, Any]]
+"""(pair, skill) → model → figures."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All seeds of one method on one pair, skill and text."""
+
+    pair: str
+    skill: str
+    regime: str
+    method: str
+    seeds: int
+    score: float
+    nll: float
+    lift: Lift
+    train_seconds: float
+
+
+def read_results(folder: Path) -> tuple[References, list[dict[str, Any]]]:
+    """References by (pair, skill), and all runs."""
+    references, runs = {}, []
+    for path in sorted(folder.rglob("*.json")):
+        record = json.loads(path.read_text())
+        if path.name == "references.json":
+            references[record["pair"], record["skill"]] = record["references"]
+        else:
+            runs.append(record)
+    return references, runs
+
+
+def make_cells(references: References, runs: Iterable[dict[str, Any]]) -> list[Cell]:
+    """Pools the seeds of every cell; the interval resamples items and seeds."""
+    grouped: dict[tuple[str, str, str, str], list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        grouped[run["pair"], run["skill"], run["regime"], run["method"]].append(run)
+    cells = []
+    for (pair, skill, regime, method), group in sorted(grouped.items()):
+        reference = references[pair, skill]
+        lift = lift_with_interval(_items([reference["bare target"]]), _items(group), _items([reference["retrained"]]))
+        score, nll, seconds = (
+            float(np.mean([run[field] for run in group])) for field in ("score", "nll", "train_seconds")
+        )
+        cells.append(Cell(pair, skill, regime, method, len(group), score, nll, lift, seconds))
+    return cells
+
+
+def render(references: References, runs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> str:
+    """The page: references, one table per text regime, and the environment."""
+    sections = ["# Results", _introduction(runs), "## What the models can do", _reference_table(references)]
+    for regime, title in REGIME_TITLES.items():
+        table = _regime_table([cell for cell in cells if cell.regime == regime])
+        if table:
+            sections += [f"## {title}", table]
+    sections += ["## Mean lift by method", _mean_table(cells), "## Environment", _environment(runs)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _items(group: Sequence[dict[str, Any]]) -> np.ndarray:
+    return np.array([[float(score) for score in run["scores"]] for run in group])
+
+
+def _introduction(runs: Sequence[dict[str, Any]]) -> str:
+    steps = sorted({run["steps"] for run in runs})
+    batches = sorted({run["batch_size"] for run in runs})
+    return (
+        f"{len(runs)} transfers of {_listed(steps)} steps × {_listed(batches)} passages, measured on held-out test "
+        "items that no training, transfer or selection has seen. Lift is (transferred − bare target) / (retrained − "
+        "bare target) with a bootstrap 95 % interval over items and seeds; ratio is transferred / retrained. A lift "
+        "is shown where retraining gains at least 5 points. `fresh`, `ridge start` and `paper start` share the "
+        "objective of the default recipe; `paper` is the paper's recipe as a whole."
+    )
+
+
+def _reference_table(references: References) -> str:
+    rows = ["| pair | skill | bare target | source + LoRA | retrained | to gain |", "|---|---|---|---|---|---|"]
+    for (pair, skill), scores in references.items():
+        values = [scores[name]["score"] for name in ("bare target", "source + LoRA", "retrained")]
+        gain = 100 * (values[2] - values[0])
+        note = "" if gain >= COUNTABLE_POINTS else " (under 20)"
+        cells = " | ".join(f"{value:.3f}" for value in values)
+        rows.append(f"| {_arrow(pair)} | {skill} | {cells} | {gain:.0f} points{note} |")
+    return "\n".join(rows)
+
+
+def _regime_table(cells: Sequence[Cell]) -> str:
+    methods = [method for method in METHOD_ORDER if any(cell.method == method for cell in cells)]
+    if not methods:
+        return ""
+    rows = [f"| pair | skill | {' | '.join(methods)} |", "|---" * (2 + len(methods)) + "|"]
+    for pair, skill in dict.fromkeys((cell.pair, cell.skill) for cell in cells):
+        found = {cell.method: cell for cell in cells if (cell.pair, cell.skill) == (pair, skill)}
+        rows.append(f"| {_arrow(pair)} | {skill} | {' | '.join(_cell(found.get(method)) for method in methods)} |")
+    return "Each cell: lift [95 % interval] · ratio · number of seeds.\n\n" + "\n".join(rows)
+
+
+def _cell(cell: Cell | None) -> str:
+    if cell is None:
+        return "–"
+    if not cell.lift.countable or math.isnan(cell.lift.lift):
+        return f"score {cell.score:.3f} (nothing to gain)"
+    low, high = cell.lift.ci95
+    return f"{cell.lift.lift:.2f} [{low:.2f}, {high:.2f}] · {cell.lift.ratio:.2f} · {cell.seeds}"
+
+
+def _mean_table(cells: Sequence[Cell]) -> str:
+    rows = ["| text | method | mean lift | mean ratio | cells | seconds of training |", "|---|---|---|---|---|---|"]
+    for regime, title in REGIME_TITLES.items():
+        for method in METHOD_ORDER:
+            group = [c for c in cells if (c.regime, c.method) == (regime, method) and c.lift.countable]
+            if group:
+                lift = np.mean([cell.lift.lift for cell in group])
+                ratio = np.mean([cell.lift.ratio for cell in group])
+                seconds = np.mean([cell.train_seconds for cell in group])
+                rows.append(f"| {title} | {method} | {lift:.2f} | {ratio:.2f} | {len(group)} | {seconds:.0f} |")
+    return "\n".join(rows)
+
+
+def _environment(runs: Sequence[dict[str, Any]]) -> str:
+    commits = _listed(sorted({run["environment"]["commit"][:10] for run in runs}))
+    machines = _listed(sorted({run["environment"]["machine"] for run in runs}))
+    packages = {f"{k} {v}" for run in runs for k, v in run["environment"]["versions"].items()}
+    seeds = _listed(sorted({run["seed"] for run in runs}))
+    return f"Commits {commits}; seeds {seeds}; {machines}; {_listed(sorted(packages))}."
+
+
+def _summary(cell: Cell) -> dict[str, Any]:
+    fields = ("pair", "skill", "regime", "method", "seeds", "score", "nll")
+    lift = {"lift": cell.lift.lift, "lift_ci95": cell.lift.ci95, "ratio": cell.lift.ratio}
+    return {**{field: vars(cell)[field] for field in fields}, **lift, "countable": cell.lift.countable}
+
+
+def _arrow(pair: str) -> str:
+    return pair.replace(":", " → ")
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def main(results: Path = Path("benchmarks/results/quality"), page: Path = Path("docs/results.md")) -> None:
+    """Writes the page and, beside the results, `summary.json`.
+
+    Args:
+        results: folder of the runs
+        page: Markdown file to write
+    """
+    references, runs = read_results(results)
+    cells = make_cells(references, runs)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(render(references, runs, cells))
+    summary = [_summary(cell) for cell in cells]
+    results.with_name("quality-summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

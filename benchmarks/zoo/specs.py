@@ -1,0 +1,101 @@
+"""What the zoo holds: tokenizers, base models and how long each is trained."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """A tokenizer to train from the corpus."""
+
+    kind: Literal["sentencepiece", "byte-level"]
+    """`sentencepiece`: metaspace, byte fallback, single digits. `byte-level`: the GPT-2 form."""
+    vocab_size: int
+    """Pieces, special tokens and byte pieces included."""
+    seed: int
+    """Chooses the documents that the merges are learned on, so that tokenizers differ."""
+
+
+@dataclass(frozen=True)
+class BaseModelSpec:
+    """A base model to pretrain from random weights."""
+
+    tokenizer: str
+    architecture: dict[str, Any]
+    """Keyword arguments of `transformers.AutoConfig.for_model`."""
+    seed: int
+    tokens: int = 12_000_000
+    """Training tokens; every model sees the same number."""
+
+    def config(self, vocab_size: int, bos_token_id: int, eos_token_id: int) -> PreTrainedConfig:
+        """The transformers configuration of this model."""
+        return AutoConfig.for_model(
+            **self.architecture,
+            vocab_size=vocab_size,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=True,
+        )
+
+
+TOKENIZERS = {
+    "llama": TokenizerSpec(kind="sentencepiece", vocab_size=2048, seed=1),
+    "mistral": TokenizerSpec(kind="sentencepiece", vocab_size=3072, seed=2),
+    "gpt2": TokenizerSpec(kind="byte-level", vocab_size=2048, seed=3),
+}
+
+_LLAMA_S = dict(
+    model_type="llama",
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=344,
+    max_position_embeddings=512,
+)
+_LLAMA_M = dict(
+    model_type="llama",
+    hidden_size=160,
+    num_hidden_layers=6,
+    num_attention_heads=5,
+    intermediate_size=432,
+    max_position_embeddings=512,
+)
+_MISTRAL_S = dict(
+    model_type="mistral",
+    hidden_size=160,
+    num_hidden_layers=5,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=20,
+    intermediate_size=432,
+    max_position_embeddings=512,
+    sliding_window=None,
+)
+_GPT2_S = dict(model_type="gpt2", n_embd=128, n_layer=4, n_head=4, n_positions=256)
+_GPT2_M = dict(model_type="gpt2", n_embd=160, n_layer=6, n_head=5, n_positions=256)
+
+BASE_MODELS = {
+    "llama-s": BaseModelSpec(tokenizer="llama", architecture=_LLAMA_S, seed=11),
+    "llama-m": BaseModelSpec(tokenizer="llama", architecture=_LLAMA_M, seed=12),
+    "mistral-s": BaseModelSpec(tokenizer="mistral", architecture=_MISTRAL_S, seed=13),
+    "gpt2-s": BaseModelSpec(tokenizer="gpt2", architecture=_GPT2_S, seed=14),
+    "gpt2-m": BaseModelSpec(tokenizer="gpt2", architecture=_GPT2_M, seed=15),
+}
+
+BLOCK_LENGTH = 256
+"""Tokens per training sequence."""
+
+SIMPLE_SOURCES = (
+    "fairytaleqa-stories",
+    "tinystories",
+    "grimm",
+    "african-storybook",
+    "english-fairy-tales",
+    "sherlock",
+)
+"""Sources of simple language, which small models read from end to end before the rest is sampled."""
+
+LEFT_OUT_SOURCES = ("rust-book", "factbook")
+"""Sources whose text is far from what the skills need."""
