@@ -24,6 +24,7 @@ from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from castlora.config import RecipeName, Start, Tuning, resolve_recipe
+from castlora.demonstration import demo_models_path
 from castlora.distill import measure_held_out
 from castlora.evaluation import Evaluation, evaluate_model, load_adapter
 from castlora.manifest import peak_memory_bytes, versions
@@ -77,8 +78,8 @@ class Settings:
 
     def base(self, name: str) -> Path:
         """Folder of a base model: of the zoo, or of the third-party models."""
-        ours = self.zoo / "models" / name
-        return ours if ours.exists() else self.models / name
+        places = (self.zoo / "models", demo_models_path(), self.models)
+        return next((place / name for place in places if (place / name).exists()), places[0] / name)
 
     def adapter(self, base: str, skill: str) -> Path:
         """Folder of an adapter of the zoo."""

@@ -22,7 +22,7 @@ from castlora.evaluation import Evaluation, encode_completion, evaluate_model
 from castlora.models import load_model
 from castlora.tasks import TaskItem, load_task
 
-STEPS = 500
+STEPS = 400
 BATCH_SIZE = 32
 LEARNING_RATE = 4e-3
 MAX_LENGTH = 256
@@ -135,9 +135,7 @@ def train_adapter(
     base_model, tokenizer = load_model(str(zoo / "models" / base))
     before = evaluate_model(base_model, tokenizer, test_items)
     torch.manual_seed(seed)
-    config = lora_config(description, base_model)
-    config.base_model_name_or_path = f"castlora/zoo-{base}"
-    model = get_peft_model(base_model, config)
+    model = get_peft_model(base_model, lora_config(description, base_model))
     model.peft_config["default"].base_model_name_or_path = f"castlora/zoo-{base}"
     started = time.monotonic()
     losses = train(model, tokenizer, load_task(task / "train.jsonl"), seed, steps, rate)

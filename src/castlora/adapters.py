@@ -1,8 +1,9 @@
 """Adapters: reading a PEFT LoRA into factors, and writing the portable PEFT form."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from castlora.errors import UserError
+from castlora.errors import UserError, first_line
 from castlora.models import LinearSlot, layer_index, linear_slots, skeleton
 
 CONFIG_FILE = "adapter_config.json"
@@ -23,6 +24,14 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 PORTABLE_RANKS = (8, 16, 32, 64, 128)
 """Ranks that every serving engine accepts."""
+_CARRIED_FIELDS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "init_lora_weights",
+    "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
+"""Fields of a LoRA configuration that leave the update B·A·scale; any other may change what an adapter computes."""
+_HINT = "name the base it was trained on with --source"
 
 
 @dataclass(frozen=True)
@@ -65,13 +74,7 @@ def open_adapter(name_or_path: str, revision: str | None = None) -> AdapterFiles
     config_path = folder / CONFIG_FILE
     if not config_path.is_file():
         raise UserError(f"Adapter {name_or_path!r} has no {CONFIG_FILE}; give the folder that PEFT saved.")
-    try:
-        peft_type = json.loads(config_path.read_text(encoding="utf-8")).get("peft_type")
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, AttributeError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{config_path.name} of {name_or_path!r} is not a PEFT configuration: {error}.") from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"Adapter {name_or_path!r}: peft_type is {peft_type}, castlora carries LORA; convert it first.")
+    config = _read_config(name_or_path, config_path)
     _refuse_unsupported(name_or_path, config)
     if not (folder / WEIGHTS_FILE).is_file():
         pickled = (folder / "adapter_model.bin").exists()
@@ -101,18 +104,20 @@ def read_factors(files: AdapterFiles, base_config: PreTrainedConfig) -> dict[str
     try:
         with torch.device("meta"):
             model = PeftModel(base, files.config)
-    except ValueError as error:
-        raise UserError(f"Adapter {files.name!r} does not fit its base model {files.base_model!r}: {error}") from error
-    _check_against_base(files, tensors, get_peft_model_state_dict(model, save_embedding_layers=False))
-    factors = {}
-    for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+    except (ValueError, TypeError, re.error) as error:
+        raise UserError(
+            f"Adapter {files.name!r} does not fit its base model ({first_line(error)}); {_HINT}."
+        ) from error
+    layers = {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
+    for name in layers:
         if name not in slots:
             raise UserError(
                 f"Adapter {files.name!r} adapts {name!r}, which is not a linear map of a decoder layer that castlora "
                 "knows; retrain without it or add its name to castlora.models.MODULE_ROLES."
             )
+    _check_against_base(files, tensors, get_peft_model_state_dict(model, save_embedding_layers=False))
+    factors = {}
+    for name, layer in layers.items():
         a = tensors[f"{KEY_PREFIX}{name}.lora_A.weight"].float()
         b = tensors[f"{KEY_PREFIX}{name}.lora_B.weight"].float()
         factors[name] = LowRank(a, b * layer.scaling["default"])
@@ -216,6 +221,19 @@ def _adapter_folder(name_or_path: str, revision: str | None) -> Path:
         raise UserError(f"Adapter {name_or_path!r} is neither a folder here nor reachable on the hub.") from error
 
 
+def _read_config(name: str, path: Path) -> LoraConfig:
+    try:
+        peft_type = dict(json.loads(path.read_text(encoding="utf-8"))).get("peft_type")
+        config = PeftConfig.from_pretrained(str(path.parent)) if peft_type == "LORA" else None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(
+            f"{CONFIG_FILE} of {name!r} is not a PEFT configuration ({first_line(error)}); copy it again."
+        ) from error
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"Adapter {name!r}: peft_type is {peft_type!r}, castlora carries 'LORA'; convert it first.")
+    return config
+
+
 def _refuse_unsupported(name: str, config: LoraConfig) -> None:
     for field, value in _unsupported_fields(config):
         raise UserError(
@@ -227,16 +245,11 @@ def _unsupported_fields(config: LoraConfig) -> Iterable[tuple[str, object]]:
     plain_starts = (True, False, "gaussian", "orthogonal", "eva")
     if config.init_lora_weights not in plain_starts:
         yield "init_lora_weights", config.init_lora_weights
-    if config.bias != "none":
-        yield "bias", config.bias
-    fields = (
-        "use_dora use_rslora rank_pattern alpha_pattern lora_bias modules_to_save trainable_token_indices "
-        "layer_replication target_parameters use_qalora alora_invocation_tokens arrow_config"
-    )
-    for field in fields.split():
-        value = getattr(config, field)
-        if value:
-            yield field, value
+    plain = LoraConfig()
+    for field in fields(LoraConfig):
+        value = getattr(config, field.name)
+        if field.name not in _CARRIED_FIELDS and value and value != getattr(plain, field.name):
+            yield field.name, value
 
 
 def _read_tensors(files: AdapterFiles) -> dict[str, Tensor]:
@@ -256,17 +269,16 @@ def _read_tensors(files: AdapterFiles) -> dict[str, Tensor]:
 
 
 def _check_against_base(files: AdapterFiles, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    hint = "name the base it was trained on with --source"
     missing = sorted(set(expected) - set(found))
     surplus = sorted(set(found) - set(expected))
     if missing or surplus:
         lacks = f"lacks {missing[0]!r}" if missing else f"holds {surplus[0]!r}, unknown there"
-        raise UserError(f"Adapter {files.name!r} does not fit its base model: it {lacks}; {hint}.")
+        raise UserError(f"Adapter {files.name!r} does not fit its base model: it {lacks}; {_HINT}.")
     for key, tensor in expected.items():
         if found[key].shape != tensor.shape:
             raise UserError(
                 f"Adapter {files.name!r} does not fit its base model: {key!r} has shape {tuple(found[key].shape)}, "
-                f"the base needs {tuple(tensor.shape)}; {hint}."
+                f"the base needs {tuple(tensor.shape)}; {_HINT}."
             )
 
 

@@ -42,7 +42,7 @@ def write_answers(
     encoded = [(tokenizer(prompt)["input_ids"], prompt) for prompt in prompts]
     kept = sorted((pair for pair in encoded if len(pair[0]) <= max_prompt_tokens), key=lambda pair: -len(pair[0]))
     device = next(model.parameters()).device
-    pad = tokenizer.eos_token_id
+    pad = tokenizer.eos_token_id or 0
     for start in tqdm(range(0, len(kept), batch_size), desc="source + LoRA writes answers", unit="batch"):
         group = kept[start : start + batch_size]
         longest = len(group[0][0])

@@ -1,6 +1,6 @@
 """Capturing what flows into and out of modules during forward passes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ def capture(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Activa
     """
     captured: dict[str, Activations] = {}
 
-    def keep(name: str):  # type: ignore[no-untyped-def]
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             captured[name] = Activations(arguments[0].detach(), output.detach())
 

@@ -2,8 +2,11 @@
 
 import logging
 import os
+import re
 import sys
+from argparse import Action
 from collections.abc import Callable
+from typing import NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
@@ -21,7 +24,7 @@ def _transfer(
     out: str,
     source: str | None = None,
     text: str | None = None,
-    prompt_format: str | None = None,
+    prompt_format: str = "",  # were it optional, jsonargparse would read "### {text}" as a YAML comment: None
     prompts: str | None = None,
     recipe: RecipeName = "default",
     start: Start | None = None,
@@ -31,7 +34,7 @@ def _transfer(
     rank: int | None = None,
     tuning: Tuning = Tuning(),  # noqa: B008  # frozen, and jsonargparse reads the fields from it
 ) -> None:
-    """Moves an adapter to another base model and writes a standard PEFT LoRA.
+    r"""Moves an adapter to another base model and writes a standard PEFT LoRA.
 
     The same command continues a run that was interrupted.
 
@@ -41,7 +44,7 @@ def _transfer(
         out: folder to write, new or empty
         source: base model of the adapter, if not the one that its configuration names
         text: general text: .txt or .jsonl, gzipped or not, or a hub data set; by default allenai/c4
-        prompt_format: the adapter's prompt format with a {text} slot, filled from the general text
+        prompt_format: the adapter's prompt format with a {text} slot, filled from the general text; \n is a new line
         prompts: file of unlabelled prompts of the task, instead of general text
         recipe: the best that has been measured, or the paper as far as it is stated
         start: random maps (paper), closed-form maps (ridge) or a plain LoRA (fresh), instead of the recipe's
@@ -56,8 +59,10 @@ def _transfer(
     from castlora.pipeline import transfer as run
 
     disable_progress_bar()
+    prompt_format_or_none = prompt_format.replace("\\n", "\n") if prompt_format else None
     run(
-        adapter, target, out, source, text, prompt_format, prompts, recipe, start, steps, batch_size, seed, rank, tuning
+        adapter, target, out, source, text, prompt_format_or_none, prompts, recipe, start, steps, batch_size, seed,
+        rank, tuning,
     )  # fmt: skip
 
 
@@ -114,17 +119,28 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
+class _Parser(ArgumentParser):
+    """A parser whose complaints are one sentence, like those about any other bad input."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        rejected = re.search(r'key "(?P<key>\S+)":.*(Given|Got) value: (?P<value>.*)', message, flags=re.DOTALL)
+        complaint = f"--{rejected['key']} does not accept {rejected['value']!r}" if rejected else message
+        complaint = re.sub(r'Parser key "(\S+)":', r"--\1:", " ".join(complaint.split())).rstrip(".")
+        print(f"castlora: {complaint}; see {self.prog.replace(' [options]', '')} --help.", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
 class _DashedHelp(DefaultHelpFormatter):
     """Help that shows options the way people type them: `--prompt-format`."""
 
-    def _format_action_invocation(self, action) -> str:  # type: ignore[no-untyped-def]
-        return super()._format_action_invocation(action).replace("_", "-")
+    def _format_action_invocation(self, action: Action) -> str:
+        return str(super()._format_action_invocation(action).replace("_", "-"))
 
 
 def parser() -> ArgumentParser:
     """The parser of all commands, each with `--config` and `--print_config`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    whole = ArgumentParser(
+    whole = _Parser(
         prog="castlora",
         description="Moves a LoRA adapter from one language model to another.",
         version=__version__,
@@ -132,7 +148,7 @@ def parser() -> ArgumentParser:
     )
     commands = whole.add_subcommands(required=True, dest="command")
     for name, function in COMMANDS.items():
-        command = ArgumentParser(formatter_class=_DashedHelp)
+        command = _Parser(formatter_class=_DashedHelp)
         command.add_argument("--config", action="config", help="YAML file with any of these settings")
         command.add_function_arguments(function, as_positional=False)
         commands.add_subcommand(name, command, help=(function.__doc__ or "").splitlines()[0])
@@ -144,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     whole = parser()
     parsed = whole.parse_args([_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)])
     chosen: str = parsed.command
-    settings: Namespace = whole.instantiate_classes(parsed)[chosen]
+    settings: Namespace = whole.instantiate(parsed)[chosen]
     settings.pop("config", None)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -1,5 +1,6 @@
 """Recipes: where a transfer starts, what it minimises, and for how long."""
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -69,13 +70,20 @@ DEFAULT = replace(
     start="fresh",
     mse_weight=0.0,
     temperature=1.0,
-    context_weight=0.1,
+    chunk_weight=1.0,
+    context_weight=0.0,
     write_answers=True,
     passages=8000,
 )
 """The best that has been measured so far."""
 
 RECIPES: dict[RecipeName, Recipe] = {"default": DEFAULT, "paper": PAPER}
+
+
+_ABOVE_ZERO = (
+    "steps", "batch_size", "temperature", "learning_rate_scale", "passages", "max_length", "answer_tokens",
+)  # fmt: skip
+_ZERO_OR_MORE = ("kl_weight", "mse_weight", "chunk_weight", "context_weight", "ridge", "map_learning_rate_ratio")
 
 
 @dataclass(frozen=True)
@@ -106,19 +114,11 @@ def resolve_recipe(
     """
     departures: dict[str, Any] = {"start": start, "steps": steps, "batch_size": batch_size, **asdict(tuning)}
     recipe = replace(RECIPES[name], **{field: value for field, value in departures.items() if value is not None})
-    for field in (
-        "steps",
-        "batch_size",
-        "temperature",
-        "learning_rate_scale",
-        "passages",
-        "max_length",
-        "answer_tokens",
-    ):
-        if getattr(recipe, field) <= 0:
+    for field in _ABOVE_ZERO:
+        if not 0 < getattr(recipe, field) < math.inf:
             raise UserError(f"{field} is {getattr(recipe, field)}; give a number above 0.")
-    for field in ("kl_weight", "mse_weight", "chunk_weight", "context_weight", "ridge", "map_learning_rate_ratio"):
-        if getattr(recipe, field) < 0:
+    for field in _ZERO_OR_MORE:
+        if not 0 <= getattr(recipe, field) < math.inf:
             raise UserError(f"{field} is {getattr(recipe, field)}; give 0 or more.")
     if recipe.kl_weight + recipe.mse_weight + recipe.chunk_weight == 0:
         raise UserError("kl_weight, mse_weight and chunk_weight are all 0; give at least one of them a weight.")

@@ -13,38 +13,20 @@ from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
 from castlora.config import Recipe
+from castlora.errors import UserError
 from castlora.objective import (
     binary_kl,
     chunk_log_probabilities,
+    class_log_probabilities,
     gather_positions,
     kl_divergence,
-    shared_log_probabilities,
     weighted_mean,
 )
 from castlora.positions import AlignedPassage, Batch, PassageDataset, batches, collate
-from castlora.tokens import ByteTokenizer, same_tokenizer, shared_vocabulary
+from castlora.vocabulary import SharedVocabulary
 
 TRAINABLE_FILE = "trainable.safetensors"
 _WARMUP_FRACTION = 0.05
-
-
-@dataclass(frozen=True)
-class SharedVocabulary:
-    """Ids of the tokens that both models spell alike, one-to-one, each of shape (shared,)."""
-
-    source_ids: Tensor
-    target_ids: Tensor
-    is_whole: bool
-    """Whether both models have the same tokenizer, so that positions and tokens correspond as they stand."""
-
-    @classmethod
-    def of(cls, source: ByteTokenizer, target: ByteTokenizer) -> "SharedVocabulary":
-        """Compares two tokenizers."""
-        if same_tokenizer(source, target):
-            ids = torch.arange(len(source.spellings))
-            return cls(ids, ids, is_whole=True)
-        source_ids, target_ids = shared_vocabulary(source, target)
-        return cls(torch.from_numpy(source_ids), torch.from_numpy(target_ids), is_whole=False)
 
 
 class Student(nn.Module):
@@ -64,6 +46,15 @@ class Student(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that training changes, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def check_objective(shared: SharedVocabulary, recipe: Recipe) -> None:
+    """Raises a UserError if no part of the objective compares these two models."""
+    if shared.is_whole and recipe.kl_weight + recipe.mse_weight == 0:
+        raise UserError(
+            "chunk_weight compares different tokenizers, and these models have the same one; "
+            "give kl_weight or mse_weight a weight."
+        )
 
 
 def distillation_losses(
@@ -134,8 +125,10 @@ def measure_held_out(
     losses, divergences, agreements, weights = [], [], [], []
     for batch in batches(examples, recipe.batch_size, device):
         losses.append(total_loss(distillation_losses(teacher, student, batch, shared, recipe), recipe))
-        teacher_next = next_token_log_probabilities(teacher, batch, "source", shared.source_ids)
-        student_next = next_token_log_probabilities(student.model, batch, "target", shared.target_ids)
+        teacher_logits = next_token_logits(teacher, batch, "source")
+        student_logits = next_token_logits(student.model, batch, "target")
+        teacher_next = class_log_probabilities(teacher_logits, shared.source_classes, shared.classes)
+        student_next = class_log_probabilities(student_logits, shared.target_classes, shared.classes)
         divergences.append(kl_divergence(teacher_next, student_next))
         agreements.append(teacher_next.argmax(-1) == student_next.argmax(-1))
         weights.append(batch["weights"][batch["weights"] > 0])
@@ -147,23 +140,16 @@ def measure_held_out(
     )
 
 
-def next_token_log_probabilities(
-    model: nn.Module, batch: Batch, side: Literal["source", "target"], shared_ids: Tensor
-) -> Tensor:
-    """What a model predicts at the aligned positions that count.
+def next_token_logits(model: nn.Module, batch: Batch, side: Literal["source", "target"]) -> Tensor:
+    """What a model predicts at the aligned positions that count, shape (positions, vocabulary), fp32.
 
     Args:
         model: teacher or student
         batch: aligned passages
         side: whose ids and positions to read
-        shared_ids: the shared tokens in that model's ids, shape (shared,)
-
-    Returns:
-        log-probabilities of the shared tokens and of the rest, shape (positions, shared + 1)
     """
     logits = model(input_ids=batch[f"{side}_ids"], attention_mask=batch[f"{side}_mask"], use_cache=False).logits
-    at_positions = gather_positions(logits, batch[f"{side}_positions"])[batch["weights"] > 0]
-    return shared_log_probabilities(at_positions.float(), shared_ids.to(logits.device), temperature=1.0)
+    return gather_positions(logits, batch[f"{side}_positions"])[batch["weights"] > 0].float()
 
 
 @torch.no_grad()
@@ -176,7 +162,8 @@ def shared_mass(
     """Mean probability that a model gives to the shared tokens at the aligned positions."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in collate(examples).items()}
-    return float(next_token_log_probabilities(model, batch, side, shared_ids)[:, :-1].exp().sum(-1).mean())
+    probabilities = next_token_logits(model, batch, side).softmax(-1)
+    return float(probabilities[:, shared_ids.to(device)].sum(-1).mean())
 
 
 class DistillationTrainer(Trainer):
@@ -270,10 +257,9 @@ def _divergence(teacher_logits: Tensor, student_logits: Tensor, shared: SharedVo
     if shared.is_whole and teacher_logits.shape == student_logits.shape:
         teacher = (teacher_logits / temperature).log_softmax(-1)
         student = (student_logits / temperature).log_softmax(-1)
-        return kl_divergence(teacher, student) * temperature**2
-    device = teacher_logits.device
-    teacher = shared_log_probabilities(teacher_logits, shared.source_ids.to(device), temperature)
-    student = shared_log_probabilities(student_logits, shared.target_ids.to(device), temperature)
+    else:
+        teacher = class_log_probabilities(teacher_logits, shared.source_classes, shared.classes, temperature)
+        student = class_log_probabilities(student_logits, shared.target_classes, shared.classes, temperature)
     return kl_divergence(teacher, student) * temperature**2
 
 

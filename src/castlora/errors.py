@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The command line prints the message and exits with code 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says in short, to be quoted in a sentence of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200].rstrip(".")

@@ -6,11 +6,11 @@ from collections import Counter
 import torch
 
 from castlora.config import DEFAULT
-from castlora.distill import SharedVocabulary
 from castlora.models import load_tokenizer, public_name, skeleton
 from castlora.pairing import describe
 from castlora.stages import Plan, plan_transfer
 from castlora.tokens import ByteTokenizer
+from castlora.vocabulary import SharedVocabulary
 
 _BYTES_PER_WEIGHT = 4
 _UTILISATION = 0.35
@@ -39,7 +39,7 @@ def inspect(adapter: str, target: str, source: str | None = None, steps: int = 1
     sections = [
         _bases(plan),
         _ranks(plan),
-        _vocabularies(source_bytes, target_bytes),
+        _vocabularies(plan, source_bytes, target_bytes),
         describe(plan.pairing),
         _not_carried(plan),
         _forecast(plan, steps, batch_size),
@@ -73,8 +73,8 @@ def _ranks(plan: Plan) -> str:
     )
 
 
-def _vocabularies(source: ByteTokenizer, target: ByteTokenizer) -> str:
-    shared = SharedVocabulary.of(source, target)
+def _vocabularies(plan: Plan, source: ByteTokenizer, target: ByteTokenizer) -> str:
+    shared = SharedVocabulary.of(source, target, plan.source_config.vocab_size, plan.target_config.vocab_size)
     if shared.is_whole:
         return f"Tokenizers: the same, {len(source.spellings)} tokens."
     count = len(shared.source_ids)

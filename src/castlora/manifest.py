@@ -2,10 +2,10 @@
 
 import resource
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from castlora import __version__
@@ -15,6 +15,7 @@ from castlora.pairing import Pairing
 from castlora.stages import Models, Plan, TextSource
 
 MANIFEST_FILE = "castlora.json"
+_LOCATIONS = ("adapter", "target", "source", "text", "prompts", "out")
 _REPORTED_PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers")
 
 
@@ -65,7 +66,9 @@ def versions() -> dict[str, str]:
 
 def peak_memory_bytes() -> int:
     """The largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # macOS counts bytes here, Linux kibibytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def command_line(request: Mapping[str, Any]) -> str:
@@ -74,8 +77,7 @@ def command_line(request: Mapping[str, Any]) -> str:
     for field, value in request.items():
         if value is None or isinstance(value, dict):
             continue
-        is_local = isinstance(value, str) and Path(value).exists()
-        words += [f"--{field.replace('_', '-')}", public_name(value) if is_local else str(value)]
+        words += [f"--{field.replace('_', '-')}", public_name(value) if field in _LOCATIONS else str(value)]
     for field, value in request["tuning"].items():
         if value is not None:
             words += [

@@ -118,8 +118,8 @@ class FoldedA(nn.Module):
         return nn.functional.pad(weight, (0, 0, 0, self.rank - weight.shape[0]))
 
     def right_inverse(self, _weight: Tensor) -> tuple[Tensor, ...]:
-        """The maps that training starts from; the weight it replaces is not used."""
-        return self.initial_maps
+        """The maps that training starts from, a copy for this module; the weight it replaces is not used."""
+        return tuple(one_map.clone() for one_map in self.initial_maps)
 
 
 class FoldedB(nn.Module):
@@ -146,5 +146,5 @@ class FoldedB(nn.Module):
         return weight
 
     def right_inverse(self, _weight: Tensor) -> tuple[Tensor, ...]:
-        """The maps that training starts from; the weight it replaces is not used."""
-        return self.initial_maps
+        """The maps that training starts from, a copy for this module; the weight it replaces is not used."""
+        return tuple(one_map.clone() for one_map in self.initial_maps)

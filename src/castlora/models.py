@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from castlora.errors import UserError
+from castlora.errors import UserError, first_line
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down", "fc"]
 """The part a linear map plays in a decoder layer; `fc` is the first map of an ungated MLP."""
@@ -75,11 +75,13 @@ def load_config(name_or_path: str, revision: str | None = None) -> PreTrainedCon
     Raises:
         UserError: the model cannot be found or is not a decoder-only language model.
     """
+    if name_or_path.startswith(("/", ".", "~")) and not Path(name_or_path).is_dir():
+        raise UserError(f"Model {name_or_path!r} is not a folder; give a model folder or a hub id.")
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, revision=revision)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, HFValidationError) as error:
         raise UserError(
-            f"Model {name_or_path!r}: cannot read a config.json that transformers knows ({_first_line(error)}); "
+            f"Model {name_or_path!r}: cannot read a config.json that transformers knows ({first_line(error)}); "
             "give a model folder or a hub id."
         ) from error
     architectures = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")]
@@ -99,10 +101,10 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
         UserError: there is none, or it has no fast form (byte alignment needs one).
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"Tokenizer of {name_or_path!r} cannot be read ({_first_line(error)}); put tokenizer.json beside the model."
+            f"Tokenizer of {name_or_path!r} cannot be read ({first_line(error)}); put tokenizer.json beside the model."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"Tokenizer of {name_or_path!r} has no fast form; convert it to a tokenizer.json first.")
@@ -123,11 +125,17 @@ def load_model(
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path, config=config, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+            name_or_path,
+            config=config,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"Weights of {name_or_path!r} cannot be read ({_first_line(error)}); "
+            f"Weights of {name_or_path!r} cannot be read ({first_line(error)}); "
             "the folder needs complete safetensors files."
         ) from error
     model: PreTrainedModel = loaded[0]
@@ -201,9 +209,9 @@ def public_name(name_or_path: str) -> str:
     return Path(name_or_path).resolve().name if Path(name_or_path).exists() else name_or_path
 
 
-def hidden_size(config: PreTrainedConfig) -> int:
-    """Width of the residual stream; transformers maps `n_embd` and its like to this name."""
-    return int(config.hidden_size)
+def context_length(config: PreTrainedConfig) -> int:
+    """Positions that the model was made for; transformers maps `n_positions` and its like to this name."""
+    return int(config.max_position_embeddings)
 
 
 def _roles_of(module_name: str) -> tuple[Role, ...] | None:
@@ -221,7 +229,3 @@ def _dimensions(module: nn.Linear | Conv1D) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     return module.in_features, module.out_features
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -24,26 +24,21 @@ def kl_divergence(teacher_log_probabilities: Tensor, student_log_probabilities: 
     return terms.sum(-1)
 
 
-def shared_log_probabilities(logits: Tensor, shared_ids: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities of the shared tokens, and of all other tokens together as one outcome.
+def class_log_probabilities(logits: Tensor, classes: Tensor, count: int, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of classes of tokens, so that models with unlike vocabularies can be compared.
 
     Args:
         logits: shape (positions, vocabulary)
-        shared_ids: ids of the tokens that both vocabularies spell alike, shape (shared,)
+        classes: class of each token, shape (vocabulary,)
+        count: number of classes
         temperature: divides the logits
 
     Returns:
-        shape (positions, shared + 1), the last column for the rest; it sums to one in probability
+        shape (positions, count); a class without tokens has the smallest probability that a log can hold
     """
-    log_probabilities = functional.log_softmax(logits / temperature, dim=-1)
-    is_rest = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    is_rest[shared_ids] = False
-    shared = log_probabilities[:, shared_ids]
-    if not is_rest.any():
-        impossible = torch.full_like(shared[:, :1], torch.finfo(shared.dtype).min)
-        return torch.cat([shared, impossible], dim=-1)
-    rest = torch.logsumexp(log_probabilities[:, is_rest], dim=-1, keepdim=True)
-    return torch.cat([shared, rest], dim=-1)
+    probabilities = (logits / temperature).softmax(-1)
+    sums = probabilities.new_zeros(len(logits), count).index_add(1, classes.to(logits.device), probabilities)
+    return sums.clamp_min(torch.finfo(sums.dtype).tiny).log()
 
 
 def gather_positions(values: Tensor, positions: Tensor) -> Tensor:

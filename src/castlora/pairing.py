@@ -42,16 +42,17 @@ class Pairing:
     layer_map: tuple[int, ...]
     """For each target layer the source layer that speaks for it."""
     dropped: tuple[str, ...]
-    """Adapted source modules whose update reaches no target module."""
+    """Adapted source modules whose update reaches no target module; `module(roles)` where only a part does not."""
 
     @property
     def mapped(self) -> tuple[ModulePair, ...]:
         """The pairs with at least one branch."""
         return tuple(pair for pair in self.pairs if pair.branches)
 
-    def multiplicity(self, source_module: str) -> int:
-        """How many target modules a source module speaks for."""
-        return sum(branch.source_module == source_module for pair in self.pairs for branch in pair.branches)
+    def multiplicity(self, branch: Branch) -> int:
+        """How many target modules the same part of the source speaks for."""
+        part = branch.source_module, branch.source_rows
+        return sum((other.source_module, other.source_rows) == part for pair in self.pairs for other in pair.branches)
 
 
 def relative_depth(source_layers: int, target_layers: int) -> tuple[int, ...]:
@@ -85,10 +86,13 @@ def pair_modules(
     pairs = tuple(
         ModulePair(slot, _branches(slot, by_layer.get(layer_map[slot.layer], []))) for slot in target_slots.values()
     )
-    used = {branch.source_module for pair in pairs for branch in pair.branches}
-    if not used:
+    branches = [branch for pair in pairs for branch in pair.branches]
+    if not branches:
         raise UserError("No module that the adapter changes has a partner in the target; choose another target.")
-    return Pairing(pairs, layer_map, tuple(name for name in adapted if name not in used))
+    unused = {name: _unused_roles(source_slots[name], branches) for name in adapted}
+    return Pairing(
+        pairs, layer_map, tuple(_describe_part(source_slots[name], unused[name]) for name in adapted if unused[name])
+    )
 
 
 def branch_ranks(pair: ModulePair, source_ranks: Mapping[str, int]) -> int:
@@ -113,6 +117,19 @@ def _describe_pair(pair: ModulePair) -> str:
         return f"{target} <- nothing"
     sources = (f"{branch.source_module.rsplit('.', 1)[-1]}({'+'.join(branch.roles)})" for branch in pair.branches)
     return f"{target} <- {' & '.join(sources)}"
+
+
+def _unused_roles(slot: LinearSlot, branches: Iterable[Branch]) -> tuple[Role, ...]:
+    taken = [branch.source_rows for branch in branches if branch.source_module == slot.name]
+    return tuple(
+        role
+        for role, rows in slot.rows.items()
+        if not any(part.start <= rows.start and rows.stop <= part.stop for part in taken)
+    )
+
+
+def _describe_part(slot: LinearSlot, roles: tuple[Role, ...]) -> str:
+    return slot.name if roles == slot.roles else f"{slot.name}({'+'.join(roles)})"
 
 
 def _branches(target: LinearSlot, sources: list[LinearSlot]) -> tuple[Branch, ...]:

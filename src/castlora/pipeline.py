@@ -10,10 +10,12 @@ from typing import Any
 
 from transformers import set_seed
 
+from castlora import __version__
 from castlora.adapters import LowRank, write_portable
 from castlora.card import write_card
 from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
-from castlora.distill import HeldOut, Student, measure_held_out, shared_mass
+from castlora.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
+from castlora.errors import UserError
 from castlora.manifest import (
     MANIFEST_FILE,
     command_line,
@@ -111,19 +113,30 @@ def transfer(
         "seed": seed, "rank": rank, "tuning": asdict(tuning),
     }  # fmt: skip
     resolved = resolve_recipe(recipe, start, steps, batch_size, tuning)
-    check_output(out, request)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; give a whole number from 0 to 2**32 - 1.")
+    if prompts is not None and prompt_format is not None:
+        raise UserError("--prompts and --prompt-format are two sources of prompts; give one of them.")
+    settings = {**request, "resolved_recipe": asdict(resolved), "castlora_version": __version__}
+    check_output(out, settings)
     started = time.monotonic()
     set_seed(seed)
     plan = plan_transfer(adapter, target, source)
     output_rank = plan.rank(resolved, rank)
+    plan.check_length(resolved)
     logger.info(describe(plan.pairing))
     text_source = TextSource(text, prompt_format, prompts)
     models = load_models(plan)
+    check_objective(models.shared, resolved)
     passages = draw_text(models, text_source, resolved, seed)
     logger.info("Text: %s, %d passages", text_source.regime, len(passages))
 
-    run = open_run(out, request, _needed_bytes(plan, resolved))
-    training, held_out = align_text(models, _answered(run, models, passages, resolved, seed), resolved)
+    run = open_run(out, settings, _needed_bytes(plan, resolved))
+    try:
+        training, held_out = align_text(models, _answered(run, models, passages, resolved, seed), resolved)
+    except UserError:
+        run.discard()
+        raise
     masses = _report_shared_mass(models, held_out)
     student = start_student(models, plan, resolved, training, output_rank, seed)
     before = measure_held_out(models.teacher, student, held_out, models.shared, resolved)
@@ -133,7 +146,7 @@ def transfer(
 
     manifest = {
         **describe_inputs(plan, models, text_source),
-        "castlora_version": versions()["castlora"],
+        "castlora_version": __version__,
         "rank": output_rank,
         "pairing": describe_pairing(plan.pairing),
         "recipe": describe_recipe(resolved, recipe),

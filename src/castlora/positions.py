@@ -118,12 +118,14 @@ def bytes_per_token(passages: Sequence[Passage], tokenizer: ByteTokenizer) -> fl
 def _align(
     passage: Passage, source: EncodedText, target: EncodedText, max_length: int, context_weight: float
 ) -> AlignedPassage:
-    source_ids, target_ids = source.ids[:max_length], target.ids[:max_length]
-    in_source, in_target = aligned_positions(source.ends[:max_length], target.ends[:max_length])
+    in_source, in_target = aligned_positions(source.ends, target.ends)
+    # Before the first byte the models predict different things where only one spells a leading space.
+    kept = (in_source < max_length) & (in_target < max_length) & (source.ends[in_source] > 0)
+    in_source, in_target = in_source[kept], in_target[kept]
     is_answer = source.ends[in_source] >= passage.answer_start
     return AlignedPassage(
-        source_ids.tolist(),
-        target_ids.tolist(),
+        source.ids[:max_length].tolist(),
+        target.ids[:max_length].tolist(),
         in_source.tolist(),
         in_target.tolist(),
         [1.0 if answer else context_weight for answer in is_answer.tolist()],

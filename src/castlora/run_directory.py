@@ -40,6 +40,12 @@ class RunDirectory:
         newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
         return str(newest) if newest else None
 
+    def discard(self) -> None:
+        """Takes back what a run that cannot go on has written, and the folder if nothing else is in it."""
+        shutil.rmtree(self.state)
+        if not any(self.out.iterdir()):
+            self.out.rmdir()
+
     def publish(self) -> None:
         """Moves the results into `out`, the file that makes an adapter loadable last, and drops the state."""
         for path in sorted(self.finished.iterdir(), key=lambda path: path.name == _LAST_FILE):
@@ -54,10 +60,10 @@ def check_output(out: str, request: dict[str, Any]) -> bool:
         UserError: `out` holds something else.
     """
     folder = Path(out)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
     request_file = folder / STATE_FOLDER / _REQUEST_FILE
-    if not folder.is_dir() or not request_file.is_file():
+    if not folder.exists() or (folder.is_dir() and not request_file.exists() and _holds_no_result(folder)):
+        return False
+    if not request_file.is_file():
         raise UserError(f"--out {out!r} is not empty; give a new folder, nothing is ever overwritten.")
     if json.loads(request_file.read_text(encoding="utf-8")) != request:
         raise UserError(
@@ -75,18 +81,24 @@ def open_run(out: str, request: dict[str, Any], needed_bytes: int) -> RunDirecto
     run = RunDirectory(Path(out))
     resuming = check_output(out, request)
     try:
-        run.out.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(run.out).free
+        existing = next(folder for folder in (run.out, *run.out.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(existing).free
         if free < needed_bytes:
             raise UserError(
-                f"--out {out!r}: the run needs {needed_bytes >> 20} MiB of disk and {free >> 20} MiB are free."
+                f"--out {out!r}: the run needs {needed_bytes >> 20} MiB of disk and {free >> 20} MiB are free; "
+                "make room or give a folder on another disk."
             )
-        run.state.mkdir(exist_ok=True)
+        run.state.mkdir(parents=True, exist_ok=True)
         if not resuming:
             write_whole(run.state / _REQUEST_FILE, json.dumps(request, indent=1, sort_keys=True))
     except OSError as error:
         raise UserError(f"--out {out!r} cannot be written ({error.strerror}); give another folder.") from error
     return run
+
+
+def _holds_no_result(folder: Path) -> bool:
+    """Whether a folder is empty, up to a run that was interrupted before it began."""
+    return all(path.name == STATE_FOLDER for path in folder.iterdir())
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -19,14 +19,15 @@ from transformers import (
 from castlora.adapters import AdapterFiles, LowRank, open_adapter, portable_rank, read_factors
 from castlora.answers import write_answers
 from castlora.config import Recipe
-from castlora.distill import DistillationTrainer, LossProgress, SharedVocabulary, Student
+from castlora.distill import DistillationTrainer, LossProgress, Student
 from castlora.errors import UserError
-from castlora.models import LinearSlot, best_device, linear_slots, load_config, load_model, skeleton
+from castlora.models import LinearSlot, best_device, context_length, linear_slots, load_config, load_model, skeleton
 from castlora.pairing import Pairing, branch_ranks, pair_modules
 from castlora.positions import AlignedPassage, align_passages, bytes_per_token
 from castlora.starts import attach_lora, collect_moments, paper_maps, parametrize_by_maps, ridge_maps
 from castlora.text import HUB_DEFAULT, Passage, cut_passages, fill_prompt_format, read_documents, read_prompts
 from castlora.tokens import ByteTokenizer
+from castlora.vocabulary import SharedVocabulary
 
 HELD_OUT_PASSAGES = 64
 _SAMPLE_FOR_LENGTH = 64
@@ -59,6 +60,15 @@ class Plan:
     def target_modules(self) -> list[str]:
         """Target modules that receive an update."""
         return [pair.target.name for pair in self.pairing.mapped]
+
+    def check_length(self, recipe: Recipe) -> None:
+        """Raises a UserError if the passages are longer than either model can read."""
+        for name, config in ((self.source, self.source_config), (self.target, self.target_config)):
+            if recipe.max_length > context_length(config):
+                raise UserError(
+                    f"max_length is {recipe.max_length}, but {name!r} reads {context_length(config)} tokens; "
+                    f"give --tuning.max-length {context_length(config)} or less."
+                )
 
     def rank(self, recipe: Recipe, wanted: int | None) -> int:
         """Rank of the adapter to write.
@@ -142,7 +152,9 @@ def load_models(plan: Plan) -> Models:
     teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
     source_bytes = ByteTokenizer.from_tokenizer(source_tokenizer)
     target_bytes = ByteTokenizer.from_tokenizer(target_tokenizer)
-    shared = SharedVocabulary.of(source_bytes, target_bytes)
+    shared = SharedVocabulary.of(
+        source_bytes, target_bytes, plan.source_config.vocab_size, plan.target_config.vocab_size
+    )
     return Models(source, teacher, target, source_tokenizer, target_tokenizer, source_bytes, target_bytes, shared)
 
 
@@ -177,7 +189,7 @@ def answer_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe, 
         models.source_tokenizer,
         prompts,
         max_new_tokens=recipe.answer_tokens,
-        max_prompt_tokens=recipe.max_length,
+        max_prompt_tokens=min(recipe.max_length, context_length(models.source.config) - recipe.answer_tokens),
         batch_size=_ANSWER_BATCH,
         seed=seed,
     )
@@ -197,11 +209,10 @@ def align_text(
     aligned = list(
         align_passages(passages, models.source_bytes, models.target_bytes, recipe.max_length, recipe.context_weight)
     )
-    held_out = min(HELD_OUT_PASSAGES, len(aligned) // 5)
     if len(aligned) < 2:
         raise UserError("Too little of the text has positions where both tokenizers agree; give longer text.")
-    held_out = max(1, held_out)
-    return aligned[:-held_out], aligned[-held_out:]
+    held_out = max(1, min(HELD_OUT_PASSAGES, len(aligned) // 5))
+    return aligned[:-held_out][: recipe.passages], aligned[-held_out:]
 
 
 def start_student(
@@ -224,7 +235,7 @@ def start_student(
         parametrize_by_maps(peft_model, plan.pairing, plan.factors, maps)
     with_head = recipe.mse_weight > 0
     widths = models.target.config.hidden_size, models.teacher.config.hidden_size
-    return Student(peft_model, *widths, with_head=with_head)
+    return Student(peft_model, *widths, with_head=with_head).to(best_device())
 
 
 def train_student(

@@ -59,8 +59,8 @@ def ridge_maps(moments: "SiteMoments", pairing: Pairing, ridge: float) -> Maps:
 
     `map_to_source` predicts the source module's input from the target module's input, uncentred,
     because a fold cannot hold an offset; `map_from_source` predicts the target module's output from
-    the source module's output, centred, because updates are differences. A source module that speaks
-    for several target modules has its update divided among them.
+    the source module's output, centred, because updates are differences. A part of the source that
+    speaks for several target modules has its update divided among them.
     """
     maps = {}
     to_source: dict[InputSite, Tensor] = {}
@@ -69,7 +69,7 @@ def ridge_maps(moments: "SiteMoments", pairing: Pairing, ridge: float) -> Maps:
         if site not in to_source:
             to_source[site] = ridge_map(*moments.inputs[site].raw(), ridge).float()
         from_source = ridge_map(*moments.outputs[pair.target.name, index].covariances(), ridge)
-        share = 1 / pairing.multiplicity(branch.source_module)
+        share = 1 / pairing.multiplicity(branch)
         maps[pair.target.name, index] = BranchMaps(to_source[site], (share * from_source).float())
     return maps
 

@@ -133,7 +133,8 @@ def _field(line: str, path: str, number: int, names: tuple[str, ...]) -> str:
         raise UserError(f"{path!r} line {number} is not JSON ({error.msg}); write one object per line.") from error
     for name in names:
         if isinstance(record, dict) and isinstance(record.get(name), str):
-            return str(record[name])
+            # JSON can escape halves of surrogate pairs, which no tokenizer can read.
+            return str(record[name]).encode(errors="replace").decode()
     raise UserError(f"{path!r} line {number} has no text field {names[0]!r}; write one object per line with it.")
 
 
@@ -161,7 +162,7 @@ def _pieces(document: str, max_bytes: int) -> Iterator[str]:
             space = document.rfind(" ", start + 1, end)
             end = space if space > start else end
         piece = document[start:end]
-        if len(piece.strip()) >= min(max_bytes // 4, len(document.strip())):
+        if piece.strip() and len(piece.strip()) >= min(max_bytes // 4, len(document.strip())):
             yield piece.strip()
         start = end
 

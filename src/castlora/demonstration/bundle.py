@@ -24,7 +24,12 @@ class DemoSkill:
     @property
     def task(self) -> Path:
         """Task file of labelled test items."""
-        return _FOLDER / "tasks" / f"{self.name}.jsonl"
+        return _FOLDER / "tasks" / f"{self.name}-test.jsonl"
+
+    @property
+    def prompts(self) -> Path:
+        """Unlabelled prompts, disjoint from the test items."""
+        return _FOLDER / "tasks" / f"{self.name}-prompts.jsonl"
 
     def adapter(self, base: str) -> Path:
         """The adapter that was trained for this skill on one of the bundled models."""
@@ -34,11 +39,6 @@ class DemoSkill:
 def demo_models_path() -> Path:
     """Folder that holds the bundled base models, one folder each."""
     return _FOLDER / "models"
-
-
-def demo_text_path() -> Path:
-    """General text, written by the bundled source model."""
-    return _FOLDER / "text.jsonl.gz"
 
 
 def demo_skill() -> DemoSkill:
