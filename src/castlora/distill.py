@@ -38,6 +38,10 @@ class Student(nn.Module):
         self.hidden_size = hidden_size
         self.hidden_head = nn.Linear(hidden_size, teacher_hidden_size) if with_head else None
 
+    def train(self, mode: bool = True) -> "Student":
+        """Keeps dropout off: the teacher's predictions are exact, and noise in the student would only blur them."""
+        return super().train(False)
+
     def causal_lm(self) -> PeftModelForCausalLM:
         """The student as the language model that it is."""
         assert isinstance(self.model, PeftModelForCausalLM)
@@ -93,7 +97,7 @@ def distillation_losses(
         error = (student.hidden_head(student_hidden.float()) - teacher_hidden.float()).square().mean(-1)
         losses["mse"] = weighted_mean(error, weights[counts])
     if recipe.chunk_weight > 0 and not shared.is_whole:
-        losses["chunk"] = _chunk_loss(teacher_output.logits, student_output.logits, batch)
+        losses["chunk"] = _chunk_loss(teacher_output.logits, student_output.logits, batch, shared)
     return losses
 
 
@@ -263,13 +267,20 @@ def _divergence(teacher_logits: Tensor, student_logits: Tensor, shared: SharedVo
     return kl_divergence(teacher, student) * temperature**2
 
 
-def _chunk_loss(teacher_logits: Tensor, student_logits: Tensor, batch: Batch) -> Tensor:
-    """Chunk divergence over the stretches that at least one tokenizer cuts into several tokens."""
+def _chunk_loss(teacher_logits: Tensor, student_logits: Tensor, batch: Batch, shared: SharedVocabulary) -> Tensor:
+    """Chunk divergence over the stretches that classes of tokens leave open.
+
+    These are the ones that a tokenizer cuts into several tokens, and the ones that begin with a target token whose
+    class holds others: the class says how likely they are together, and only the text says which of them it is.
+    """
     source_lengths = batch["source_positions"].diff(dim=-1)
     target_lengths = batch["target_positions"].diff(dim=-1)
     teacher = chunk_log_probabilities(teacher_logits.float(), batch["source_ids"], batch["source_positions"])
     student = chunk_log_probabilities(student_logits.float(), batch["target_ids"], batch["target_positions"])
-    is_split = (source_lengths > 0) & (target_lengths > 0) & ((source_lengths > 1) | (target_lengths > 1))
+    first_tokens = batch["target_ids"].roll(-1, dims=1).gather(1, batch["target_positions"][:, :-1])
+    is_ambiguous = shared.target_is_ambiguous.to(first_tokens.device)[first_tokens]
+    is_open = (source_lengths > 1) | (target_lengths > 1) | is_ambiguous
+    is_chunk = (source_lengths > 0) & (target_lengths > 0)
     # The prediction of a chunk is made at its first position, whose weight it has.
-    weights = batch["weights"][:, :-1] * is_split
+    weights = batch["weights"][:, :-1] * (is_chunk & is_open)
     return weighted_mean(binary_kl(teacher, student), weights)

@@ -49,6 +49,11 @@ class SharedVocabulary:
         )
 
     @property
+    def target_is_ambiguous(self) -> Tensor:
+        """Whether a token shares its class with other target tokens, shape (tokens that the target predicts,)."""
+        return self.target_classes.bincount()[self.target_classes] > 1
+
+    @property
     def classes(self) -> int:
         """Number of classes, the rest included."""
         return 1 + int(max(self.source_classes.max(), self.target_classes.max()))

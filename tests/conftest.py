@@ -1,0 +1,84 @@
+import functools
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import tiny
+import torch
+from hypothesis import settings
+
+from castlora import verification
+
+# A busy machine is no failure.
+settings.register_profile("castlora", deadline=None)
+settings.load_profile("castlora")
+
+BaseModel = Callable[[str], Path]
+Adapter = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Threads only cost time on models this small, and sums in a fixed order repeat to the bit."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """Family name → folder of the tiny base model of that family, made on first use."""
+    folder = tmp_path_factory.mktemp("models")
+
+    @functools.cache
+    def make(name: str) -> Path:
+        config, tokenizer = tiny.family(name)
+        return tiny.save_model(folder / name, config, tokenizer, seed=tiny.FAMILIES.index(name))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory, base_model: BaseModel) -> Adapter:
+    """Family name and kinds of modules → folder of a LoRA for that tiny model, made on first use."""
+    folder = tmp_path_factory.mktemp("adapters")
+
+    @functools.cache
+    def make(name: str, modules: tuple[str, ...] | None = None, **options: object) -> Path:
+        path = folder / str(len(list(folder.iterdir())))
+        tiny.save_adapter(path, base_model(name), modules or tiny.LINEAR_MODULES[name], **options)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """General text: two hundred paragraphs of one sentence."""
+    path = tmp_path_factory.mktemp("text") / "general.txt"
+    path.write_text("\n\n".join(tiny.sentences(200)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty unlabelled prompts."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(f"Who? {sentence} Answer:" for sentence in tiny.sentences(40, seed=9)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def checked_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a written adapter be checked in this process, where everything is imported already."""
+
+    def run(command: list[str], **_options: object) -> subprocess.CompletedProcess[str]:
+        *_, arguments, reference = command
+        difference = verification._relative_difference(**json.loads(arguments), reference=Path(reference))
+        return subprocess.CompletedProcess(command, 0, json.dumps({"relative_difference": difference}), "")
+
+    monkeypatch.setattr(verification, "subprocess", SimpleNamespace(run=run))

@@ -1,0 +1,64 @@
+import pytest
+import tiny
+from peft import PeftModel
+
+from castlora.answers import write_answers
+from castlora.text import Passage
+
+PROMPTS = ["Who?", "Who finds the hen near the old mill?", "Which fox hides behind the house? Answer:", "Où?"]
+
+
+@pytest.fixture(scope="module")
+def write(base_model, adapter):
+    loaded = {}
+
+    def run(name: str, prompts=PROMPTS, seed=0, batch_size=2, eos=True, **lengths) -> list[Passage]:
+        if name not in loaded:
+            loaded[name] = PeftModel.from_pretrained(tiny.load(base_model(name)), adapter(name)).eval()
+        tokenizer = tiny.tokenizer_of(base_model(name))
+        if not eos:
+            tokenizer.eos_token = None
+        limits = {"max_new_tokens": 8, "max_prompt_tokens": 60} | lengths
+        return list(write_answers(loaded[name], tokenizer, prompts, batch_size=batch_size, seed=seed, **limits))
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_passage_is_a_prompt_and_its_answer(write, name):
+    passages = write(name)
+    assert [passage.text.encode()[: passage.answer_start].decode() for passage in passages] == sorted(
+        PROMPTS, key=lambda prompt: -len(tiny.family(name)[1](prompt)["input_ids"])
+    )
+    # Some answers are lost: a random model writes bytes that are no characters, or ends the text at once.
+    assert sum(passage.answer_start < len(passage.text.encode()) for passage in passages) >= 2
+
+
+def test_the_same_seed_writes_the_same_answers(write):
+    assert write("llama", seed=5) == write("llama", seed=5) != write("llama", seed=6)
+
+
+def test_prompts_that_are_too_long_are_left_out(write):
+    lengths = {prompt: len(tiny.byte_level(300)(prompt)["input_ids"]) for prompt in PROMPTS}
+    limit = sorted(lengths.values())[1]
+    written = [
+        passage.text.encode()[: passage.answer_start].decode() for passage in write("gpt2", max_prompt_tokens=limit)
+    ]
+    assert sorted(written) == sorted(prompt for prompt, length in lengths.items() if length <= limit)
+    assert write("gpt2", max_prompt_tokens=0) == []
+
+
+def test_answers_have_at_most_the_given_number_of_tokens(write):
+    for passage in write("gpt2", max_new_tokens=3):
+        answer = passage.text.encode()[passage.answer_start :]
+        # Bytes that are no character become a mark of three bytes, and the longest tokens have nine.
+        assert 0 < len(answer) <= 27
+
+
+def test_a_prompt_that_does_not_come_back_whole_stands_alone(write):
+    prompt = "Who says </s> here?"
+    assert write("llama", prompts=[prompt]) == [Passage(prompt, len(prompt))]
+
+
+def test_a_tokenizer_without_an_end_token_will_do(write):
+    assert len(write("llama", eos=False)) == len(PROMPTS)

@@ -1,0 +1,196 @@
+"""The model card: complete, valid for the Hub, and silent about the machine it was made on."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from castlora.card import is_hub_id, make_card, public_command, public_name, write_card
+from castlora.lift import Lift
+from castlora.report import BARE_TARGET, RETRAINED, TRANSFERRED, Score, Skill
+
+HOSTILE = "evil`](javascript:x)\n---\nlicense: mit\n---\n# Heading\n<script>alert(1)</script>|``` ![x](y) \x1b\u202e"
+
+SKILL = Skill(
+    "trec",
+    {
+        BARE_TARGET: Score(0.132, (0.1, 0.16), 3.2),
+        TRANSFERRED: Score(0.688, (0.65, 0.72), 0.93),
+        RETRAINED: Score(0.779),
+    },
+    Lift(0.859, (0.79, 0.93), 0.883, countable=True),
+)
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    return {
+        "source": {"name": "org/llama-s", "revision": "3f2a91c", "tokenizer_sha256": "ab"},
+        "target": {"name": "org/mistral-s", "revision": "88b01de", "tokenizer_sha256": "cd"},
+        "adapter": {"name": "org/trec-lora", "rank": 4},
+        "rank": 8,
+        "text": {"regime": "prompt format", "text": "allenai/c4", "prompt_format": "Q: {text}", "prompts": None},
+        "pairing": [
+            {"target": "layers.0.q_proj", "sources": [{"module": "layers.0.q_proj", "roles": ["q"]}]},
+            {"target": "layers.0.gate_proj", "sources": []},
+        ],
+        "recipe": {
+            "name": "default", "start": "fresh", "steps": 500, "batch_size": 32, "kl_weight": 1.0, "mse_weight": 0.5,
+            "chunk_weight": 0.0, "departures": {"steps": 500},
+        },
+        "seed": 17,
+        "versions": {"torch": "2.13.0", "peft": "0.21.2"},
+        "losses": {"held_out_before": 2.91, "held_out_after": 0.552, "agreement_before": 0.31, "agreement_after": 0.84},
+        "command": "castlora transfer --adapter org/trec-lora --target org/mistral-s --out out",
+        "seconds": 252.34,
+        "peak_memory_bytes": 2 << 30,
+        **changes,
+    }  # fmt: skip
+
+
+def without_code(text: str) -> str:
+    """What is left of Markdown outside fenced blocks and code spans: all that can act."""
+    text = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", text)
+
+
+def test_metadata() -> None:
+    data = make_card(manifest()).data.to_dict()
+    assert data == {
+        "base_model": "org/mistral-s",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["castlora", "lora", "base_model:adapter:org/mistral-s"],
+    }
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        "`org/trec-lora`, rank 4", "`org/llama-s` at `3f2a91c`", "`org/mistral-s` at `88b01de`",
+        "`prompt format`, `allenai/c4`", "`default` with `steps=500`", "| `fresh` |", "1.00 × KL + 0.500 × hidden MSE",
+        "500 × 32", "| seed | 17 |", "2.91 → 0.552", "31\xa0% → 84\xa0%", "252 s", "2.00 GiB",
+        "1 of 2 target modules have a partner in the source; no update for `layers.0.gate_proj`",
+        'AutoModelForCausalLM.from_pretrained("org/mistral-s", revision="88b01de")',
+        "vllm serve org/mistral-s --revision 88b01de --enable-lora --max-lora-rank 8 --lora-modules trec-lora=",
+        "castlora transfer --adapter org/trec-lora --target org/mistral-s --out out", "`torch 2.13.0`", "2510.17902",
+    ],
+)  # fmt: skip
+def test_body_tells(fact: str) -> None:
+    assert fact in make_card(manifest()).text
+
+
+def test_evaluation() -> None:
+    assert "how much of the skill arrived is not known" in make_card(manifest()).text
+    text = make_card(manifest(), [SKILL]).text
+    assert "how much of the skill arrived is not known" not in text
+    assert "| `trec (accuracy)` | `transferred` | 0.688 | [0.650, 0.720] | 0.930 | 86\xa0% [79, 93] |" in text
+    assert "| `trec (accuracy)` | `retrained` | 0.779 |  | – |  |" in text
+
+
+def test_python_snippet_is_python() -> None:
+    for name in ("org/mistral-s", HOSTILE, "a\"b\\c'd"):
+        (code,) = re.findall(
+            r"^(`{3,})python\n(.*?)^\1$", make_card(manifest(target={"name": name, "revision": "1"})).text, re.M | re.S
+        )
+        compile(code[1], "snippet", "exec")
+
+
+def test_written_card_loads(tmp_path: Path) -> None:
+    path = write_card(tmp_path, manifest(), [SKILL])
+    assert path == tmp_path / "README.md"
+    assert ModelCard.load(path).data.base_model == "org/mistral-s"
+
+
+class TestHostileNames:
+    @pytest.fixture
+    def content(self) -> str:
+        skill = Skill(HOSTILE, {HOSTILE: Score(0.5)}, metric=HOSTILE)
+        record = {"name": HOSTILE, "revision": HOSTILE}
+        changes = manifest(
+            source=record,
+            target=record,
+            adapter={"name": HOSTILE, "rank": 4},
+            text={"regime": HOSTILE, "text": HOSTILE, "prompt_format": HOSTILE, "prompts": HOSTILE},
+            pairing=[{"target": HOSTILE, "sources": []}],
+            versions={HOSTILE: HOSTILE},
+            command=shlex.join(["castlora", HOSTILE]),
+        )
+        changes["recipe"] |= {"name": HOSTILE, "start": HOSTILE, "departures": {HOSTILE: HOSTILE}}
+        return str(make_card(changes, [skill]))
+
+    def test_metadata_is_ours(self, content: str) -> None:
+        front = content.split("\n---\n")[0].removeprefix("---\n")
+        assert yaml.safe_load(front) == {
+            "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["castlora", "lora"],
+        }  # fmt: skip
+
+    def test_nothing_acts_outside_code(self, content: str) -> None:
+        body = content.split("\n---\n", 1)[1]
+        active = without_code(body)
+        assert "evil" in body
+        assert not re.search(r"evil|<script|javascript|license|!\[|\]\(", active)
+        assert re.findall(r"^#+ .*", active, re.M)[1:] == [
+            "## Origin", "## Evaluation", "## Use", "## Reproduce", "## Limits", "## Citation",
+        ]  # fmt: skip
+
+    def test_controls_are_visible(self, content: str) -> None:
+        assert "\x1b" not in content
+        assert "\u202e" not in content
+        assert "⟨U+202E⟩" in content
+
+    def test_table_rows_keep_their_columns(self, content: str) -> None:
+        rows = [line for line in without_code(content).splitlines() if line.startswith("|")]
+        assert {line.count("|") for line in rows} == {3, 7}
+
+
+class TestPrivacy:
+    def test_card_has_no_local_paths_or_tokens(self, tmp_path: Path) -> None:
+        folder = tmp_path / "my models" / "mistral"
+        folder.mkdir(parents=True)
+        local = {"name": str(folder), "revision": None}
+        command = [
+            "castlora",
+            "transfer",
+            "--target",
+            str(folder),
+            f"--out={tmp_path}/out",
+            "--token",
+            "hf_" + "a" * 34,
+        ]
+        text = {"regime": "general text", "text": f"json:{tmp_path}/t.jsonl", "prompt_format": None, "prompts": None}
+        card = make_card(
+            manifest(
+                target=local, adapter={"name": "/home/ann/lora", "rank": 4}, text=text, command=shlex.join(command)
+            )
+        )
+        content = str(card)
+        assert not re.search(rf"{re.escape(str(tmp_path))}|/home|ann|my models|hf_a", content)
+        assert "castlora transfer --target mistral --out=out --token 'hf_…'" in content
+        assert "`t.jsonl`" in content
+        assert card.data.base_model is None
+
+    @pytest.mark.parametrize(
+        ("name", "public"),
+        [
+            ("org/model", "org/model"), ("gpt2", "gpt2"), ("/data/models/llama", "llama"), ("~/llama/", "llama"),
+            ("../llama", "llama"), (r"C:\Users\ann\llama", "llama"), ("C:/Users/ann/llama", "llama"),
+            ("https://user:secret@host/org/model", "model"), ("a/b/c", "c"), ("prompt format", "prompt format"),
+        ],
+    )  # fmt: skip
+    def test_public_name(self, name: str, public: str) -> None:
+        assert public_name(name) == public
+
+    def test_folder_in_the_working_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "runs" / "lora").mkdir(parents=True)
+        assert is_hub_id("runs/lora")
+        monkeypatch.chdir(tmp_path)
+        assert not is_hub_id("runs/lora")
+        assert public_name("runs/lora") == "lora"
+
+    def test_command_keeps_free_text(self) -> None:
+        arguments = ["castlora", "--prompt-format", "Yes/No? {text}\nA:", "--seed=1", "x" * 5000]
+        assert shlex.split(public_command(arguments)) == arguments

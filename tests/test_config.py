@@ -1,0 +1,56 @@
+from dataclasses import asdict, fields
+
+import pytest
+
+from castlora.config import DEFAULT, PAPER, Recipe, Tuning, recipe_differences, resolve_recipe
+from castlora.errors import UserError
+
+NOTHING = Tuning()
+
+
+def test_a_recipe_without_departures_is_the_named_one():
+    assert resolve_recipe("default", None, None, None, NOTHING) == DEFAULT
+    assert resolve_recipe("paper", None, None, None, NOTHING) == PAPER
+
+
+def test_departures_replace_only_what_they_name():
+    recipe = resolve_recipe("paper", "ridge", 7, None, Tuning(write_answers=True, mse_weight=0.0))
+    assert recipe_differences(recipe, "paper") == {
+        "start": "ridge", "steps": 7, "write_answers": True, "mse_weight": 0.0,
+    }  # fmt: skip
+    assert recipe_differences(PAPER, "paper") == {}
+
+
+def test_every_number_of_a_recipe_can_be_tuned():
+    with_options = {"start", "steps", "batch_size"}
+    assert {field.name for field in fields(Recipe)} == {field.name for field in fields(Tuning)} | with_options
+    assert set(asdict(NOTHING).values()) == {None}
+
+
+@pytest.mark.parametrize(
+    "field", ["temperature", "learning_rate_scale", "passages", "max_length", "answer_tokens"]
+)  # fmt: skip
+@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
+def test_numbers_that_must_be_above_zero(field, value):
+    with pytest.raises(UserError, match=rf"^{field} is {value}; give a number above 0\.$"):
+        resolve_recipe("default", None, None, None, Tuning(**{field: value}))
+
+
+@pytest.mark.parametrize(
+    "field", ["kl_weight", "mse_weight", "chunk_weight", "context_weight", "ridge", "map_learning_rate_ratio"]
+)
+@pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])
+def test_numbers_that_must_not_be_negative(field, value):
+    with pytest.raises(UserError, match=rf"^{field} is {value}; give 0 or more\.$"):
+        resolve_recipe("default", None, None, None, Tuning(**{field: value}))
+
+
+@pytest.mark.parametrize(("steps", "batch_size", "field"), [(0, 1, "steps"), (-3, 1, "steps"), (1, 0, "batch_size")])
+def test_steps_and_batch_size_must_be_above_zero(steps, batch_size, field):
+    with pytest.raises(UserError, match=f"^{field} is "):
+        resolve_recipe("default", None, steps, batch_size, NOTHING)
+
+
+def test_an_objective_without_any_part_is_refused():
+    with pytest.raises(UserError, match="kl_weight, mse_weight and chunk_weight are all 0"):
+        resolve_recipe("default", None, None, None, Tuning(kl_weight=0.0, mse_weight=0.0, chunk_weight=0.0))

@@ -1,0 +1,143 @@
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from castlora.config import PAPER
+from castlora.distill import (
+    HeldOut,
+    Student,
+    check_objective,
+    distillation_losses,
+    measure_held_out,
+    shared_mass,
+    total_loss,
+)
+from castlora.errors import UserError
+from castlora.positions import align_passages, collate
+from castlora.starts import attach_lora
+from castlora.text import Passage
+from castlora.tokens import ByteTokenizer
+from castlora.vocabulary import SharedVocabulary
+
+ALL_PARTS = replace(PAPER, temperature=1.0, chunk_weight=0.5)
+KL_ONLY = replace(PAPER, temperature=1.0, mse_weight=0.0)
+
+
+def tokenizer(name: str) -> ByteTokenizer:
+    return ByteTokenizer.from_tokenizer(tiny.family(name)[1])
+
+
+def vocabulary(source: str, target: str) -> SharedVocabulary:
+    sizes = [tiny.family(name)[0].vocab_size for name in (source, target)]
+    return SharedVocabulary.of(tokenizer(source), tokenizer(target), *sizes)
+
+
+def aligned(source: str, target: str, count: int = 6):
+    passages = [Passage(sentence, 20 * (number % 2)) for number, sentence in enumerate(tiny.sentences(count))]
+    return list(align_passages(passages, tokenizer(source), tokenizer(target), 48, 0.1))
+
+
+@pytest.fixture
+def student(base_model):
+    def make(name: str, teacher_hidden_size: int = 32, with_head: bool = False) -> Student:
+        model = tiny.load(base_model(name))
+        modules = [f"{tiny.LINEAR_MODULES[name][0]}"]
+        return Student(attach_lora(model, modules, 4), model.config.hidden_size, teacher_hidden_size, with_head).eval()
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_identical_models_have_no_divergence(base_model, student, name):
+    teacher, batch = tiny.load(base_model(name)), collate(aligned(name, name))
+    losses = distillation_losses(teacher, student(name), batch, vocabulary(name, name), KL_ONLY)
+    assert losses.keys() == {"kl"}
+    assert abs(losses["kl"].item()) < 1e-6
+
+
+def test_the_divergence_over_a_partial_vocabulary_is_zero_for_identical_models(base_model, student):
+    teacher, batch = tiny.load(base_model("llama")), collate(aligned("llama", "llama"))
+    ids, classes = torch.arange(200), torch.arange(309) % 100
+    partial = SharedVocabulary(ids, ids, classes, classes, is_whole=False)
+    losses = distillation_losses(teacher, student("llama"), batch, partial, ALL_PARTS)
+    assert losses.keys() == {"kl", "chunk"}
+    assert all(abs(loss.item()) < 1e-6 for loss in losses.values())
+
+
+def test_all_parts_across_tokenizers(base_model, student):
+    teacher, batch = tiny.load(base_model("llama")), collate(aligned("llama", "gpt2"))
+    pupil = student("gpt2", with_head=True)
+    losses = distillation_losses(teacher, pupil, batch, vocabulary("llama", "gpt2"), ALL_PARTS)
+    assert losses.keys() == {"kl", "mse", "chunk"}
+    assert all(loss.item() > 0 for loss in losses.values())
+    expected = losses["kl"] + losses["mse"] + 0.5 * losses["chunk"]
+    torch.testing.assert_close(total_loss(losses, ALL_PARTS), expected)
+    total_loss(losses, ALL_PARTS).backward()
+    assert {name for name, parameter in pupil.named_parameters() if parameter.grad is not None} == set(
+        pupil.trainable()
+    )
+    assert "hidden_head.weight" in pupil.trainable()
+
+
+def test_losses_of_one_passage_do_not_depend_on_its_padding(base_model, student):
+    teacher, pupil = tiny.load(base_model("llama")), student("gpt2", with_head=True)
+    passages = sorted(aligned("llama", "gpt2", 20), key=lambda passage: len(passage.source_ids))
+    shared = vocabulary("llama", "gpt2")
+    weights = [sum(passage.weights) for passage in (passages[0], passages[-1])]
+    alone = [
+        distillation_losses(teacher, pupil, collate([passage]), shared, ALL_PARTS)
+        for passage in (passages[0], passages[-1])
+    ]
+    together = distillation_losses(teacher, pupil, collate([passages[0], passages[-1]]), shared, ALL_PARTS)
+    for part in ("kl", "mse"):
+        mean = sum(weight * one[part] for weight, one in zip(weights, alone, strict=True)) / sum(weights)
+        torch.testing.assert_close(together[part], mean)
+
+
+def test_temperature_keeps_the_scale_of_gradients(base_model, student):
+    teacher, batch = tiny.load(base_model("phi3")), collate(aligned("phi3", "llama"))
+    shared = vocabulary("phi3", "llama")
+    pupil = student("llama")
+    losses = [
+        distillation_losses(teacher, pupil, batch, shared, replace(KL_ONLY, temperature=t))["kl"].item()
+        for t in (100.0, 200.0)
+    ]
+    assert 0.95 < losses[0] / losses[1] < 1.05
+
+
+def test_held_out_measures_of_identical_models(base_model, student):
+    teacher = tiny.load(base_model("llama"))
+    measured = measure_held_out(teacher, student("llama"), aligned("llama", "llama"), vocabulary("llama", "llama"),
+                                replace(KL_ONLY, batch_size=2))  # fmt: skip
+    assert isinstance(measured, HeldOut)
+    assert abs(measured.kl) < 1e-6 and abs(measured.loss) < 1e-6
+    assert measured.agreement == 1.0
+
+
+def test_held_out_measures_of_different_models(base_model, student):
+    measured = measure_held_out(tiny.load(base_model("llama")), student("gpt2"), aligned("llama", "gpt2"),
+                                vocabulary("llama", "gpt2"), replace(KL_ONLY, batch_size=4))  # fmt: skip
+    assert measured.kl > 0.1
+    assert 0 <= measured.agreement < 1
+
+
+def test_shared_mass_is_a_share(base_model):
+    model, passages = tiny.load(base_model("llama")), aligned("llama", "gpt2")
+    shared = vocabulary("llama", "gpt2")
+    mass = shared_mass(model, passages, "source", shared.source_ids)
+    batch = collate(passages)
+    probabilities = tiny.logits(model, batch["source_ids"]).softmax(-1)[..., shared.source_ids].sum(-1)
+    expected = torch.cat([
+        probabilities[row, one.source_positions] for row, one in enumerate(passages)
+    ]).mean()  # fmt: skip
+    assert mass == pytest.approx(float(expected), rel=1e-4)
+    assert shared_mass(model, passages, "source", torch.arange(309)) == pytest.approx(1, rel=1e-4)
+
+
+def test_an_objective_that_compares_nothing_is_refused():
+    only_chunks = replace(KL_ONLY, kl_weight=0.0, chunk_weight=1.0)
+    check_objective(vocabulary("llama", "gpt2"), only_chunks)
+    with pytest.raises(UserError, match="chunk_weight compares different tokenizers, and these models have the same"):
+        check_objective(vocabulary("llama", "phi3"), only_chunks)

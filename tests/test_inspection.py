@@ -1,0 +1,75 @@
+import shutil
+
+import pytest
+import tiny
+
+from castlora import UserError, inspect
+from castlora.adapters import open_adapter, read_factors
+from castlora.inspection import parameter_count
+from castlora.models import load_config
+from castlora.stages import plan_transfer
+from castlora.tokens import ByteTokenizer
+from castlora.vocabulary import SharedVocabulary
+
+
+@pytest.fixture
+def weightless(base_model, tmp_path):
+    """Copies of tiny models without their weights."""
+
+    def make(name: str) -> str:
+        return shutil.copytree(base_model(name), tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
+
+    return make
+
+
+def test_a_transfer_is_described_without_any_weights(adapter, weightless):
+    text = inspect(str(adapter("gpt2-deep")), str(weightless("llama")), source=str(weightless("gpt2-deep")), steps=10)
+    assert "source    gpt2            5     40" in text
+    assert "target    llama           3     32" in text
+    assert "20 modules of rank 4. Written rank: 8 with a fresh start; the folded maps need 4." in text
+    assert "q_proj <- c_attn(q)" in text and "gate_proj <- nothing" in text
+    assert "Source modules dropped: transformer.h.1.attn.c_attn, " in text
+    assert "Target modules left unchanged: 3." in text
+    assert "Forecast for 10 steps of 16 passages on this machine: about " in text
+    shared = SharedVocabulary.of(
+        *(ByteTokenizer.from_tokenizer(tiny.family(name)[1]) for name in ("gpt2-deep", "llama")), 300, 309
+    )
+    count = len(shared.source_ids)
+    assert f"{count} tokens are spelled alike, {count / 300:.0%} of the source's and {count / 309:.0%}" in text
+
+
+def test_one_tokenizer_is_recognised(adapter, base_model):
+    assert "Tokenizers: the same, 309 tokens." in inspect(str(adapter("llama")), str(base_model("phi3")))
+
+
+def test_a_part_of_a_module_that_is_lost_is_named(adapter, base_model):
+    text = inspect(str(adapter("phi3")), str(base_model("gpt2")))
+    assert "model.layers.2.mlp.gate_up_proj(gate)" in text
+
+
+def test_no_place_of_this_machine_is_shown(adapter, base_model):
+    path = adapter("llama")
+    assert str(path.parent) not in inspect(str(path), str(base_model("mistral")))
+
+
+def test_parameters_are_counted_as_transformers_counts_them(adapter, base_model):
+    plan = plan_transfer(str(adapter("llama")), str(base_model("gpt2")), None)
+    assert parameter_count(plan) == tuple(tiny.load(base_model(name)).num_parameters() for name in ("llama", "gpt2"))
+
+
+def test_an_adapter_that_names_no_base_needs_one_from_the_user(base_model, tmp_path):
+    tiny.save_adapter(tmp_path, base_model("llama"), ("q_proj",))
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(base_model("llama")), ""))
+    with pytest.raises(UserError, match="names no base model; name it with --source"):
+        inspect(str(tmp_path), str(base_model("gpt2")))
+    assert "target module <- source module" in inspect(str(tmp_path), str(base_model("gpt2")), str(base_model("llama")))
+
+
+def test_the_plan_knows_which_ranks_hold_the_update(adapter, base_model):
+    plan = plan_transfer(str(adapter("llama")), str(base_model("phi3")), None)
+    assert plan.exact_rank == 12
+    assert (
+        read_factors(open_adapter(str(adapter("llama"))), load_config(str(base_model("llama")))).keys()
+        == plan.factors.keys()
+    )

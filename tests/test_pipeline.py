@@ -1,0 +1,288 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from castlora import UserError, config, pipeline, transfer
+from castlora.adapters import LowRank, open_adapter, read_factors, write_portable
+from castlora.cli import main
+from castlora.config import Tuning
+from castlora.distill import TRAINABLE_FILE, DistillationTrainer
+from castlora.models import load_config
+from castlora.text import Passage
+
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "castlora.json", "report.html"]
+SHORT = Tuning(passages=24, max_length=40)
+ANSWERED = Tuning(passages=24, max_length=60, answer_tokens=6)
+
+
+@pytest.fixture
+def quick_transfer(
+    base_model, adapter, text_file, tmp_path, checked_in_process
+) -> Callable[..., pipeline.TransferResult]:
+    """Transfers the adapter of one tiny model to another in three steps."""
+
+    def run(source: str, target: str, out: str = "out", modules=None, **options) -> pipeline.TransferResult:
+        if "prompts" not in options:
+            options = {"text": str(text_file)} | options
+        return transfer(
+            **{
+                "adapter": str(adapter(source, modules)),
+                "target": str(base_model(target)),
+                "out": str(tmp_path / out),
+                "steps": 3,
+                "batch_size": 4,
+                "tuning": SHORT,
+                **options,
+            }
+        )
+
+    return run
+
+
+def weights(out: Path) -> bytes:
+    return (out / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "options", "rank"),
+    [
+        ("llama", "mistral", {}, 8),
+        ("llama", "gpt2", {"start": "ridge"}, 16),
+        ("gpt2", "mistral", {"recipe": "paper"}, 8),
+        ("phi3", "gpt2-deep", {"start": "ridge", "rank": 32}, 32),
+        ("llama", "phi3", {"recipe": "paper", "start": "ridge"}, 16),
+        ("gpt2-deep", "gpt2", {"tuning": Tuning(passages=24, max_length=40, chunk_weight=1.0)}, 8),
+        ("mistral", "llama", {"tuning": Tuning(passages=24, max_length=40, chunk_weight=1.0)}, 8),
+    ],
+)
+def test_a_transfer_between_every_two_families(base_model, quick_transfer, source, target, options, rank):
+    result = quick_transfer(source, target, **options)
+    assert sorted(path.name for path in result.folder.iterdir()) == FILES
+
+    base = tiny.load(base_model(target))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    bare = tiny.logits(base, ids)
+    model = PeftModel.from_pretrained(base, result.folder)
+    assert model.peft_config["default"].r == model.peft_config["default"].lora_alpha == rank
+    assert (tiny.logits(model, ids) - bare).abs().max() > 1e-3
+
+    manifest = json.loads((result.folder / "castlora.json").read_text())
+    assert manifest == result.manifest
+    assert manifest["rank"] == rank
+    assert manifest["logit_difference"] <= 1e-4
+    assert manifest["passages"] == {"training": 24, "held_out": 17}
+    assert (manifest["source"]["name"], manifest["target"]["name"]) == (source, target)
+    assert len(manifest["pairing"]) == len(result.pairing.pairs)
+    assert result.log[-1]["step"] == 3
+
+
+def test_training_brings_the_student_nearer_to_the_teacher(quick_transfer):
+    tuning = Tuning(passages=24, max_length=40, learning_rate_scale=2.0)
+    losses = quick_transfer("llama", "mistral", steps=40, tuning=tuning).manifest["losses"]
+    assert losses["kl_after"] < 0.9 * losses["kl_before"]
+    assert losses["held_out_after"] < losses["held_out_before"]
+
+
+def test_an_adapter_on_q_and_v_changes_q_and_v_alone(base_model, quick_transfer):
+    result = quick_transfer("llama", "mistral", modules=("q_proj", "v_proj"), start="ridge")
+    config = json.loads((result.folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    factors = read_factors(open_adapter(str(result.folder)), load_config(str(base_model("mistral"))))
+    assert len(factors) == 2 * 4
+    assert all(factor.b.abs().max() > 0 for factor in factors.values())
+
+
+def test_parts_of_a_fused_target_without_a_source_stay_unchanged(base_model, quick_transfer):
+    result = quick_transfer("llama", "gpt2", modules=("q_proj", "v_proj"), start="ridge")
+    assert result.manifest["rank"] == 8
+    for factor in read_factors(open_adapter(str(result.folder)), load_config(str(base_model("gpt2")))).values():
+        delta = factor.b @ factor.a
+        assert delta[32:64].abs().max() == 0
+        assert delta[:32].abs().max() > 0 and delta[64:].abs().max() > 0
+
+
+def test_what_is_dropped_is_said(quick_transfer, caplog):
+    with caplog.at_level("INFO", logger="castlora"):
+        result = quick_transfer("gpt2-deep", "llama", modules=("c_attn",))
+    assert result.pairing.layer_map == (0, 2, 4)
+    assert result.pairing.dropped == ("transformer.h.1.attn.c_attn", "transformer.h.3.attn.c_attn")
+    assert "dropped (no partner in the target): transformer.h.1.attn.c_attn" in caplog.text
+    assert "o_proj <- nothing" in caplog.text
+    unchanged = {entry["target"].rsplit(".", 1)[-1] for entry in result.manifest["pairing"] if not entry["sources"]}
+    assert unchanged == {"o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_the_same_seed_gives_the_same_bytes(quick_transfer):
+    first = quick_transfer("llama", "gpt2", "first", seed=5)
+    again = quick_transfer("llama", "gpt2", "again", seed=5)
+    other = quick_transfer("llama", "gpt2", "other", seed=6)
+    assert weights(first.folder) == weights(again.folder) != weights(other.folder)
+
+
+@pytest.fixture
+def taught(monkeypatch) -> list[Passage]:
+    """The passages that a transfer learns from, answers included."""
+    seen: list[Passage] = []
+    align_text = pipeline.align_text
+
+    def spy(models, passages, recipe):
+        seen.extend(passages)
+        return align_text(models, passages, recipe)
+
+    monkeypatch.setattr(pipeline, "align_text", spy)
+    return seen
+
+
+def test_a_prompt_format_is_filled_and_answered(quick_transfer, taught):
+    instruction = "Question: {text}\nAnswer:"
+    result = quick_transfer("llama", "mistral", prompt_format=instruction, tuning=ANSWERED)
+    assert result.manifest["text"] == {
+        "regime": "prompt format", "text": "general.txt", "prompt_format": instruction, "prompts": None,
+    }  # fmt: skip
+    for passage in taught:
+        assert passage.text.startswith("Question: The ")
+        assert passage.text.encode()[: passage.answer_start].endswith(b".\nAnswer:")
+    assert any(passage.answer_start < len(passage.text.encode()) for passage in taught)
+
+
+def test_prompts_are_answered(quick_transfer, taught, prompts_file):
+    result = quick_transfer("llama", "mistral", prompts=str(prompts_file), tuning=ANSWERED)
+    assert result.manifest["text"]["regime"] == "unlabelled prompts"
+    prompts = {passage.text.encode()[: passage.answer_start].decode() for passage in taught}
+    assert prompts == set(prompts_file.read_text().splitlines())
+
+
+def test_prompts_need_no_answers(quick_transfer, taught, prompts_file):
+    tuning = Tuning(passages=24, max_length=60, write_answers=False, context_weight=0.0)
+    quick_transfer("llama", "gpt2", prompts=str(prompts_file), tuning=tuning)
+    assert {len(passage.text.encode()) - passage.answer_start for passage in taught} == {0}
+
+
+def test_no_record_names_a_folder_of_this_machine(quick_transfer, prompts_file):
+    folder = quick_transfer("llama", "gpt2", prompts=str(prompts_file), tuning=ANSWERED).folder
+    for name in ("README.md", "castlora.json", "report.html"):
+        assert str(folder.parent) not in (folder / name).read_text()
+        assert str(prompts_file.parent) not in (folder / name).read_text()
+
+
+@pytest.mark.parametrize("prompts", ["short", "long"])
+def test_text_that_comes_to_nothing_leaves_nothing(quick_transfer, tmp_path, prompts):
+    path = tmp_path / "prompts.txt"
+    path.write_text("Who?\n" if prompts == "short" else "\n".join("who " * 60 + str(number) for number in range(5)))
+    with pytest.raises(UserError, match=r"yields 1 passages|Too little of the text"):
+        quick_transfer("gpt2", "llama", prompts=str(path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_little_text_is_read_again_and_again(quick_transfer, tmp_path):
+    (tmp_path / "text.txt").write_text("The fox finds the hen.\n\nThe miller hides the ring.")
+    result = quick_transfer("gpt2", "llama", text=str(tmp_path / "text.txt"))
+    assert result.manifest["passages"] == {"training": 1, "held_out": 1}
+
+
+def test_a_run_with_other_settings_does_not_touch_an_interrupted_one(quick_transfer, tmp_path, monkeypatch):
+    def interrupt(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pipeline, "train_student", interrupt)
+        quick_transfer("llama", "gpt2")
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="holds an interrupted run with other settings"):
+        quick_transfer("llama", "gpt2", seed=1)
+    assert kept == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    quick_transfer("llama", "gpt2")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+
+
+def test_interrupted_maps_and_head_continue_to_the_same_bytes(quick_transfer, tmp_path, monkeypatch):
+    options = {"recipe": "paper", "start": "ridge", "steps": 10}
+    compute_loss = DistillationTrainer.compute_loss
+
+    def interrupt(trainer, *arguments, **keywords):
+        if trainer.state.global_step == 6:
+            raise KeyboardInterrupt
+        return compute_loss(trainer, *arguments, **keywords)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(DistillationTrainer, "compute_loss", interrupt)
+        quick_transfer("llama", "gpt2", **options)
+    (checkpoint,) = (tmp_path / "out").glob(".castlora/checkpoints/checkpoint-6")
+    kept = load_file(checkpoint / TRAINABLE_FILE)
+    assert {"hidden_head" if "hidden_head" in key else key.split(".")[-3] for key in kept} == {
+        "hidden_head", "parametrizations",
+    }  # fmt: skip
+    resumed = quick_transfer("llama", "gpt2", **options)
+    undisturbed = quick_transfer("llama", "gpt2", "undisturbed", **options)
+    assert weights(resumed.folder) == weights(undisturbed.folder)
+    assert [entry["step"] for entry in resumed.log] == [entry["step"] for entry in undisturbed.log]
+    assert resumed.manifest["losses"] == undisturbed.manifest["losses"]
+
+
+def test_a_killed_run_continues_to_the_same_bytes(base_model, adapter, prompts_file, tmp_path, monkeypatch, request):
+    def words(out: Path) -> list[str]:
+        places = {"adapter": adapter("llama"), "target": base_model("gpt2"), "prompts": prompts_file, "out": out}
+        numbers = {"steps": 40, "batch_size": 4, "tuning.max-length": 60, "tuning.answer-tokens": 6}
+        return ["transfer", *(word for key, value in (places | numbers).items() for word in (f"--{key}", str(value)))]
+
+    out = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "castlora", *words(out)], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    while process.poll() is None and not list(out.glob(".castlora/checkpoints/checkpoint-*/trainer_state.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert [path.name for path in out.iterdir()] == [".castlora"]
+
+    resumed_from = []
+    train_student = pipeline.train_student
+
+    def spy(*arguments):
+        resumed_from.append(arguments[-1])
+        return train_student(*arguments)
+
+    monkeypatch.setattr(pipeline, "train_student", spy)
+    main(words(out))
+    request.getfixturevalue("checked_in_process")
+    main(words(tmp_path / "undisturbed"))
+    assert Path(resumed_from[0]).name.startswith("checkpoint-") and resumed_from[1] is None
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert weights(out) == weights(tmp_path / "undisturbed")
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (out, tmp_path / "undisturbed")]
+    assert configs[0] == configs[1]
+
+
+def test_an_adapter_that_computes_something_else_is_not_published(base_model, quick_transfer, tmp_path, monkeypatch):
+    def write_half(folder, factors, *arguments):
+        halved = {name: LowRank(factor.a, factor.b / 2) for name, factor in factors.items()}
+        write_portable(folder, halved, *arguments)
+
+    monkeypatch.setattr(pipeline, "write_portable", write_half)
+    with pytest.raises(RuntimeError, match=r"adapter's logits differ from the trained model's by .*, above 1e-04"):
+        quick_transfer("llama", "gpt2")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".castlora"]
+
+
+def test_an_interrupted_run_is_not_continued_with_another_default(quick_transfer, monkeypatch):
+    def interrupt(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pipeline, "start_student", interrupt)
+        quick_transfer("llama", "gpt2")
+    monkeypatch.setitem(config.RECIPES, "default", replace(config.DEFAULT, temperature=3.0))
+    with pytest.raises(UserError, match="holds an interrupted run with other settings"):
+        quick_transfer("llama", "gpt2")

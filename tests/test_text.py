@@ -1,0 +1,143 @@
+import gzip
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from castlora.errors import UserError
+from castlora.text import Passage, cut_passages, fill_prompt_format, read_documents, read_prompts
+
+PARAGRAPHS = ["The fox finds the hen.\nShe hides.", "Der König fährt über den Fluß.", "日本語のテキスト 🙂"]
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.txt.gz", "text.jsonl", "text.jsonl.gz"])
+def test_documents_of_every_kind_of_file(tmp_path, name):
+    path = tmp_path / name
+    if ".jsonl" in name:
+        content = "".join(json.dumps({"id": 7, "text": paragraph}) + "\n" for paragraph in PARAGRAPHS)
+    else:
+        content = "\n \n\n".join(PARAGRAPHS)
+    opener = gzip.open if name.endswith(".gz") else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.write(content)
+    assert list(read_documents(str(path))) == PARAGRAPHS
+
+
+def test_blank_records_are_no_documents(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": " "}\n\n{"text": "The fox."}\n{"content": "The hen."}\n')
+    assert list(read_documents(str(path))) == ["The fox.", "The hen."]
+
+
+def test_half_a_surrogate_pair_does_no_harm(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a \\ud800 fox"}\n')
+    assert list(read_documents(str(path))) == ["a ? fox"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("empty.txt", b"", "holds no text; give a file with at least one paragraph"),
+        ("blank.txt", b" \n\n\t\n", "holds no text; give a file with at least one paragraph"),
+        ("latin.txt", "Fluß".encode("latin-1"), "cannot be read as UTF-8 text"),
+        ("plain.txt.gz", b"The fox.", "cannot be read as UTF-8 text"),
+        ("short.txt.gz", gzip.compress(b"The fox finds the hen.")[:-4], "cannot be read as UTF-8 text"),
+        ("broken.jsonl", b'{"text": "The fox."}\n{"text": ', "line 2 is not JSON"),
+        ("other.jsonl", b'{"words": "The fox."}\n', "line 1 has no text field 'text'"),
+        ("list.jsonl", b"[1, 2]\n", "line 1 has no text field 'text'"),
+        ("number.jsonl", b'{"text": 7}\n', "line 1 has no text field 'text'"),
+    ],
+)
+def test_bad_text_files_are_refused_by_name(tmp_path, name, content, complaint):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        list(read_documents(str(tmp_path / name)))
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/text.txt", "nowhere", "owner/missing.jsonl"])
+def test_a_missing_text_is_named(name):
+    with pytest.raises(UserError, match=f"--text '{name}' does not exist; give a .txt or .jsonl file"):
+        list(read_documents(name))
+
+
+def test_a_data_set_out_of_reach_is_named():
+    with pytest.raises(UserError, match=r"--text 'owner/nowhere' cannot be streamed from the hub .*; give a local"):
+        list(read_documents("owner/nowhere"))
+
+
+@given(
+    documents=st.lists(st.text(st.sampled_from("ab é日🙂\n"), max_size=80), max_size=4),
+    max_bytes=st.integers(16, 60),
+    count=st.integers(0, 10),
+)
+def test_passages_are_short_pieces_of_the_documents(documents, max_bytes, count):
+    passages = cut_passages(documents, count, max_bytes, seed=0)
+    assert len(passages) <= count
+    for passage in passages:
+        assert passage.answer_start == 0
+        assert 0 < len(passage.text.encode()) <= max_bytes
+        assert passage.text == passage.text.strip()
+        assert any(passage.text in document for document in documents)
+
+
+def test_passages_are_cut_at_spaces_and_leave_little_out():
+    document = " ".join(["finds the hen"] * 40)
+    pieces = [passage.text for passage in cut_passages([document], 100, 50, seed=0)]
+    assert {word for piece in pieces for word in piece.split()} == {"finds", "the", "hen"}
+    assert sum(len(piece) for piece in pieces) > 0.9 * len(document)
+
+
+def test_the_order_of_passages_depends_on_the_seed_alone():
+    documents = [f"Day {number}" for number in range(20)]
+    first, again, other = (cut_passages(documents, 20, 40, seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert set(first) == set(other) == {Passage(document) for document in documents}
+
+
+def test_prompt_format_is_filled_with_sentences():
+    documents = ["The fox finds the hen. Too short. Where does\nthe river {text} run?", "One more sentence here"]
+    prompts = fill_prompt_format(documents, "Q: {text}\nA: {x}", 10, seed=0)
+    assert sorted(prompts) == [
+        "Q: One more sentence here\nA: {x}",
+        "Q: The fox finds the hen.\nA: {x}",
+        "Q: Where does the river {text} run?\nA: {x}",
+    ]
+    assert len(fill_prompt_format(documents, "Q: {text}", 2, seed=0)) == 2
+
+
+def test_a_prompt_format_without_slot_is_refused():
+    with pytest.raises(UserError, match=r"--prompt-format has no \{text\} slot"):
+        fill_prompt_format(["The fox finds the hen."], "Question:", 1, seed=0)
+
+
+def test_prompts_of_plain_lines_and_of_json_lines_are_the_same(tmp_path):
+    prompts = ["Who finds the hen?", " Where? ", "Who hides?"]
+    (tmp_path / "prompts.txt").write_text("\n".join([*prompts, "", prompts[0]]))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    plain, lines = (read_prompts(str(tmp_path / f"prompts.{end}"), 10, seed=3) for end in ("txt", "jsonl"))
+    assert plain == lines
+    assert sorted(plain) == sorted(prompts)
+    assert read_prompts(str(tmp_path / "prompts.txt"), 2, seed=3) == plain[:2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("empty.txt", "\n \n", "holds no prompt; give at least one line"),
+        ("other.jsonl", '{"text": "Who?"}\n', "line 1 has no text field 'prompt'"),
+        ("broken.jsonl", "Who?\n", "line 1 is not JSON"),
+    ],
+)
+def test_bad_prompt_files_are_refused_by_name(tmp_path, name, content, complaint):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        read_prompts(str(tmp_path / name), 5, seed=0)
+    assert name in str(caught.value)
+
+
+def test_missing_prompts_are_named():
+    with pytest.raises(UserError, match="--prompts '/nowhere' is not a file"):
+        read_prompts("/nowhere", 5, seed=0)

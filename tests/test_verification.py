@@ -1,0 +1,62 @@
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from castlora import UserError, verification
+from castlora.adapters import open_adapter, read_factors, write_portable
+from castlora.models import linear_slots, load_config
+from castlora.verification import check_written, live_logits
+
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 1, 1]])
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+
+
+@pytest.fixture
+def written(base_model, tmp_path) -> tuple[Path, str, torch.Tensor]:
+    """A portable adapter, its base model, and the logits of the live model."""
+    base = base_model("gpt2")
+    live = tiny.save_adapter(tmp_path / "original", base, ("c_attn",))
+    slots = linear_slots(tiny.load(base), load_config(str(base)))
+    factors = read_factors(open_adapter(str(tmp_path / "original")), load_config(str(base)))
+    write_portable(tmp_path / "portable", factors, slots, 8, str(base), None)
+    return tmp_path / "portable", str(base), live_logits(live, IDS, MASK)
+
+
+def test_padding_has_no_logits(base_model):
+    logits = live_logits(tiny.load(base_model("llama")), IDS, MASK)
+    assert logits[1, 2:].abs().max() == 0
+    assert (logits[MASK.bool()].abs().sum(-1) > 0).all()
+
+
+def test_what_computes_the_same_passes(written, checked_in_process):
+    adapter, base, live = written
+    assert 0 <= check_written(adapter, base, None, IDS, MASK, live) < 1e-6
+
+
+@pytest.mark.parametrize("change", [1e-3, float("nan")])
+def test_what_computes_something_else_does_not(written, checked_in_process, change):
+    adapter, base, live = written
+    live[0, 1, 2] += change * live.abs().max()
+    with pytest.raises(RuntimeError, match=r"logits differ from the trained model's by (1\.00e-03|nan), above 1e-04"):
+        check_written(adapter, base, None, IDS, MASK, live)
+
+
+def test_a_tensor_that_does_not_reach_the_model_is_noticed(written, checked_in_process):
+    adapter, base, live = written
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.transformer.h.9.attn.c_attn.lora_A.weight"] = torch.zeros(8, 32)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"disagree on 'base_model\.model\.transformer\.h\.9"):
+        check_written(adapter, base, None, IDS, MASK, live)
+
+
+def test_an_adapter_that_cannot_be_loaded_is_reported(monkeypatch, tmp_path):
+    failed = subprocess.CompletedProcess([], 1, "", "ValueError: no such model\n")
+    monkeypatch.setattr(verification, "subprocess", SimpleNamespace(run=lambda *_arguments, **_options: failed))
+    with pytest.raises(RuntimeError, match="cannot be loaded again: ValueError: no such model"):
+        check_written(tmp_path, "base", None, IDS, MASK, torch.zeros(2, 4, 3))
