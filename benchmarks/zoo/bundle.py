@@ -8,6 +8,7 @@ Models that are not finished yet are left for the next call.
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from jsonargparse import auto_cli
@@ -69,6 +70,14 @@ def bundle_adapter(source: Path, destination: Path) -> None:
         shutil.copyfile(source / file, destination / file)
 
 
+def summary(record: Path) -> dict[str, Any]:
+    """The training record of an adapter without its figures per item."""
+    figures: dict[str, Any] = json.loads(record.read_text())
+    for when in ("before", "after"):
+        figures[when] = {name: value for name, value in figures[when].items() if name not in ("scores", "nlls")}
+    return figures
+
+
 def main(zoo: Path) -> None:
     """Copies all that is finished.
 
@@ -80,6 +89,8 @@ def main(zoo: Path) -> None:
             continue
         bundle_model(name, zoo, (demo_models_path() if name in (SOURCE, TARGET) else HERE / "models") / name)
         print(f"model {name}")
+    skills = [summary(path) for path in sorted((zoo / "adapters").glob("*/*/training.json"))]
+    (HERE / "training" / "skills.json").write_text(json.dumps(skills, indent=1) + "\n")
     for record in sorted((zoo / "adapters").glob("*/*/training.json")):
         base, skill = record.parent.parent.name, record.parent.name
         bundle_adapter(record.parent, HERE / "adapters" / base / skill)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from castlora.errors import UserError, first_line
-from castlora.models import LinearSlot, layer_index, linear_slots, skeleton
+from castlora.models import LinearSlot, linear_slots, skeleton
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -280,8 +280,3 @@ def _check_against_base(files: AdapterFiles, found: Mapping[str, Tensor], expect
                 f"Adapter {files.name!r} does not fit its base model: {key!r} has shape {tuple(found[key].shape)}, "
                 f"the base needs {tuple(tensor.shape)}; {_HINT}."
             )
-
-
-def adapted_layers(factors: Mapping[str, LowRank]) -> set[int]:
-    """Indices of the layers that hold at least one adapted module."""
-    return {layer for name in factors if (layer := layer_index(name)) is not None}

@@ -46,7 +46,7 @@ def _transfer(
         text: general text: .txt or .jsonl, gzipped or not, or a hub data set; by default allenai/c4
         prompt_format: the adapter's prompt format with a {text} slot, filled from the general text; \n is a new line
         prompts: file of unlabelled prompts of the task, instead of general text
-        recipe: the best that has been measured, or the paper as far as it is stated
+        recipe: castlora's default, or the paper as far as it is stated
         start: random maps (paper), closed-form maps (ridge) or a plain LoRA (fresh), instead of the recipe's
         steps: optimizer steps, instead of the recipe's
         batch_size: passages per step, instead of the recipe's

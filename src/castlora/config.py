@@ -75,7 +75,10 @@ DEFAULT = replace(
     write_answers=True,
     passages=8000,
 )
-"""The best that has been measured so far."""
+"""What `castlora transfer` does unless told otherwise.
+
+Measured on one pair and skill so far (docs/results.md); there the ridge start, at this learning rate, did better.
+"""
 
 RECIPES: dict[RecipeName, Recipe] = {"default": DEFAULT, "paper": PAPER}
 

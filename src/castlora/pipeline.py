@@ -91,7 +91,7 @@ def transfer(
         text: general text, a .txt or .jsonl file (may be gzipped) or a hub data set; by default allenai/c4
         prompt_format: the adapter's prompt format with a `{text}` slot, filled from the general text
         prompts: file of unlabelled prompts of the task, instead of general text
-        recipe: `default`, the best that has been measured, or `paper`
+        recipe: `default`, or `paper`, the paper as far as it is stated
         start: `paper`, `ridge` or `fresh`, instead of the recipe's
         steps: optimizer steps, instead of the recipe's
         batch_size: passages per step, instead of the recipe's

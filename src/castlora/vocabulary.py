@@ -117,7 +117,7 @@ def first_tokens(tokenizer: ByteTokenizer, spellings: Sequence[bytes | None]) ->
         is_cut = begins > 0 and encoded.ends[begins - 1] == 1 and begins < len(encoded.ids)
         if not spelling:
             found.append(None)
-        elif is_cut and b"\xef\xbf\xbd" not in spelling and _is_text(spelling):
+        elif is_cut and _is_text(spelling):
             found.append(int(encoded.ids[begins]))
         else:
             prefixes = (spelling[:length] for length in range(len(spelling), 0, -1))
