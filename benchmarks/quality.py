@@ -33,6 +33,7 @@ from castlora.stages import (
     TextSource,
     align_text,
     answer_prompts,
+    choose_prompts,
     draw_text,
     load_models,
     plan_transfer,
@@ -116,7 +117,8 @@ def run_method(settings: Settings, pair: str, skill: str, method: str, regime: T
     recipe = resolve_recipe(name, start, settings.steps, settings.batch_size, tuning)
     plan = plan_transfer(str(settings.adapter(source, skill)), str(settings.base(target)), str(settings.base(source)))
     models = load_models(plan)
-    passages = answer_prompts(models, draw_text(models, _text(settings, skill, regime), recipe, seed), recipe, seed)
+    drawn = draw_text(models, _text(settings, skill, regime), recipe, seed)
+    passages = answer_prompts(models, choose_prompts(models, drawn, recipe), recipe, seed)
     training, held_out = align_text(models, passages, recipe)
     text_seconds = time.monotonic() - started
     student = start_student(models, plan, recipe, training, plan.rank(recipe, None), seed)

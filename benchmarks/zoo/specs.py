@@ -73,8 +73,10 @@ _MISTRAL_S = dict(
     max_position_embeddings=512,
     sliding_window=None,
 )
-_GPT2_S = dict(model_type="gpt2", n_embd=128, n_layer=4, n_head=4, n_positions=256)
-_GPT2_M = dict(model_type="gpt2", n_embd=160, n_layer=6, n_head=5, n_positions=256)
+# No text is read twice, so dropout would only slow these models down.
+_NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+_GPT2_S = dict(model_type="gpt2", n_embd=128, n_layer=4, n_head=4, n_positions=256, **_NO_DROPOUT)
+_GPT2_M = dict(model_type="gpt2", n_embd=160, n_layer=6, n_head=5, n_positions=256, **_NO_DROPOUT)
 
 BASE_MODELS = {
     "llama-s": BaseModelSpec(tokenizer="llama", architecture=_LLAMA_S, seed=11),

@@ -42,6 +42,8 @@ class Recipe:
     """Penalty of the closed form relative to the mean square of the activations."""
     passages: int
     """Passages of text drawn for training; they are read again when the steps outlast them."""
+    candidates: int
+    """Prompts drawn from a prompt format for each that is kept; those that tell most about the skill are kept."""
     max_length: int
     """Tokens per passage, counted in the tokenizer that needs more."""
 
@@ -57,10 +59,11 @@ PAPER = Recipe(
     context_weight=1.0,
     write_answers=False,
     answer_tokens=48,
-    learning_rate_scale=0.4,
-    map_learning_rate_ratio=0.3,
+    learning_rate_scale=1.2,
+    map_learning_rate_ratio=0.1,
     ridge=0.1,
     passages=16000,
+    candidates=1,
     max_length=128,
 )
 """The paper (arXiv 2510.17902) as far as it is stated: KL + MSE, general text, 1000 steps."""
@@ -74,6 +77,7 @@ DEFAULT = replace(
     context_weight=0.0,
     write_answers=True,
     passages=8000,
+    candidates=4,
 )
 """What `castlora transfer` does unless told otherwise.
 
@@ -84,7 +88,8 @@ RECIPES: dict[RecipeName, Recipe] = {"default": DEFAULT, "paper": PAPER}
 
 
 _ABOVE_ZERO = (
-    "steps", "batch_size", "temperature", "learning_rate_scale", "passages", "max_length", "answer_tokens",
+    "steps", "batch_size", "temperature", "learning_rate_scale", "passages", "candidates", "max_length",
+    "answer_tokens",
 )  # fmt: skip
 _ZERO_OR_MORE = ("kl_weight", "mse_weight", "chunk_weight", "context_weight", "ridge", "map_learning_rate_ratio")
 
@@ -104,6 +109,7 @@ class Tuning:
     map_learning_rate_ratio: float | None = None
     ridge: float | None = None
     passages: int | None = None
+    candidates: int | None = None
     max_length: int | None = None
 
 

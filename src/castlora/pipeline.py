@@ -36,6 +36,7 @@ from castlora.stages import (
     TextSource,
     align_text,
     answer_prompts,
+    choose_prompts,
     draw_text,
     load_models,
     plan_transfer,
@@ -115,8 +116,6 @@ def transfer(
     resolved = resolve_recipe(recipe, start, steps, batch_size, tuning)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed}; give a whole number from 0 to 2**32 - 1.")
-    if prompts is not None and prompt_format is not None:
-        raise UserError("--prompts and --prompt-format are two sources of prompts; give one of them.")
     settings = {**request, "resolved_recipe": asdict(resolved), "castlora_version": __version__}
     check_output(out, settings)
     started = time.monotonic()
@@ -126,6 +125,7 @@ def transfer(
     plan.check_length(resolved)
     logger.info(describe(plan.pairing))
     text_source = TextSource(text, prompt_format, prompts)
+    text_source.check()
     models = load_models(plan)
     check_objective(models.shared, resolved)
     passages = draw_text(models, text_source, resolved, seed)
@@ -199,7 +199,7 @@ def _answered(run: RunDirectory, models: Models, passages: list[Passage], recipe
     path = run.state / PASSAGES_FILE
     if path.exists():
         return [Passage(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
-    answered = answer_prompts(models, passages, recipe, seed)
+    answered = answer_prompts(models, choose_prompts(models, passages, recipe), recipe, seed)
     write_whole(path, json.dumps([asdict(passage) for passage in answered]))
     return answered
 

@@ -15,6 +15,7 @@ from transformers import (
     ProgressCallback,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from castlora.adapters import AdapterFiles, LowRank, open_adapter, portable_rank, read_factors
 from castlora.answers import write_answers
@@ -24,15 +25,25 @@ from castlora.errors import UserError
 from castlora.models import LinearSlot, best_device, context_length, linear_slots, load_config, load_model, skeleton
 from castlora.pairing import Pairing, branch_ranks, pair_modules
 from castlora.positions import AlignedPassage, align_passages, bytes_per_token
+from castlora.selection import most_informative, predict_first_tokens
 from castlora.starts import attach_lora, collect_moments, paper_maps, parametrize_by_maps, ridge_maps
-from castlora.text import HUB_DEFAULT, Passage, cut_passages, fill_prompt_format, read_documents, read_prompts
+from castlora.text import (
+    HUB_DEFAULT,
+    Passage,
+    check_prompt_format,
+    cut_passages,
+    fill_prompt_format,
+    read_documents,
+    read_prompts,
+)
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
 
 HELD_OUT_PASSAGES = 64
 _SAMPLE_FOR_LENGTH = 64
+_BATCHES_SORTED_TOGETHER = 8
 _STATISTICS_PASSAGES = 1024
-_ANSWER_BATCH = 64
+_PROMPT_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,17 @@ class TextSource:
             return "unlabelled prompts"
         return "prompt format" if self.prompt_format is not None else "general text"
 
+    def check(self) -> None:
+        """Raises a UserError if the text cannot be read, before anything slow begins."""
+        if self.prompts is not None and self.prompt_format is not None:
+            raise UserError("--prompts and --prompt-format are two sources of prompts; give one of them.")
+        if self.prompt_format is not None:
+            check_prompt_format(self.prompt_format)
+        if self.prompts is not None:
+            read_prompts(self.prompts, 1, seed=0)
+        else:
+            next(read_documents(self.text or HUB_DEFAULT))
+
 
 def plan_transfer(adapter: str, target: str, source: str | None) -> Plan:
     """Reads the adapter and both configurations, and pairs the modules.
@@ -164,12 +186,13 @@ def draw_text(models: Models, text: TextSource, recipe: Recipe, seed: int) -> li
     Raises:
         UserError: the text cannot be read or is too little.
     """
-    count = recipe.passages + HELD_OUT_PASSAGES
+    count = _wanted(recipe)
     if text.prompts is not None:
         prompts = read_prompts(text.prompts, count, seed)
         passages = [Passage(prompt, len(prompt.encode())) for prompt in prompts]
     elif text.prompt_format is not None:
-        prompts = fill_prompt_format(read_documents(text.text or HUB_DEFAULT), text.prompt_format, count, seed)
+        documents = read_documents(text.text or HUB_DEFAULT)
+        prompts = fill_prompt_format(documents, text.prompt_format, count * recipe.candidates, seed)
         passages = [Passage(prompt, len(prompt.encode())) for prompt in prompts]
     else:
         max_bytes = _passage_bytes(models, text.text or HUB_DEFAULT, recipe.max_length)
@@ -177,6 +200,21 @@ def draw_text(models: Models, text: TextSource, recipe: Recipe, seed: int) -> li
     if len(passages) < 2:
         raise UserError(f"The text yields {len(passages)} passages, at least 2 are needed; give more text.")
     return passages
+
+
+def choose_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe) -> list[Passage]:
+    """The passages to teach: of more prompts than are wanted, those that tell most about the skill."""
+    if len(passages) <= _wanted(recipe):
+        return list(passages)
+    first_tokens = predict_first_tokens(
+        models.teacher,
+        models.source_tokenizer,
+        [passage.text for passage in passages],
+        _longest_prompt(models, recipe),
+        _PROMPT_BATCH,
+    )
+    chosen = set(most_informative(first_tokens, _wanted(recipe)))
+    return [passage for passage in passages if passage.text in chosen]
 
 
 def answer_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe, seed: int) -> list[Passage]:
@@ -189,8 +227,8 @@ def answer_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe, 
         models.source_tokenizer,
         prompts,
         max_new_tokens=recipe.answer_tokens,
-        max_prompt_tokens=min(recipe.max_length, context_length(models.source.config) - recipe.answer_tokens),
-        batch_size=_ANSWER_BATCH,
+        max_prompt_tokens=_longest_prompt(models, recipe),
+        batch_size=_PROMPT_BATCH,
         seed=seed,
     )
     shuffled = list(answered)
@@ -267,7 +305,7 @@ def train_student(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    examples = reading_order(training, recipe.steps * recipe.batch_size, seed)
+    examples = reading_order(training, recipe.steps * recipe.batch_size, recipe.batch_size, seed)
     trainer = DistillationTrainer(models.teacher, student, examples, models.shared, recipe, arguments)
     trainer.remove_callback(PrinterCallback if quiet else ProgressCallback)
     if not quiet:
@@ -276,16 +314,29 @@ def train_student(
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def reading_order(training: Sequence[AlignedPassage], count: int, seed: int) -> list[AlignedPassage]:
+def reading_order(training: Sequence[AlignedPassage], count: int, batch_size: int, seed: int) -> list[AlignedPassage]:
     """`count` passages: the training set in a new random order each time it is read through.
 
-    Laid out in advance, so that a resumed run sees what it would have seen.
+    Passages of like length stand together, so that batches hold little padding. Laid out in advance, so that a
+    resumed run sees what it would have seen.
     """
-    generator = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [max(len(passage.source_ids), len(passage.target_ids)) for passage in training]
     order: list[AlignedPassage] = []
     while len(order) < count:
-        order += generator.sample(training, len(training))
+        indices = get_length_grouped_indices(lengths, batch_size, _BATCHES_SORTED_TOGETHER, generator)
+        order += [training[index] for index in indices]
     return order[:count]
+
+
+def _wanted(recipe: Recipe) -> int:
+    """Passages that a run uses, the held-out ones included."""
+    return recipe.passages + HELD_OUT_PASSAGES
+
+
+def _longest_prompt(models: Models, recipe: Recipe) -> int:
+    """Tokens of the longest prompt that leaves room for an answer."""
+    return min(recipe.max_length, context_length(models.source.config) - recipe.answer_tokens)
 
 
 def _passage_bytes(models: Models, text: str, max_length: int) -> int:

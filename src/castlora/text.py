@@ -16,6 +16,8 @@ from castlora.errors import UserError
 HUB_DEFAULT = "allenai/c4"
 SLOT = "{text}"
 _HUB_CONFIGS = {"allenai/c4": "en"}
+# More is read than is drawn, so that a few long documents do not make up the whole text.
+_READ_PER_DRAWN = 4
 _TEXT_FIELDS = ("text", "content", "prompt")
 
 
@@ -51,11 +53,9 @@ def read_documents(path_or_id: str) -> Iterator[str]:
 
 
 def cut_passages(documents: Iterable[str], count: int, max_bytes: int, seed: int) -> list[Passage]:
-    """Up to `count` passages of running text of at most `max_bytes` bytes, in shuffled order."""
+    """Up to `count` passages of running text of at most `max_bytes` bytes, in random order."""
     pieces = (piece for document in documents for piece in _pieces(document, max_bytes))
-    drawn = list(islice(pieces, count))
-    random.Random(seed).shuffle(drawn)
-    return [Passage(piece) for piece in drawn]
+    return [Passage(piece) for piece in _draw(pieces, count, seed)]
 
 
 def fill_prompt_format(documents: Iterable[str], prompt_format: str, count: int, seed: int) -> list[str]:
@@ -65,17 +65,20 @@ def fill_prompt_format(documents: Iterable[str], prompt_format: str, count: int,
         documents: general text
         prompt_format: text with one `{text}` slot, for example `Question: {text}\nAnswer:`
         count: how many prompts, at most one per sentence of the text
-        seed: of the shuffle
+        seed: of the draw
 
     Raises:
         UserError: the format has no slot.
     """
+    check_prompt_format(prompt_format)
+    fillings = (sentence for document in documents for sentence in _sentences(document))
+    return [prompt_format.replace(SLOT, filling) for filling in _draw(fillings, count, seed)]
+
+
+def check_prompt_format(prompt_format: str) -> None:
+    """Raises a UserError if the format has no slot."""
     if SLOT not in prompt_format:
         raise UserError(f"--prompt-format has no {SLOT} slot; write for example 'Question: {SLOT}\\nAnswer:'.")
-    fillings = (sentence for document in documents for sentence in _sentences(document))
-    drawn = list(islice(fillings, count))
-    random.Random(seed).shuffle(drawn)
-    return [prompt_format.replace(SLOT, filling) for filling in drawn]
 
 
 def read_prompts(path: str, count: int, seed: int) -> list[str]:
@@ -149,6 +152,12 @@ def _stream_hub(data_set: str) -> Iterator[str]:
             f"--text {data_set!r} cannot be streamed from the hub ({type(error).__name__}); "
             "give a local .txt or .jsonl file instead."
         ) from error
+
+
+def _draw(texts: Iterable[str], count: int, seed: int) -> list[str]:
+    """Up to `count` different texts of the first ones, in random order."""
+    read = list(dict.fromkeys(islice(texts, _READ_PER_DRAWN * count)))
+    return random.Random(seed).sample(read, min(count, len(read)))
 
 
 def _pieces(document: str, max_bytes: int) -> Iterator[str]:

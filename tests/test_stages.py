@@ -1,0 +1,100 @@
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import tiny
+
+from castlora.config import DEFAULT
+from castlora.errors import UserError
+from castlora.positions import AlignedPassage
+from castlora.stages import (
+    HELD_OUT_PASSAGES,
+    TextSource,
+    choose_prompts,
+    draw_text,
+    load_models,
+    plan_transfer,
+    reading_order,
+)
+from castlora.text import Passage
+
+LENGTHS = random.Random(0).choices(range(5, 60), k=96)
+PASSAGES = [AlignedPassage([number] * length, [0], [0], [0], [1.0]) for number, length in enumerate(LENGTHS)]
+FORMAT = "Who? {text} Answer:"
+
+
+def first_ids(passages: list[AlignedPassage]) -> list[int]:
+    return [passage.source_ids[0] for passage in passages]
+
+
+def padded_tokens(passages: list[AlignedPassage], batch_size: int) -> int:
+    batches = (passages[start : start + batch_size] for start in range(0, len(passages), batch_size))
+    return sum(len(batch) * max(len(passage.source_ids) for passage in batch) for batch in batches)
+
+
+def test_every_passage_is_read_once_before_any_is_read_again():
+    order = first_ids(reading_order(PASSAGES, 2 * 96 + 10, 8, seed=0))
+    assert sorted(order[:96]) == sorted(order[96:192]) == list(range(96))
+    assert order[:96] != order[96:192]
+    assert len(order) == 2 * 96 + 10
+
+
+def test_the_order_depends_on_the_seed_alone():
+    first, again, other = (first_ids(reading_order(PASSAGES, 96, 8, seed)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_passages_of_like_length_stand_together():
+    ordered = reading_order(PASSAGES, 96, 8, seed=0)
+    assert padded_tokens(ordered, 8) < 1.25 * sum(LENGTHS) < padded_tokens(PASSAGES, 8)
+
+
+def test_fewer_passages_than_a_batch_will_do():
+    assert Counter(first_ids(reading_order(PASSAGES[:3], 9, 8, seed=0))) == Counter({0: 3, 1: 3, 2: 3})
+
+
+@pytest.fixture(scope="module")
+def loaded_models(base_model, adapter):
+    return load_models(plan_transfer(str(adapter("llama")), str(base_model("gpt2")), str(base_model("llama"))))
+
+
+def test_a_prompt_format_yields_more_candidates_than_are_kept(loaded_models, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(tiny.sentences(400)))
+    recipe = replace(DEFAULT, passages=30, candidates=3)
+    drawn = draw_text(loaded_models, TextSource(str(text), FORMAT), recipe, seed=0)
+    assert len(drawn) == 3 * (30 + HELD_OUT_PASSAGES)
+    chosen = choose_prompts(loaded_models, drawn, recipe)
+    assert len(chosen) == 30 + HELD_OUT_PASSAGES
+    assert set(chosen) < set(drawn)
+    assert [passage for passage in drawn if passage in chosen] == chosen
+
+
+def test_with_one_candidate_per_prompt_nothing_is_chosen(loaded_models, text_file):
+    recipe = replace(DEFAULT, passages=30, candidates=1)
+    drawn = draw_text(loaded_models, TextSource(str(text_file), FORMAT), recipe, seed=0)
+    assert choose_prompts(loaded_models, drawn, recipe) == drawn
+
+
+def test_plain_text_is_never_chosen_from(loaded_models, text_file):
+    recipe = replace(DEFAULT, passages=30, candidates=4)
+    drawn = draw_text(loaded_models, TextSource(str(text_file)), recipe, seed=0)
+    assert drawn
+    assert all(isinstance(passage, Passage) and passage.answer_start == 0 for passage in drawn)
+    assert choose_prompts(loaded_models, drawn, recipe) == drawn
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        (TextSource("no-such-file.txt"), "no-such-file.txt"),
+        (TextSource(prompt_format="Question:"), "--prompt-format has no {text} slot"),
+        (TextSource(prompts="no-such-prompts.txt"), "no-such-prompts.txt"),
+        (TextSource(prompts="prompts.txt", prompt_format=FORMAT), "give one of them"),
+    ],
+)
+def test_text_that_cannot_be_had_is_named_before_a_model_is_loaded(source, complaint):
+    with pytest.raises(UserError) as error:
+        source.check()
+    assert complaint in str(error.value)
