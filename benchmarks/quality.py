@@ -12,24 +12,27 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock, Timeout
 from jsonargparse import auto_cli
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from castlora.config import RecipeName, Start, Tuning, resolve_recipe
+from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
 from castlora.demonstration import demo_models_path
 from castlora.distill import measure_held_out
 from castlora.evaluation import Evaluation, evaluate_model, load_adapter
 from castlora.manifest import peak_memory_bytes, versions
 from castlora.models import load_model
 from castlora.stages import (
+    Plan,
     TextSource,
     align_text,
     answer_prompts,
@@ -41,6 +44,7 @@ from castlora.stages import (
     train_student,
 )
 from castlora.tasks import TaskItem, load_task
+from castlora.text import Passage
 
 ZOO = Path(__file__).parent / "zoo"
 PAIRS = (
@@ -107,18 +111,26 @@ def reference_scores(settings: Settings, pair: str, skill: str) -> dict[str, Any
     }
 
 
-def run_method(settings: Settings, pair: str, skill: str, method: str, regime: TextRegime, seed: int) -> dict[str, Any]:
+@lru_cache(maxsize=1)
+def taught_passages(
+    settings: Settings, pair: str, skill: str, regime: TextRegime, seed: int, recipe: Recipe
+) -> list[Passage]:
+    """The text of a run, answers included; all starts of a recipe learn from the same."""
+    models = load_models(_plan(settings, pair, skill))
+    drawn = draw_text(models, _text(settings, skill, regime), recipe, seed)
+    return answer_prompts(models, choose_prompts(models, drawn, recipe), recipe, seed)
+
+
+def run_method(settings: Settings, pair: str, skill: str, regime: TextRegime, seed: int, method: str) -> dict[str, Any]:
     """One transfer and its score on held-out test items."""
     started = time.monotonic()
     set_seed(seed)
-    source, target = pair.split(":")
     name, start = METHODS[method]
     tuning = Tuning(passages=settings.passages, max_length=settings.max_length)
     recipe = resolve_recipe(name, start, settings.steps, settings.batch_size, tuning)
-    plan = plan_transfer(str(settings.adapter(source, skill)), str(settings.base(target)), str(settings.base(source)))
+    passages = taught_passages(settings, pair, skill, regime, seed, replace(recipe, start="fresh"))
+    plan = _plan(settings, pair, skill)
     models = load_models(plan)
-    drawn = draw_text(models, _text(settings, skill, regime), recipe, seed)
-    passages = answer_prompts(models, choose_prompts(models, drawn, recipe), recipe, seed)
     training, held_out = align_text(models, passages, recipe)
     text_seconds = time.monotonic() - started
     student = start_student(models, plan, recipe, training, plan.rank(recipe, None), seed)
@@ -135,9 +147,8 @@ def run_method(settings: Settings, pair: str, skill: str, method: str, regime: T
         "method": method,
         "regime": regime,
         "seed": seed,
-        "steps": recipe.steps,
-        "batch_size": recipe.batch_size,
-        "passages": len(training),
+        "recipe": asdict(recipe),
+        "training_passages": len(training),
         **_figures(evaluation),
         "held_out_kl": [before.kl, after.kl],
         "agreement": [before.agreement, after.agreement],
@@ -189,32 +200,36 @@ def main(
     settings = Settings(zoo, third_party, tasks, text, steps, batch_size, passages, max_length)
     for pair, skill in product(pairs, skills):
         folder = out / pair.replace(":", "--") / skill
-        _write_missing(folder / "references.json", lambda p=pair, s=skill: reference_scores(settings, p, s))
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "references.lock"):
+            _write_missing(folder / "references.json", partial(reference_scores, settings, pair, skill))
     # Seeds outermost: an early stop leaves every cell with the same number of seeds.
-    for seed, pair, skill, regime, method in product(range(seeds), pairs, skills, regimes, methods):
-        name = f"{method.replace(' ', '-')}.{regime}.seed{seed}.json"
-        path = out / pair.replace(":", "--") / skill / name
-        _write_missing(path, lambda a=(pair, skill, method, regime, seed): run_method(settings, *a))
+    for seed, pair, skill, regime in product(range(seeds), pairs, skills, regimes):
+        folder = out / pair.replace(":", "--") / skill
+        try:
+            with FileLock(folder / f"{regime}.seed{seed}.lock", timeout=0):
+                for method in methods:
+                    path = folder / f"{method.replace(' ', '-')}.{regime}.seed{seed}.json"
+                    run = partial(run_method, settings, pair, skill, regime, seed, method)
+                    _write_missing(path, run)
+        except Timeout:
+            print(folder, regime, seed, "is being measured by another process", flush=True)
 
 
-def _write_missing(path: Path, run: Any) -> None:
-    """Runs and writes unless the result is there or another process is at it."""
-    claim = path.with_suffix(".running")
+def _write_missing(path: Path, run: Callable[[], dict[str, Any]]) -> None:
+    """Runs and writes unless the result is there."""
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return
-    try:
-        result = {**run(), "environment": _environment()}
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        part.replace(path)
-        print(path, result.get("score", ""), flush=True)
-    finally:
-        claim.unlink()
+    result = {**run(), "environment": _environment()}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
+    print(path, result.get("score", ""), flush=True)
+
+
+def _plan(settings: Settings, pair: str, skill: str) -> Plan:
+    source, target = pair.split(":")
+    return plan_transfer(str(settings.adapter(source, skill)), str(settings.base(target)), str(settings.base(source)))
 
 
 def _text(settings: Settings, skill: str, regime: TextRegime) -> TextSource:

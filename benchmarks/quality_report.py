@@ -87,8 +87,8 @@ def _items(group: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 def _introduction(runs: Sequence[dict[str, Any]]) -> str:
-    steps = sorted({run["steps"] for run in runs})
-    batches = sorted({run["batch_size"] for run in runs})
+    steps = sorted({run["recipe"]["steps"] for run in runs})
+    batches = sorted({run["recipe"]["batch_size"] for run in runs})
     return (
         f"{len(runs)} transfers of {_listed(steps)} steps × {_listed(batches)} passages, measured on held-out test "
         "items that no training, transfer or selection has seen. Lift is (transferred − bare target) / (retrained − "

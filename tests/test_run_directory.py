@@ -15,11 +15,11 @@ def run(tmp_path):
     return open_run(str(tmp_path / "out"), REQUEST, 0)
 
 
-def checkpoint(run, step: int, complete: bool = True) -> None:
+def checkpoint(run, step: int, state: str | None = "{}") -> None:
     folder = run.checkpoints / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    if complete:
-        (folder / "trainer_state.json").touch()
+    if state is not None:
+        (folder / "trainer_state.json").write_text(state)
 
 
 def test_a_new_or_empty_folder_is_accepted(tmp_path):
@@ -75,7 +75,8 @@ def test_the_last_checkpoint_is_the_newest_complete_one(run):
     assert run.last_checkpoint() is None
     for step in (5, 100, 20):
         checkpoint(run, step)
-    checkpoint(run, 200, complete=False)
+    checkpoint(run, 200, state=None)
+    checkpoint(run, 300, state='{"global_step": 3')
     assert run.last_checkpoint() == str(run.checkpoints / "checkpoint-100")
 
 

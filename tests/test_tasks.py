@@ -19,6 +19,13 @@ def test_reads_items_and_skips_blank_lines(tmp_path: Path) -> None:
     assert load_task(path) == [TaskItem("Two and two?", " four", (" three", " four"))] * 2
 
 
+def test_only_line_ends_separate_items(tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    item = {"prompt": "Two\u2028and\x85two?", "completion": " four"}
+    path.write_text((json.dumps(item, ensure_ascii=False) + "\r\n") * 2, encoding="utf-8", newline="")
+    assert load_task(path) == [TaskItem("Two\u2028and\x85two?", " four")] * 2
+
+
 def test_choices_are_optional(tmp_path: Path) -> None:
     path = write(tmp_path / "task.jsonl", {"prompt": "Two and two?", "completion": " four"})
     assert load_task(path) == [TaskItem("Two and two?", " four")]

@@ -36,7 +36,7 @@ class RunDirectory:
 
     def last_checkpoint(self) -> str | None:
         """The newest checkpoint that was written to its end, if there is one."""
-        complete = [path for path in self.checkpoints.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+        complete = [path for path in self.checkpoints.glob("checkpoint-*") if _is_complete(path)]
         newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
         return str(newest) if newest else None
 
@@ -51,6 +51,15 @@ class RunDirectory:
         for path in sorted(self.finished.iterdir(), key=lambda path: path.name == _LAST_FILE):
             path.replace(self.out / path.name)
         shutil.rmtree(self.state)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the Trainer wrote the file that it writes last, and to its end."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def check_output(out: str, request: dict[str, Any]) -> bool:

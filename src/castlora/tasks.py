@@ -23,7 +23,7 @@ def load_task(path: str | Path) -> list[TaskItem]:
         UserError: the file is missing or empty, or a line is malformed.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot read the task file ({error.strerror}).") from error
     except UnicodeDecodeError as error:
