@@ -98,3 +98,11 @@ def test_text_that_cannot_be_had_is_named_before_a_model_is_loaded(source, compl
     with pytest.raises(UserError) as error:
         source.check()
     assert complaint in str(error.value)
+
+
+def test_maps_whose_fold_no_engine_accepts_are_refused_and_a_fresh_start_is_not(base_model, adapter):
+    big = str(adapter("llama", ("q_proj", "k_proj", "v_proj"), r=64))
+    plan = plan_transfer(big, str(base_model("gpt2")), str(base_model("llama")))
+    with pytest.raises(UserError, match="need rank 192, serving engines accept 128; give --start fresh"):
+        plan.rank(replace(DEFAULT, start="ridge"), None)
+    assert plan.rank(replace(DEFAULT, start="fresh"), None) == 64

@@ -70,7 +70,7 @@ PAPER = Recipe(
 
 DEFAULT = replace(
     PAPER,
-    start="fresh",
+    start="ridge",
     mse_weight=0.0,
     temperature=1.0,
     chunk_weight=1.0,
@@ -79,10 +79,7 @@ DEFAULT = replace(
     passages=8000,
     candidates=4,
 )
-"""What `castlora transfer` does unless told otherwise.
-
-Measured on one pair and skill so far (docs/results.md); there the ridge start, at this learning rate, did better.
-"""
+"""What `castlora transfer` does unless told otherwise: the best that docs/results.md has measured so far."""
 
 RECIPES: dict[RecipeName, Recipe] = {"default": DEFAULT, "paper": PAPER}
 

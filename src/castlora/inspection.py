@@ -5,6 +5,7 @@ from collections import Counter
 
 import torch
 
+from castlora.adapters import PORTABLE_RANKS
 from castlora.config import DEFAULT
 from castlora.models import load_tokenizer, public_name, skeleton
 from castlora.pairing import describe
@@ -67,9 +68,10 @@ def _bases(plan: Plan) -> str:
 def _ranks(plan: Plan) -> str:
     ranks = Counter(factors.rank for factors in plan.factors.values())
     adapted = ", ".join(f"{count} modules of rank {rank}" for rank, count in sorted(ranks.items()))
+    accepted = ", ".join(map(str, PORTABLE_RANKS))
     return (
-        f"Adapter {public_name(plan.adapter.name)}: {adapted}. Written rank: {plan.rank(DEFAULT, None)} with a fresh "
-        f"start; the folded maps need {plan.exact_rank}."
+        f"Adapter {public_name(plan.adapter.name)}: {adapted}. The folded maps need rank {plan.exact_rank}, a fresh "
+        f"start {plan.adapter_rank}; the rank that is written is the next one of {accepted}."
     )
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from castlora.adapters import AdapterFiles, LowRank, open_adapter, portable_rank, read_factors
+from castlora.adapters import PORTABLE_RANKS, AdapterFiles, LowRank, open_adapter, portable_rank, read_factors
 from castlora.answers import write_answers
 from castlora.config import Recipe
 from castlora.distill import DistillationTrainer, LossProgress, Student
@@ -68,6 +68,11 @@ class Plan:
         return max(branch_ranks(pair, ranks) for pair in self.pairing.mapped)
 
     @property
+    def adapter_rank(self) -> int:
+        """Largest rank in the source adapter."""
+        return max(factors.rank for factors in self.factors.values())
+
+    @property
     def target_modules(self) -> list[str]:
         """Target modules that receive an update."""
         return [pair.target.name for pair in self.pairing.mapped]
@@ -85,10 +90,13 @@ class Plan:
         """Rank of the adapter to write.
 
         Raises:
-            UserError: the wanted rank cannot hold the folded updates.
+            UserError: the wanted rank cannot hold the folded updates, or no rank can that engines accept.
         """
-        fresh_rank = max(factors.rank for factors in self.factors.values())
-        needed = fresh_rank if recipe.start == "fresh" else self.exact_rank
+        needed = self.adapter_rank if recipe.start == "fresh" else self.exact_rank
+        if recipe.start != "fresh" and needed > PORTABLE_RANKS[-1]:
+            raise UserError(
+                f"The folded maps need rank {needed}, serving engines accept {PORTABLE_RANKS[-1]}; give --start fresh."
+            )
         if wanted is None:
             return portable_rank(needed)
         if recipe.start != "fresh" and wanted < needed:

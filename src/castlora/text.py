@@ -177,8 +177,8 @@ def _pieces(document: str, max_bytes: int) -> Iterator[str]:
 
 
 def _sentences(document: str) -> Iterator[str]:
-    """Sentences of 4 to 60 words, on one line."""
+    """Sentences of 4 to 40 words, on one line."""
     for sentence in document.replace("\n", " ").replace("? ", "?\n").replace(". ", ".\n").split("\n"):
         words = sentence.split()
-        if 4 <= len(words) <= 60:
+        if 4 <= len(words) <= 40:
             yield " ".join(words)
