@@ -21,7 +21,7 @@ REGIME_TITLES = {
     "format": "General text inside the adapter's prompt format",
     "prompts": "Unlabelled task prompts",
 }
-METHOD_ORDER = ("fresh", "ridge start", "paper start", "paper")
+METHOD_ORDER = ("fresh", "ridge start", "paper start", "ridge start, any prompts", "paper")
 COUNTABLE_POINTS = 20
 
 References = dict[tuple[str, str], dict[str, Any]]
@@ -94,7 +94,8 @@ def _introduction(runs: Sequence[dict[str, Any]]) -> str:
         "items that no training, transfer or selection has seen. Lift is (transferred − bare target) / (retrained − "
         "bare target) with a bootstrap 95 % interval over items and seeds; ratio is transferred / retrained. A lift "
         "is shown where retraining gains at least 5 points. `fresh`, `ridge start` and `paper start` share the "
-        "objective of the default recipe; `paper` is the paper's recipe as a whole."
+        "objective of the default recipe, whose start is `ridge`; `any prompts` goes without its choice of filled "
+        "prompts; `paper` is the paper's recipe as a whole, for the same number of steps."
     )
 
 

@@ -1,0 +1,55 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality_report import main, make_cells, read_results
+
+ENVIRONMENT = {"commit": "0123456789abcdef", "versions": {"torch": "2.13.0"}, "machine": "x86_64, 2 cores"}
+
+
+def figures(scores: str) -> dict[str, object]:
+    correct = sum(map(int, scores)) / len(scores)
+    return {"metric": "accuracy", "score": correct, "nll": 1.0, "n": len(scores), "scores": scores}
+
+
+def run(method: str, seed: int, scores: str) -> dict[str, object]:
+    return {
+        "pair": "small:large", "skill": "colours", "regime": "prompts", "method": method, "seed": seed,
+        "recipe": {"steps": 7, "batch_size": 2}, "train_seconds": 1.5, "environment": ENVIRONMENT, **figures(scores),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "quality" / "small--large" / "colours"
+    folder.mkdir(parents=True)
+    references = {"bare target": "0000000000", "source + LoRA": "1111111111", "retrained": "1111111100"}
+    described = {name: figures(scores) for name, scores in references.items()}
+    record = {"pair": "small:large", "skill": "colours", "references": described}
+    (folder / "references.json").write_text(json.dumps(record))
+    for seed, scores in enumerate(("1111000000", "1111110000")):
+        (folder / f"fresh.prompts.seed{seed}.json").write_text(json.dumps(run("fresh", seed, scores)))
+    (folder / "ridge-start.prompts.seed0.json").write_text(json.dumps(run("ridge start", 0, "1111111100")))
+    (folder / "prompts.seed0.lock").touch()
+    return tmp_path / "quality"
+
+
+def test_seeds_are_pooled_and_lift_is_taken_between_bare_and_retrained(results):
+    fresh, ridge = make_cells(*read_results(results))
+    assert (fresh.method, fresh.seeds, fresh.score) == ("fresh", 2, 0.5)
+    assert fresh.lift.lift == pytest.approx(0.5 / 0.8)
+    assert fresh.lift.ci95[0] < fresh.lift.lift < fresh.lift.ci95[1]
+    assert (ridge.method, ridge.seeds) == ("ridge start", 1)
+    assert ridge.lift.lift == pytest.approx(1.0)
+
+
+def test_the_page_shows_what_was_run_and_nothing_else(results, tmp_path):
+    main(results, tmp_path / "results.md")
+    page = (tmp_path / "results.md").read_text()
+    assert "3 transfers of 7 steps × 2 passages" in page
+    assert "| small → large | colours | 0.000 | 1.000 | 0.800 | 80 points |" in page
+    assert "## Unlabelled task prompts" in page and "## General text only" not in page
+    assert "| small → large | colours | 0.62 [" in page
+    summary = json.loads((tmp_path / "quality-summary.json").read_text())
+    assert [cell["lift"] for cell in summary] == pytest.approx([0.625, 1.0])
