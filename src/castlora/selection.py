@@ -48,10 +48,23 @@ def information_gain(first_tokens: FirstTokens) -> Tensor:
     return (outcomes * (outcomes.clamp_min(tiny).log() - expected.clamp_min(tiny).log())).sum(-1)
 
 
-def most_informative(first_tokens: FirstTokens, count: int) -> list[str]:
-    """The `count` prompts with the largest information gain, in the order in which they were given."""
-    chosen = information_gain(first_tokens).argsort(descending=True, stable=True)[:count]
-    return [first_tokens.prompts[index] for index in sorted(chosen.tolist())]
+@dataclass(frozen=True)
+class Selection:
+    """The prompts that were chosen, in the order in which they were given."""
+
+    prompts: list[str]
+    information: float
+    """Mean information gain of the chosen prompts, in nats."""
+    information_of_all: float
+    """Mean information gain of all prompts, in nats."""
+
+
+def most_informative(first_tokens: FirstTokens, count: int) -> Selection:
+    """The `count` prompts with the largest information gain."""
+    gains = information_gain(first_tokens)
+    chosen = gains.argsort(descending=True, stable=True)[:count].sort().values
+    prompts = [first_tokens.prompts[index] for index in chosen.tolist()]
+    return Selection(prompts, float(gains[chosen].mean()), float(gains.mean()))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The stages of a transfer, each from plain inputs to plain results; `pipeline` strings them together."""
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ from castlora.text import (
 )
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
+
+logger = logging.getLogger("castlora")
 
 HELD_OUT_PASSAGES = 64
 _SAMPLE_FOR_LENGTH = 64
@@ -221,7 +224,12 @@ def choose_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe) 
         _longest_prompt(models, recipe),
         _PROMPT_BATCH,
     )
-    chosen = set(most_informative(first_tokens, _wanted(recipe)))
+    selection = most_informative(first_tokens, _wanted(recipe))
+    logger.info(
+        "Kept %d of %d prompts, whose answers tell %.2f nats about the prompt; those to all prompts tell %.2f",
+        len(selection.prompts), len(first_tokens.prompts), selection.information, selection.information_of_all,
+    )  # fmt: skip
+    chosen = set(selection.prompts)
     return [passage for passage in passages if passage.text in chosen]
 
 
