@@ -77,7 +77,7 @@ DEFAULT = replace(
     context_weight=0.0,
     write_answers=True,
     passages=8000,
-    candidates=4,
+    candidates=8,
 )
 """What `castlora transfer` does unless told otherwise: the best that docs/results.md has measured so far."""
 

@@ -1,8 +1,8 @@
-"""Which filled prompts are worth teaching: those whose answer says most about the prompt.
+"""Which filled prompts are worth teaching: those from whose answers one could tell the prompts apart.
 
 A prompt format filled with unrelated text asks the teacher about things it was never trained on, and to most of them
 it gives the same vague answer. Such prompts teach only how often each answer occurs. The few to which source + LoRA
-gives an answer of its own show what the skill looks at.
+gives an answer of its own show what the skill looks at, provided that no answer drowns the others.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,15 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from castlora.answers import prompt_batches
 
 _LIKELIEST = 64
+_OUTCOMES = 256
+_ITERATIONS = 100
 
 
 @dataclass(frozen=True)
@@ -31,40 +34,69 @@ class FirstTokens:
     mean: Tensor
     """Mean probability of every token over all prompts, shape (vocabulary,)."""
 
+    def distributions(self) -> Tensor:
+        """The next-token distribution of each prompt over the tokens that are likely in the mean, and one rest.
 
-def information_gain(first_tokens: FirstTokens) -> Tensor:
-    """KL divergence of each prompt's next-token distribution from the mean over all prompts, in nats.
+        Returns:
+            shape (prompts, outcomes), rows sum to 1
+        """
+        outcomes = self.mean.topk(min(_OUTCOMES, len(self.mean))).indices
+        rest = len(outcomes)
+        columns = torch.full_like(self.mean, rest, dtype=torch.long)
+        columns[outcomes] = torch.arange(rest)
+        table = torch.zeros(len(self.prompts), rest + 1).scatter_add_(1, columns[self.ids], self.probabilities)
+        table[:, rest] += 1 - self.probabilities.sum(-1)
+        return table.clamp_min(0)
 
-    Its mean is the mutual information between prompt and next token. The tokens outside a prompt's likeliest count
-    as one outcome, which makes each value a lower bound.
+
+def information_gain(distributions: Tensor, mean: Tensor) -> Tensor:
+    """KL divergence of each prompt's next-token distribution from a mean distribution, in nats.
+
+    Where the mean is that of the same prompts, its average is the mutual information between prompt and next token.
+
+    Args:
+        distributions: shape (prompts, outcomes)
+        mean: shape (outcomes,)
 
     Returns:
         shape (prompts,)
     """
-    tiny = torch.finfo(first_tokens.probabilities.dtype).tiny
-    mean = first_tokens.mean[first_tokens.ids]
-    outcomes = torch.cat([first_tokens.probabilities, 1 - first_tokens.probabilities.sum(-1, keepdim=True)], dim=-1)
-    expected = torch.cat([mean, 1 - mean.sum(-1, keepdim=True)], dim=-1)
-    return (outcomes * (outcomes.clamp_min(tiny).log() - expected.clamp_min(tiny).log())).sum(-1)
+    tiny = torch.finfo(distributions.dtype).tiny
+    log_mean = mean.clamp_min(tiny).log().expand_as(distributions)
+    return functional.kl_div(log_mean, distributions, reduction="none").sum(-1)
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The prompts that were chosen, in the order in which they were given."""
+def most_informative(distributions: Tensor, count: int) -> Tensor:
+    """The `count` prompts whose answers tell most about which of them was asked.
 
-    prompts: list[str]
-    information: float
-    """Mean information gain of the chosen prompts, in nats."""
-    information_of_all: float
-    """Mean information gain of all prompts, in nats."""
+    Maximises the mutual information between prompt and next token over distributions on the prompts that give none
+    more than 1 / `count`. The objective is concave and its gradient is the information gain, so that Frank-Wolfe
+    steps do it: each moves towards the prompts with the largest gain under the mean of the mixture so far, which
+    makes answers that are rare in the mixture worth more.
+
+    Args:
+        distributions: next-token distribution of each prompt, shape (prompts, outcomes)
+        count: prompts to choose, at most all
+
+    Returns:
+        indices in ascending order, shape (count,)
+    """
+    mixture = torch.full((len(distributions),), 1 / len(distributions))
+    for step in range(_ITERATIONS):
+        gains = information_gain(distributions, mixture @ distributions)
+        best = torch.zeros_like(mixture)
+        best[gains.argsort(descending=True, stable=True)[:count]] = 1 / count
+        mixture = mixture.lerp(best, 2 / (step + 2))
+    return mixture.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def most_informative(first_tokens: FirstTokens, count: int) -> Selection:
-    """The `count` prompts with the largest information gain."""
-    gains = information_gain(first_tokens)
-    chosen = gains.argsort(descending=True, stable=True)[:count].sort().values
-    prompts = [first_tokens.prompts[index] for index in chosen.tolist()]
-    return Selection(prompts, float(gains[chosen].mean()), float(gains.mean()))
+def mutual_information(distributions: Tensor) -> float:
+    """Mutual information between prompt and next token, in nats, for prompts that are equally likely.
+
+    Args:
+        distributions: shape (prompts, outcomes)
+    """
+    return float(information_gain(distributions, distributions.mean(0)).mean())
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from castlora.errors import UserError
 from castlora.models import LinearSlot, best_device, context_length, linear_slots, load_config, load_model, skeleton
 from castlora.pairing import Pairing, branch_ranks, pair_modules
 from castlora.positions import AlignedPassage, align_passages, bytes_per_token
-from castlora.selection import most_informative, predict_first_tokens
+from castlora.selection import most_informative, mutual_information, predict_first_tokens
 from castlora.starts import attach_lora, collect_moments, paper_maps, parametrize_by_maps, ridge_maps
 from castlora.text import (
     HUB_DEFAULT,
@@ -224,12 +224,13 @@ def choose_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe) 
         _longest_prompt(models, recipe),
         _PROMPT_BATCH,
     )
-    selection = most_informative(first_tokens, _wanted(recipe))
+    distributions = first_tokens.distributions()
+    indices = most_informative(distributions, _wanted(recipe))
     logger.info(
-        "Kept %d of %d prompts, whose answers tell %.2f nats about the prompt; those to all prompts tell %.2f",
-        len(selection.prompts), len(first_tokens.prompts), selection.information, selection.information_of_all,
+        "Kept %d of %d prompts: their answers tell %.2f nats about the prompt, those to all prompts %.2f",
+        len(indices), len(distributions), mutual_information(distributions[indices]), mutual_information(distributions),
     )  # fmt: skip
-    chosen = set(selection.prompts)
+    chosen = {first_tokens.prompts[index] for index in indices.tolist()}
     return [passage for passage in passages if passage.text in chosen]
 
 
