@@ -3,46 +3,105 @@ import math
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
+from torch import Tensor
 
-from castlora.selection import FirstTokens, information_gain, most_informative, predict_first_tokens
+from castlora.selection import (
+    FirstTokens,
+    information_gain,
+    most_informative,
+    mutual_information,
+    predict_first_tokens,
+)
 
 PROMPTS = [f"Who {verb} the {noun}? Answer:" for verb in tiny.VERBS for noun in tiny.NOUNS[:3]]
 
 
-def first_tokens(distributions: list[list[float]], likeliest: int) -> FirstTokens:
-    whole = torch.tensor(distributions)
-    top = whole.topk(likeliest)
-    return FirstTokens([f"prompt {row}" for row in range(len(whole))], top.indices, top.values, whole.mean(0))
+def first_tokens(distributions: Tensor, likeliest: int) -> FirstTokens:
+    top = distributions.topk(likeliest)
+    prompts = [f"prompt {row}" for row in range(len(distributions))]
+    return FirstTokens(prompts, top.indices, top.values, distributions.mean(0))
 
 
-def test_equal_distributions_tell_nothing():
-    assert information_gain(first_tokens([[0.5, 0.3, 0.2]] * 4, 2)).abs().max() < 1e-6
+def random_distributions(prompts: int, outcomes: int, seed: int = 0, sharpness: float = 2.0) -> Tensor:
+    logits = torch.randn(prompts, outcomes, generator=torch.Generator().manual_seed(seed))
+    return (sharpness * logits).softmax(-1)
 
 
-def test_opposite_certainties_tell_one_bit():
-    gains = information_gain(first_tokens([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]], 3))
-    assert gains.tolist() == pytest.approx([math.log(2)] * 2)
+def test_distributions_keep_all_probability():
+    whole = random_distributions(20, 300)
+    for likeliest in (300, 64, 3):
+        table = first_tokens(whole, likeliest).distributions()
+        torch.testing.assert_close(table.sum(-1), torch.ones(20))
+        assert table.min() >= 0
+
+
+def test_a_small_vocabulary_is_kept_as_it_is():
+    whole = random_distributions(6, 5)
+    order = whole.mean(0).topk(5).indices
+    table = first_tokens(whole, 5).distributions()
+    torch.testing.assert_close(table[:, :5], whole[:, order])
+    assert table[:, 5].abs().max() < 1e-6
+
+
+def test_tokens_that_are_not_likely_count_as_the_rest():
+    whole = torch.tensor([[0.6, 0.2, 0.15, 0.05], [0.6, 0.2, 0.05, 0.15]])
+    assert mutual_information(first_tokens(whole, 4).distributions()) > 0.01
+    assert mutual_information(first_tokens(whole, 2).distributions()) < 1e-6
 
 
 def test_the_gain_is_the_divergence_from_the_mean():
-    distributions = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    expected = (distributions * (distributions / distributions.mean(0)).log()).sum(-1)
-    torch.testing.assert_close(information_gain(first_tokens(distributions.tolist(), 7)), expected)
+    whole = random_distributions(5, 7)
+    mean = whole.mean(0)
+    expected = (whole * (whole / mean).log()).sum(-1)
+    torch.testing.assert_close(information_gain(whole, mean), expected)
 
 
-def test_tokens_outside_the_likeliest_count_as_one_outcome():
-    distributions = [[0.6, 0.2, 0.15, 0.05], [0.6, 0.2, 0.05, 0.15]]
-    whole, partial = (information_gain(first_tokens(distributions, likeliest)) for likeliest in (4, 2))
-    assert whole.min() > 0.01
-    assert partial.abs().max() < 1e-6
+def test_equal_distributions_tell_nothing_and_opposite_certainties_one_bit():
+    assert mutual_information(torch.tensor([[0.5, 0.3, 0.2]] * 4)) == pytest.approx(0, abs=1e-6)
+    assert mutual_information(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])) == pytest.approx(math.log(2))
 
 
-def test_the_prompts_with_an_answer_of_their_own_are_chosen_in_their_order():
-    vague, certain = [0.4, 0.3, 0.3], [0.0, 0.0, 1.0]
-    selection = most_informative(first_tokens([vague, certain, vague, [0.0, 1.0, 0.0], vague], 3), 2)
-    assert selection.prompts == ["prompt 1", "prompt 3"]
-    assert selection.information > 0.9 > selection.information_of_all > 0
+def test_prompts_with_an_answer_of_their_own_are_chosen():
+    vague, second, third = [0.4, 0.3, 0.3], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]
+    assert most_informative(torch.tensor([vague, third, vague, second, vague]), 2).tolist() == [1, 3]
+
+
+def test_an_answer_that_many_prompts_get_does_not_drown_a_rare_one():
+    common, rare = [0.98, 0.01, 0.01], [0.02, 0.49, 0.49]
+    distributions = torch.tensor([common] * 50 + [rare] * 4 + [common] * 50)
+    chosen = most_informative(distributions, 8).tolist()
+    assert set(range(50, 54)) < set(chosen)
+
+
+def test_frequent_answers_are_balanced_where_the_gain_under_the_first_mean_is_not():
+    # The rare answer gains more under the mean of all prompts, and choosing by that gain alone would take nothing else.
+    distributions = torch.tensor([[0.95, 0.05]] * 80 + [[0.05, 0.95]] * 20)
+    gains = information_gain(distributions, distributions.mean(0))
+    assert gains[80:].min() > gains[:80].max()
+    chosen = most_informative(distributions, 20)
+    assert 5 <= int((chosen >= 80).sum()) <= 15
+    assert mutual_information(distributions[chosen]) > 0.9 * mutual_information(
+        torch.tensor([[0.95, 0.05], [0.05, 0.95]])
+    )
+
+
+@given(seed=st.integers(0, 1000), count=st.integers(10, 40))
+def test_the_choice_tells_more_than_chance_and_than_the_gain_alone(seed, count):
+    distributions = random_distributions(60, 4, seed)
+    chosen = most_informative(distributions, count)
+    assert len(set(chosen.tolist())) == count
+    assert chosen.tolist() == sorted(chosen.tolist())
+    by_gain = information_gain(distributions, distributions.mean(0)).argsort(descending=True)[:count]
+    information = mutual_information(distributions[chosen])
+    assert information > mutual_information(distributions)
+    assert information > 0.97 * mutual_information(distributions[by_gain])
+
+
+def test_all_prompts_may_be_chosen():
+    assert most_informative(random_distributions(9, 4), 9).tolist() == list(range(9))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -87,7 +87,10 @@ def most_informative(distributions: Tensor, count: int) -> Tensor:
         best = torch.zeros_like(mixture)
         best[gains.argsort(descending=True, stable=True)[:count]] = 1 / count
         mixture = mixture.lerp(best, 2 / (step + 2))
-    return mixture.argsort(descending=True, stable=True)[:count].sort().values
+    # Systematic sampling, prompts of like answers side by side, keeps the share that each answer has in the mixture.
+    by_answer = distributions.argmax(-1).argsort(stable=True)
+    shares = (mixture[by_answer].double() * count).cumsum(0)
+    return by_answer[torch.searchsorted(shares, torch.arange(count) + 0.5)].sort().values
 
 
 def mutual_information(distributions: Tensor) -> float:
