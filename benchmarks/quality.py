@@ -25,6 +25,7 @@ from jsonargparse import auto_cli
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.zoo.specs import GRID_SKILLS
 from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
 from castlora.demonstration import demo_models_path
 from castlora.distill import measure_held_out
@@ -179,7 +180,7 @@ def main(
     zoo: Path = ZOO,
     third_party: Path = Path("../shared/data/models"),
     pairs: Sequence[str] = PAIRS,
-    skills: Sequence[str] = ("question-type", "subjectivity", "operation"),
+    skills: Sequence[str] = GRID_SKILLS,
     methods: Sequence[str] = tuple(METHODS),
     regimes: Sequence[TextRegime] = REGIMES,
     seeds: int = 3,

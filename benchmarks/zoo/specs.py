@@ -86,6 +86,26 @@ BASE_MODELS = {
     "gpt2-m": BaseModelSpec(tokenizer="gpt2", architecture=_GPT2_M, seed=15),
 }
 
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """A skill to train on a base model."""
+
+    base: str
+    skill: str
+    steps: int = 400
+
+
+GRID_SKILLS = ("question-type", "subjectivity", "operation")
+"""The skills that every base model learns."""
+
+ADAPTERS = (
+    *(AdapterSpec("llama-s", skill, steps=300) for skill in (*GRID_SKILLS, "topic")),
+    *(AdapterSpec("mistral-s", skill, steps=500) for skill in GRID_SKILLS),
+    *(AdapterSpec(base, skill) for base in ("llama-s", "mistral-s") for skill in ("record", "shakespeare")),
+    *(AdapterSpec(base, skill) for base in ("llama-m", "gpt2-s", "gpt2-m", "stories260K-hf") for skill in GRID_SKILLS),
+)
+
 BLOCK_LENGTH = 256
 """Tokens per training sequence."""
 
