@@ -1,6 +1,6 @@
 """Builds the whole zoo: tokenizers, base models, skills and adapters.
 
-    python -m benchmarks.zoo.build --corpus CORPUS --tasks TASKS --third-party MODELS --out ZOO
+    python -m benchmarks.zoo.build --corpus CORPUS --tasks TASKS --third_party MODELS --out ZOO
 
 What is finished is left as it is, and a base model goes on from its last checkpoint. Four to eight hours on one core.
 """
