@@ -119,6 +119,15 @@ def test_prompt_format_is_filled_with_sentences():
     assert len(fill_prompt_format(documents, "Q: {text}", 2, seed=0)) == 2
 
 
+def test_half_of_the_fillings_are_questions_where_there_are_enough():
+    questions = [f"Where does the river run on day {day}?" for day in range(12)]
+    statements = [f"The river runs to the mill on day {day}." for day in range(60)]
+    for asked, said, expected in ((12, 60, 10), (3, 60, 3), (0, 60, 0), (12, 8, 12)):
+        prompts = fill_prompt_format([*questions[:asked], *statements[:said]], "Q: {text}", 20, seed=0)
+        assert len(set(prompts)) == len(prompts) == 20
+        assert sum(prompt.endswith("?") for prompt in prompts) == expected
+
+
 def test_a_prompt_format_without_slot_is_refused():
     with pytest.raises(UserError, match=r"--prompt-format has no \{text\} slot"):
         fill_prompt_format(["The fox finds the hen."], "Question:", 1, seed=0)

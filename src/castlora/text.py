@@ -55,11 +55,14 @@ def read_documents(path_or_id: str) -> Iterator[str]:
 def cut_passages(documents: Iterable[str], count: int, max_bytes: int, seed: int) -> list[Passage]:
     """Up to `count` passages of running text of at most `max_bytes` bytes, in random order."""
     pieces = (piece for document in documents for piece in _pieces(document, max_bytes))
-    return [Passage(piece) for piece in _draw(pieces, count, seed)]
+    return [Passage(piece) for piece in _draw(islice(pieces, _READ_PER_DRAWN * count), count, seed)]
 
 
 def fill_prompt_format(documents: Iterable[str], prompt_format: str, count: int, seed: int) -> list[str]:
     r"""Prompts in the adapter's own format, the slot filled from general text.
+
+    Half of the fillings are questions, as far as the text has them: general text has few, and many skills are about
+    what is asked.
 
     Args:
         documents: general text
@@ -71,8 +74,15 @@ def fill_prompt_format(documents: Iterable[str], prompt_format: str, count: int,
         UserError: the format has no slot.
     """
     check_prompt_format(prompt_format)
-    fillings = (sentence for document in documents for sentence in _sentences(document))
-    return [prompt_format.replace(SLOT, filling) for filling in _draw(fillings, count, seed)]
+    sentences = (sentence for document in documents for sentence in _sentences(document))
+    read = list(dict.fromkeys(islice(sentences, _READ_PER_DRAWN * count)))
+    questions = [sentence for sentence in read if sentence.endswith("?")]
+    others = [sentence for sentence in read if not sentence.endswith("?")]
+    asked = max(count // 2, count - len(others))
+    fillings = _draw(questions, asked, seed)
+    fillings += _draw(others, count - len(fillings), seed)
+    random.Random(seed).shuffle(fillings)
+    return [prompt_format.replace(SLOT, filling) for filling in fillings]
 
 
 def check_prompt_format(prompt_format: str) -> None:
@@ -155,9 +165,9 @@ def _stream_hub(data_set: str) -> Iterator[str]:
 
 
 def _draw(texts: Iterable[str], count: int, seed: int) -> list[str]:
-    """Up to `count` different texts of the first ones, in random order."""
-    read = list(dict.fromkeys(islice(texts, _READ_PER_DRAWN * count)))
-    return random.Random(seed).sample(read, min(count, len(read)))
+    """Up to `count` different ones of the texts, in random order."""
+    different = list(dict.fromkeys(texts))
+    return random.Random(seed).sample(different, min(count, len(different)))
 
 
 def _pieces(document: str, max_bytes: int) -> Iterator[str]:
