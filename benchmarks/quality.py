@@ -26,7 +26,7 @@ from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.zoo.specs import GRID_SKILLS
-from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
+from castlora.config import Recipe, RecipeName, Start, Trained, Tuning, resolve_recipe
 from castlora.demonstration import demo_models_path
 from castlora.distill import measure_held_out
 from castlora.evaluation import Evaluation, evaluate_model, load_adapter
@@ -65,18 +65,21 @@ class Method:
 
     recipe: RecipeName
     start: Start
+    trained: Trained | None = None
+    """What is trained, if not what the recipe says."""
     candidates: int | None = None
     """Candidates per prompt of a prompt format, if not the recipe's."""
 
 
 METHODS = {
-    "fresh": Method("default", "fresh"),
     "ridge start": Method("default", "ridge"),
+    "ridge start, maps": Method("default", "ridge", trained="maps"),
     "paper start": Method("default", "paper"),
+    "fresh": Method("default", "fresh"),
     "ridge start, any prompts": Method("default", "ridge", candidates=1),
     "paper": Method("paper", "paper"),
 }
-"""The default's objective from each start, without its choice of prompts, and the paper's recipe as a whole."""
+"""The default, its variants, and the paper's recipe as a whole."""
 
 TextRegime = Literal["general", "format", "prompts"]
 REGIMES: tuple[TextRegime, ...] = ("general", "format", "prompts")
@@ -140,9 +143,14 @@ def run_method(settings: Settings, pair: str, skill: str, regime: TextRegime, se
     started = time.monotonic()
     set_seed(seed)
     chosen = METHODS[method]
-    tuning = Tuning(passages=settings.passages, max_length=settings.max_length, candidates=chosen.candidates)
+    tuning = Tuning(
+        trained=chosen.trained,
+        candidates=chosen.candidates,
+        passages=settings.passages,
+        max_length=settings.max_length,
+    )
     recipe = resolve_recipe(chosen.recipe, chosen.start, settings.steps, settings.batch_size, tuning)
-    passages = taught_passages(settings, pair, skill, regime, seed, replace(recipe, start="fresh"))
+    passages = taught_passages(settings, pair, skill, regime, seed, replace(recipe, start="fresh", trained="maps"))
     plan = _plan(settings, pair, skill)
     models = load_models(plan)
     training, held_out = align_text(models, passages, recipe)
@@ -186,7 +194,7 @@ def main(
     seeds: int = 3,
     steps: int = 200,
     batch_size: int = 16,
-    passages: int = 2000,
+    passages: int = 1000,
     max_length: int = 96,
     threads: int = 1,
 ) -> None:

@@ -21,7 +21,7 @@ REGIME_TITLES = {
     "format": "General text inside the adapter's prompt format",
     "prompts": "Unlabelled task prompts",
 }
-METHOD_ORDER = ("fresh", "ridge start", "paper start", "ridge start, any prompts", "paper")
+METHOD_ORDER = ("ridge start", "ridge start, maps", "paper start", "fresh", "ridge start, any prompts", "paper")
 COUNTABLE_POINTS = 20
 
 References = dict[tuple[str, str], dict[str, Any]]
@@ -93,9 +93,10 @@ def _introduction(runs: Sequence[dict[str, Any]]) -> str:
         f"{len(runs)} transfers of {_listed(steps)} steps × {_listed(batches)} passages, measured on held-out test "
         "items that no training, transfer or selection has seen. Lift is (transferred − bare target) / (retrained − "
         "bare target) with a bootstrap 95 % interval over items and seeds; ratio is transferred / retrained. A lift "
-        "is shown where retraining gains at least 5 points. `fresh`, `ridge start` and `paper start` share the "
-        "objective of the default recipe, whose start is `ridge`; `any prompts` goes without its choice of filled "
-        "prompts; `paper` is the paper's recipe as a whole, for the same number of steps."
+        "is shown where retraining gains at least 5 points. `ridge start` is the default recipe: the closed-form maps "
+        "are folded, and the balanced factors trained. `maps` trains the maps themselves, `paper start` maps that are "
+        "random at first, `fresh` a plain LoRA; `any prompts` goes without the choice of filled prompts. `paper` is "
+        "the paper's recipe as a whole, for the same number of steps."
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from castlora.errors import UserError
 
 Start = Literal["paper", "ridge", "fresh"]
+Trained = Literal["maps", "factors"]
 RecipeName = Literal["default", "paper"]
 
 
@@ -16,6 +17,8 @@ class Recipe:
 
     start: Start
     """`paper`: random maps; `ridge`: closed-form maps; `fresh`: a plain LoRA without maps."""
+    trained: Trained
+    """`maps`: the maps, as in the paper; `factors`: the balanced factors of the LoRA that the maps fold into."""
     steps: int
     """Optimizer steps."""
     batch_size: int
@@ -50,6 +53,7 @@ class Recipe:
 
 PAPER = Recipe(
     start="paper",
+    trained="maps",
     steps=1000,
     batch_size=16,
     kl_weight=1.0,
@@ -71,6 +75,7 @@ PAPER = Recipe(
 DEFAULT = replace(
     PAPER,
     start="ridge",
+    trained="factors",
     mse_weight=0.0,
     temperature=1.0,
     chunk_weight=1.0,
@@ -95,6 +100,7 @@ _ZERO_OR_MORE = ("kl_weight", "mse_weight", "chunk_weight", "context_weight", "r
 class Tuning:
     """Departures from the recipe; a field left out keeps the recipe's value."""
 
+    trained: Trained | None = None
     kl_weight: float | None = None
     mse_weight: float | None = None
     chunk_weight: float | None = None
@@ -113,11 +119,13 @@ class Tuning:
 def resolve_recipe(
     name: RecipeName, start: Start | None, steps: int | None, batch_size: int | None, tuning: Tuning
 ) -> Recipe:
-    """The named recipe with the given departures.
+    """The named recipe with the given departures; with the paper's start its maps are trained unless told otherwise.
 
     Raises:
         UserError: a number is out of range.
     """
+    if start == "paper" and tuning.trained is None:
+        tuning = replace(tuning, trained="maps")
     departures: dict[str, Any] = {"start": start, "steps": steps, "batch_size": batch_size, **asdict(tuning)}
     recipe = replace(RECIPES[name], **{field: value for field, value in departures.items() if value is not None})
     for field in _ABOVE_ZERO:
@@ -126,6 +134,8 @@ def resolve_recipe(
     for field in _ZERO_OR_MORE:
         if not 0 <= getattr(recipe, field) < math.inf:
             raise UserError(f"{field} is {getattr(recipe, field)}; give 0 or more.")
+    if recipe.start == "paper" and recipe.trained == "factors":
+        raise UserError("trained is 'factors', but the maps of the paper start fold into nothing; give 'maps'.")
     if recipe.kl_weight + recipe.mse_weight + recipe.chunk_weight == 0:
         raise UserError("kl_weight, mse_weight and chunk_weight are all 0; give at least one of them a weight.")
     return recipe

@@ -98,6 +98,19 @@ def merge_branches(folded: Sequence[LowRank], target_rows: Sequence[slice], d_ou
     return LowRank(a, torch.cat(columns, dim=1))
 
 
+def balance(lora: LowRank) -> LowRank:
+    """The same update with factors that share its singular values, B = U √S and A = √S Vᵀ.
+
+    A fold leaves factors of very unlike size, whose gradients are then as unlike; balanced, both learn at one rate.
+    """
+    q_b, r_b = torch.linalg.qr(lora.b.double())
+    q_a, r_a = torch.linalg.qr(lora.a.double().T)
+    u, singular_values, v_t = torch.linalg.svd(r_b @ r_a.T)
+    root = singular_values.sqrt()
+    a, b = root.unsqueeze(-1) * (v_t @ q_a.T), (q_b @ u) * root
+    return LowRank(a.to(lora.a.dtype), b.to(lora.b.dtype))
+
+
 class FoldedA(nn.Module):
     """Parametrization of a target's `lora_A` weight by the `map_to_source` of its branches.
 

@@ -257,7 +257,7 @@ def _needed_bytes(plan: Plan, recipe: Recipe) -> int:
     for pair in plan.pairing.mapped:
         for branch in pair.branches:
             a, b = plan.factors[branch.source_module].a, plan.factors[branch.source_module].b
-            if recipe.start == "fresh":
+            if recipe.start == "fresh" or recipe.trained == "factors":
                 trained += a.shape[0] * (pair.target.d_in + pair.target.d_out)
             else:
                 trained += a.shape[1] * pair.target.d_in + b.shape[0] * pair.target.d_out

@@ -23,11 +23,20 @@ from castlora.answers import write_answers
 from castlora.config import Recipe
 from castlora.distill import DistillationTrainer, LossProgress, Student
 from castlora.errors import UserError
+from castlora.maps import balance
 from castlora.models import LinearSlot, best_device, context_length, linear_slots, load_config, load_model, skeleton
 from castlora.pairing import Pairing, branch_ranks, pair_modules
 from castlora.positions import AlignedPassage, align_passages, bytes_per_token
 from castlora.selection import most_informative, mutual_information, predict_first_tokens
-from castlora.starts import attach_lora, collect_moments, paper_maps, parametrize_by_maps, ridge_maps
+from castlora.starts import (
+    attach_lora,
+    collect_moments,
+    fold_maps,
+    paper_maps,
+    parametrize_by_maps,
+    ridge_maps,
+    start_from_factors,
+)
 from castlora.text import (
     HUB_DEFAULT,
     Passage,
@@ -275,7 +284,7 @@ def start_student(
 ) -> Student:
     """The target with the LoRA that training starts from.
 
-    A `fresh` start adapts the same types of modules in every layer; maps adapt the paired modules.
+    The paired modules are adapted, by maps around the frozen source factors or by factors of their own.
     """
     torch.manual_seed(seed)
     maps = None
@@ -286,7 +295,10 @@ def start_student(
             moments = collect_moments(models.source, models.target, plan.pairing, training[:_STATISTICS_PASSAGES])
         maps = ridge_maps(moments, plan.pairing, recipe.ridge)
     peft_model = attach_lora(models.target, plan.target_modules, rank)
-    if maps is not None:
+    if maps is not None and recipe.trained == "factors":
+        folded = fold_maps(plan.pairing, plan.factors, maps)
+        start_from_factors(peft_model, {name: balance(lora) for name, lora in folded.items()})
+    elif maps is not None:
         parametrize_by_maps(peft_model, plan.pairing, plan.factors, maps)
     with_head = recipe.mse_weight > 0
     widths = models.target.config.hidden_size, models.teacher.config.hidden_size

@@ -159,6 +159,16 @@ def parametrize_by_maps(student: PeftModel, pairing: Pairing, factors: Mapping[s
         parametrize.register_parametrization(lora_b, "weight", folded_b, unsafe=True)
 
 
+def start_from_factors(student: PeftModel, factors: Mapping[str, LowRank]) -> None:
+    """Sets the student's LoRA to given updates; ranks that they leave free start like those of a fresh LoRA."""
+    for name, lora in factors.items():
+        lora_a, lora_b = lora_maps(student, name)
+        with torch.no_grad():
+            lora_a.weight[: lora.rank] = lora.a
+            lora_b.weight.zero_()
+            lora_b.weight[:, : lora.rank] = lora.b
+
+
 def fold_maps(pairing: Pairing, factors: Mapping[str, LowRank], maps: Maps) -> dict[str, LowRank]:
     """The folded update of every mapped target module, without any model."""
     folded = {}
