@@ -21,6 +21,17 @@ def test_departures_replace_only_what_they_name():
     assert recipe_differences(PAPER, "paper") == {}
 
 
+def test_the_start_of_the_paper_trains_its_maps():
+    assert resolve_recipe("default", "paper", None, None, NOTHING).trained == "maps"
+    assert resolve_recipe("default", "ridge", None, None, NOTHING).trained == "factors"
+    assert resolve_recipe("default", "ridge", None, None, Tuning(trained="maps")).trained == "maps"
+
+
+def test_maps_that_fold_into_nothing_cannot_be_left_for_factors():
+    with pytest.raises(UserError, match="trained is 'factors', but the maps of the paper start fold into nothing"):
+        resolve_recipe("default", "paper", None, None, Tuning(trained="factors"))
+
+
 def test_every_number_of_a_recipe_can_be_tuned():
     with_options = {"start", "steps", "batch_size"}
     assert {field.name for field in fields(Recipe)} == {field.name for field in fields(Tuning)} | with_options
@@ -28,7 +39,7 @@ def test_every_number_of_a_recipe_can_be_tuned():
 
 
 @pytest.mark.parametrize(
-    "field", ["temperature", "learning_rate_scale", "passages", "max_length", "answer_tokens"]
+    "field", ["temperature", "learning_rate_scale", "passages", "candidates", "max_length", "answer_tokens"]
 )  # fmt: skip
 @pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
 def test_numbers_that_must_be_above_zero(field, value):

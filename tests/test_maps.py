@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from castlora import CastLayer
 from castlora.adapters import LowRank
-from castlora.maps import FoldedA, FoldedB, fold_from_source, fold_to_source, merge_branches
+from castlora.maps import FoldedA, FoldedB, balance, fold_from_source, fold_to_source, merge_branches
 
 sizes = st.integers(1, 12)
 shapes = st.tuples(sizes, sizes, sizes, sizes, sizes)
@@ -102,3 +102,21 @@ def test_modules_that_start_from_one_map_train_copies_of_it():
     second = FoldedB([torch.randn(5, 2)], [shared], [slice(0, 3)], (3, 2)).right_inverse(torch.empty(0))
     assert torch.equal(first[0], shared) and torch.equal(second[0], shared)
     assert len({tensor.data_ptr() for tensor in (shared, *first, *second)}) == 3
+
+
+@given(st.integers(0, 1000), st.integers(1, 6), st.floats(1e-3, 1e3))
+def test_balanced_factors_give_the_same_update_and_share_its_singular_values(seed, rank, unlike):
+    generator = torch.Generator().manual_seed(seed)
+    lora = LowRank(
+        unlike * torch.randn(rank, 9, generator=generator), torch.randn(7, rank, generator=generator) / unlike
+    )
+    balanced = balance(lora)
+    torch.testing.assert_close(balanced.b @ balanced.a, lora.b @ lora.a, rtol=1e-4, atol=1e-5)
+    singular_values = torch.diag(torch.linalg.svdvals(lora.b @ lora.a)[:rank])
+    torch.testing.assert_close(balanced.a @ balanced.a.T, singular_values, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(balanced.b.T @ balanced.b, singular_values, rtol=1e-3, atol=1e-4)
+
+
+def test_balancing_an_update_of_zero_leaves_zero():
+    balanced = balance(LowRank(torch.randn(2, 5), torch.zeros(4, 2)))
+    assert balanced.a.abs().max() == balanced.b.abs().max() == 0

@@ -4,6 +4,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from castlora.adapters import open_adapter, pad_rank, read_factors
+from castlora.maps import balance
 from castlora.models import linear_slots, load_config
 from castlora.pairing import Pairing, pair_modules
 from castlora.positions import align_passages
@@ -19,6 +20,7 @@ from castlora.starts import (
     paper_maps,
     parametrize_by_maps,
     ridge_maps,
+    start_from_factors,
     student_factors,
 )
 from castlora.text import Passage
@@ -101,6 +103,22 @@ def test_the_student_computes_base_plus_live_cast_layers(paired, source, target)
     parametrize_by_maps(student, pairing, factors, maps)
     assert (live - bare).abs().max() > 1e-3
     torch.testing.assert_close(tiny.logits(student, IDS), live, rtol=1e-4, atol=1e-4)
+
+
+@each_pair
+def test_a_student_that_starts_from_balanced_factors_computes_what_the_maps_do(paired, source, target):
+    _, target_model, pairing, factors = paired(source, target)
+    torch.manual_seed(0)
+    folded = fold_maps(pairing, factors, random_maps(pairing, factors))
+    rank = 4 + max(lora.rank for lora in folded.values())
+    student = attach_lora(target_model, folded, rank)
+    start_from_factors(student, {name: balance(lora) for name, lora in folded.items()})
+    for name, started in student_factors(student, folded).items():
+        torch.testing.assert_close(started.b @ started.a, folded[name].b @ folded[name].a, rtol=1e-3, atol=1e-4)
+        lora_a, lora_b = lora_maps(student, name)
+        assert lora_a.weight.requires_grad and lora_b.weight.requires_grad
+        # What the update does not need can still learn.
+        assert started.a[folded[name].rank :].abs().min() > 0
 
 
 def test_modules_do_not_share_the_maps_they_train(paired):
