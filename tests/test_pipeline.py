@@ -104,8 +104,9 @@ def test_an_adapter_on_q_and_v_changes_q_and_v_alone(base_model, quick_transfer)
     assert all(factor.b.abs().max() > 0 for factor in factors.values())
 
 
-def test_parts_of_a_fused_target_without_a_source_stay_unchanged(base_model, quick_transfer):
-    result = quick_transfer("llama", "gpt2", modules=("q_proj", "v_proj"), start="ridge")
+def test_maps_leave_the_parts_of_a_fused_target_without_a_source_unchanged(base_model, quick_transfer):
+    tuning = replace(SHORT, trained="maps")
+    result = quick_transfer("llama", "gpt2", modules=("q_proj", "v_proj"), start="ridge", tuning=tuning)
     assert result.manifest["rank"] == 8
     for factor in read_factors(open_adapter(str(result.folder)), load_config(str(base_model("gpt2")))).values():
         delta = factor.b @ factor.a
