@@ -101,7 +101,7 @@ def merge_branches(folded: Sequence[LowRank], target_rows: Sequence[slice], d_ou
 def balance(lora: LowRank) -> LowRank:
     """The same update with factors that share its singular values, B = U √S and A = √S Vᵀ.
 
-    A fold leaves factors of very unlike size, whose gradients are then as unlike; balanced, both learn at one rate.
+    The factors of a fold differ in size; balanced, both learn at the rate of a plain LoRA.
     """
     q_b, r_b = torch.linalg.qr(lora.b.double())
     q_a, r_a = torch.linalg.qr(lora.a.double().T)
