@@ -244,7 +244,7 @@ def _write_missing(path: Path, run: Callable[[], dict[str, Any]]) -> None:
     """Runs and writes unless the result is there."""
     if path.exists():
         return
-    result = {**run(), "environment": _environment()}
+    result = {**run(), "environment": environment()}
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(path)
@@ -280,7 +280,8 @@ def _figures(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """What a result was measured with."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "commit": commit,
