@@ -22,6 +22,7 @@ REGIME_TITLES = {
     "prompts": "Unlabelled task prompts",
 }
 METHOD_ORDER = ("ridge start", "ridge start, maps", "paper start", "fresh", "ridge start, any prompts", "paper")
+DEFAULT_METHOD = METHOD_ORDER[0]
 COUNTABLE_POINTS = 20
 
 References = dict[tuple[str, str], dict[str, Any]]
@@ -40,7 +41,6 @@ class Cell:
     score: float
     nll: float
     lift: Lift
-    train_seconds: float
 
 
 def read_results(folder: Path) -> tuple[References, list[dict[str, Any]]]:
@@ -64,10 +64,8 @@ def make_cells(references: References, runs: Iterable[dict[str, Any]]) -> list[C
     for (pair, skill, regime, method), group in sorted(grouped.items()):
         reference = references[pair, skill]
         lift = lift_with_interval(_items([reference["bare target"]]), _items(group), _items([reference["retrained"]]))
-        score, nll, seconds = (
-            float(np.mean([run[field] for run in group])) for field in ("score", "nll", "train_seconds")
-        )
-        cells.append(Cell(pair, skill, regime, method, len(group), score, nll, lift, seconds))
+        score, nll = (float(np.mean([run[field] for run in group])) for field in ("score", "nll"))
+        cells.append(Cell(pair, skill, regime, method, len(group), score, nll, lift))
     return cells
 
 
@@ -132,16 +130,22 @@ def _cell(cell: Cell | None) -> str:
 
 
 def _mean_table(cells: Sequence[Cell]) -> str:
-    rows = ["| text | method | mean lift | mean ratio | cells | seconds of training |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| text | method | cells | mean lift | mean ratio | lift above the default's on the same cells |",
+        "|---|---|---|---|---|---|",
+    ]
     for regime, title in REGIME_TITLES.items():
+        countable = [cell for cell in cells if cell.regime == regime and cell.lift.countable]
+        default = {(c.pair, c.skill): c.lift.lift for c in countable if c.method == DEFAULT_METHOD}
         for method in METHOD_ORDER:
-            group = [c for c in cells if (c.regime, c.method) == (regime, method) and c.lift.countable]
-            if group:
-                lift = np.mean([cell.lift.lift for cell in group])
-                ratio = np.mean([cell.lift.ratio for cell in group])
-                seconds = np.mean([cell.train_seconds for cell in group])
-                rows.append(f"| {title} | {method} | {lift:.2f} | {ratio:.2f} | {len(group)} | {seconds:.0f} |")
-    return "\n".join(rows)
+            group = [cell for cell in countable if cell.method == method]
+            if not group:
+                continue
+            lift, ratio = np.mean([c.lift.lift for c in group]), np.mean([c.lift.ratio for c in group])
+            above = [c.lift.lift - default[c.pair, c.skill] for c in group if (c.pair, c.skill) in default]
+            compared = f"{np.mean(above):+.2f} ({len(above)})" if above and method != DEFAULT_METHOD else "–"
+            rows.append(f"| {title} | {method} | {len(group)} | {lift:.2f} | {ratio:.2f} | {compared} |")
+    return "Means are over the cells that have been run; the last column compares like with like.\n\n" + "\n".join(rows)
 
 
 def _environment(runs: Sequence[dict[str, Any]]) -> str:

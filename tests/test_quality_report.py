@@ -50,6 +50,7 @@ def test_the_page_shows_what_was_run_and_nothing_else(results, tmp_path):
     assert "3 transfers of 7 steps × 2 passages" in page
     assert "| small → large | colours | 0.000 | 1.000 | 0.800 | 80 points |" in page
     assert "## Unlabelled task prompts" in page and "## General text only" not in page
+    assert "| fresh | 1 | 0.62 | 0.62 | -0.38 (1) |" in page
     assert "| small → large | colours | 1.00 [" in page and "| 0.62 [" in page
     summary = json.loads((tmp_path / "quality-summary.json").read_text())
     assert [cell["lift"] for cell in summary] == pytest.approx([0.625, 1.0])
