@@ -97,6 +97,7 @@ class Settings:
     batch_size: int
     passages: int
     max_length: int
+    general_length: int
 
     def base(self, name: str) -> Path:
         """Folder of a base model: of the zoo, or of the third-party models."""
@@ -128,12 +129,15 @@ def reference_scores(settings: Settings, pair: str, skill: str) -> dict[str, Any
     }
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=16)
 def taught_passages(
     settings: Settings, pair: str, skill: str, regime: TextRegime, seed: int, recipe: Recipe
 ) -> list[Passage]:
     """The text of a run, answers included; all starts of a recipe learn from the same."""
-    models = load_models(_plan(settings, pair, skill))
+    source, _ = pair.split(":")
+    # Only the length of general text depends on the target; prompts serve all targets of a source.
+    readers = pair if regime == "general" else f"{source}:{source}"
+    models = load_models(_plan(settings, readers, skill))
     drawn = draw_text(models, _text(settings, skill, regime), recipe, seed)
     return answer_prompts(models, choose_prompts(models, drawn, recipe), recipe, seed)
 
@@ -147,7 +151,7 @@ def run_method(settings: Settings, pair: str, skill: str, regime: TextRegime, se
         trained=chosen.trained,
         candidates=chosen.candidates,
         passages=settings.passages,
-        max_length=settings.max_length,
+        max_length=settings.general_length if regime == "general" else settings.max_length,
     )
     recipe = resolve_recipe(chosen.recipe, chosen.start, settings.steps, settings.batch_size, tuning)
     passages = taught_passages(settings, pair, skill, regime, seed, replace(recipe, start="fresh", trained="maps"))
@@ -196,6 +200,7 @@ def main(
     batch_size: int = 16,
     passages: int = 1000,
     max_length: int = 96,
+    general_length: int = 48,
     threads: int = 1,
 ) -> None:
     """Runs what is missing of the grid.
@@ -214,12 +219,13 @@ def main(
         steps: optimizer steps of each run
         batch_size: passages per step
         passages: passages drawn per run
-        max_length: tokens per passage
+        max_length: most tokens of a prompt with its answer
+        general_length: tokens of a passage of general text, by default about as many as the prompts have
         threads: processor threads
     """
     torch.set_num_threads(threads)
     disable_progress_bar()
-    settings = Settings(zoo, third_party, tasks, text, steps, batch_size, passages, max_length)
+    settings = Settings(zoo, third_party, tasks, text, steps, batch_size, passages, max_length, general_length)
     for pair, skill in product(pairs, skills):
         folder = out / pair.replace(":", "--") / skill
         folder.mkdir(parents=True, exist_ok=True)

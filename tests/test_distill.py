@@ -11,6 +11,7 @@ from castlora.distill import (
     check_objective,
     distillation_losses,
     measure_held_out,
+    predict,
     shared_mass,
     total_loss,
 )
@@ -79,6 +80,25 @@ def test_all_parts_across_tokenizers(base_model, student):
         pupil.trainable()
     )
     assert "hidden_head.weight" in pupil.trainable()
+
+
+@pytest.mark.parametrize(("source", "target"), [("llama", "gpt2"), ("gpt2", "phi3")])
+def test_logits_of_prompts_are_left_out_without_a_change_of_the_losses(base_model, student, source, target):
+    teacher = tiny.load(base_model(source))
+    pupil = student(target, teacher.config.hidden_size, with_head=True)
+    shared = vocabulary(source, target)
+    whole = collate(aligned(source, target))
+    is_answer = whole["target_positions"] > 12
+    losses = []
+    for least_weight in (0.0, 1e-12):
+        batch = {**whole, "weights": whole["weights"].where(is_answer, least_weight * whole["weights"])}
+        kept = predict(pupil.model, batch, "target").logits.shape[1]
+        assert (
+            kept < batch["target_ids"].shape[1] - 12 if least_weight == 0 else kept > batch["target_ids"].shape[1] - 3
+        )
+        losses.append(distillation_losses(teacher, pupil, batch, shared, ALL_PARTS))
+    torch.testing.assert_close(*losses)
+    assert all(loss > 0 for loss in losses[0].values())
 
 
 def test_losses_of_one_passage_do_not_depend_on_its_padding(base_model, student):

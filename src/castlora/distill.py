@@ -61,6 +61,51 @@ def check_objective(shared: SharedVocabulary, recipe: Recipe) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts on a batch, from the first token on whose prediction counts in any passage.
+
+    Before it lie the prompts: their logits are never computed, which saves most of the memory of large vocabularies.
+    """
+
+    logits: Tensor
+    """Shape (batch, kept tokens, vocabulary)."""
+    ids: Tensor
+    """The tokens read, shape (batch, kept tokens)."""
+    positions: Tensor
+    """Aligned positions among the kept tokens, shape (batch, aligned); 0 for those that lie before."""
+    hidden: Tensor
+    """Final hidden states of all tokens, shape (batch, tokens, hidden); no tokens where not asked for."""
+
+    def aligned(self, counts: Tensor) -> Tensor:
+        """Logits at the aligned positions where `counts` (batch, aligned) is true: (positions, vocabulary), fp32."""
+        return gather_positions(self.logits, self.positions)[counts].float()
+
+
+def predict(
+    model: nn.Module, batch: Batch, side: Literal["source", "target"], with_hidden: bool = False
+) -> Predictions:
+    """Reads a batch with a model.
+
+    Args:
+        model: teacher or student
+        batch: aligned passages; some position has a weight
+        side: whose ids and positions to read
+        with_hidden: return hidden states too
+    """
+    ids, positions = batch[f"{side}_ids"], batch[f"{side}_positions"]
+    first = int(positions[batch["weights"] > 0].min())
+    output = model(
+        input_ids=ids,
+        attention_mask=batch[f"{side}_mask"],
+        output_hidden_states=with_hidden,
+        use_cache=False,
+        logits_to_keep=torch.arange(first, ids.shape[1], device=ids.device),
+    )
+    hidden = output.hidden_states[-1] if with_hidden else output.logits.new_empty(len(ids), 0, 0)
+    return Predictions(output.logits, ids[:, first:], (positions - first).clamp_min(0), hidden)
+
+
 def distillation_losses(
     teacher: nn.Module, student: Student, batch: Batch, shared: SharedVocabulary, recipe: Recipe
 ) -> dict[str, Tensor]:
@@ -71,33 +116,21 @@ def distillation_losses(
     """
     with_hidden = student.hidden_head is not None
     with torch.no_grad():
-        teacher_output = teacher(
-            input_ids=batch["source_ids"],
-            attention_mask=batch["source_mask"],
-            output_hidden_states=with_hidden,
-            use_cache=False,
-        )
-    student_output = student.model(
-        input_ids=batch["target_ids"],
-        attention_mask=batch["target_mask"],
-        output_hidden_states=with_hidden,
-        use_cache=False,
-    )
+        taught = predict(teacher, batch, "source", with_hidden)
+    learned = predict(student.model, batch, "target", with_hidden)
     weights = batch["weights"]
     counts = weights > 0
     losses = {}
     if recipe.kl_weight > 0:
-        teacher_logits = gather_positions(teacher_output.logits, batch["source_positions"])[counts].float()
-        student_logits = gather_positions(student_output.logits, batch["target_positions"])[counts].float()
-        divergence = _divergence(teacher_logits, student_logits, shared, recipe.temperature)
+        divergence = _divergence(taught.aligned(counts), learned.aligned(counts), shared, recipe.temperature)
         losses["kl"] = weighted_mean(divergence, weights[counts])
     if student.hidden_head is not None:
-        teacher_hidden = gather_positions(teacher_output.hidden_states[-1], batch["source_positions"])[counts]
-        student_hidden = gather_positions(student_output.hidden_states[-1], batch["target_positions"])[counts]
-        error = (student.hidden_head(student_hidden.float()) - teacher_hidden.float()).square().mean(-1)
+        teacher_hidden = gather_positions(taught.hidden, batch["source_positions"])[counts].float()
+        student_hidden = gather_positions(learned.hidden, batch["target_positions"])[counts].float()
+        error = (student.hidden_head(student_hidden) - teacher_hidden).square().mean(-1)
         losses["mse"] = weighted_mean(error, weights[counts])
     if recipe.chunk_weight > 0 and not shared.is_whole:
-        losses["chunk"] = _chunk_loss(teacher_output.logits, student_output.logits, batch, shared)
+        losses["chunk"] = _chunk_loss(taught, learned, weights, shared)
     return losses
 
 
@@ -129,31 +162,20 @@ def measure_held_out(
     losses, divergences, agreements, weights = [], [], [], []
     for batch in batches(examples, recipe.batch_size, device):
         losses.append(total_loss(distillation_losses(teacher, student, batch, shared, recipe), recipe))
-        teacher_logits = next_token_logits(teacher, batch, "source")
-        student_logits = next_token_logits(student.model, batch, "target")
+        counts = batch["weights"] > 0
+        teacher_logits = predict(teacher, batch, "source").aligned(counts)
+        student_logits = predict(student.model, batch, "target").aligned(counts)
         teacher_next = class_log_probabilities(teacher_logits, shared.source_classes, shared.classes)
         student_next = class_log_probabilities(student_logits, shared.target_classes, shared.classes)
         divergences.append(kl_divergence(teacher_next, student_next))
         agreements.append(teacher_next.argmax(-1) == student_next.argmax(-1))
-        weights.append(batch["weights"][batch["weights"] > 0])
+        weights.append(batch["weights"][counts])
     weight = torch.cat(weights)
     return HeldOut(
         float(torch.stack(losses).mean()),
         float(weighted_mean(torch.cat(divergences), weight)),
         float(weighted_mean(torch.cat(agreements).float(), weight)),
     )
-
-
-def next_token_logits(model: nn.Module, batch: Batch, side: Literal["source", "target"]) -> Tensor:
-    """What a model predicts at the aligned positions that count, shape (positions, vocabulary), fp32.
-
-    Args:
-        model: teacher or student
-        batch: aligned passages
-        side: whose ids and positions to read
-    """
-    logits = model(input_ids=batch[f"{side}_ids"], attention_mask=batch[f"{side}_mask"], use_cache=False).logits
-    return gather_positions(logits, batch[f"{side}_positions"])[batch["weights"] > 0].float()
 
 
 @torch.no_grad()
@@ -166,7 +188,7 @@ def shared_mass(
     """Mean probability that a model gives to the shared tokens at the aligned positions."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in collate(examples).items()}
-    probabilities = next_token_logits(model, batch, side).softmax(-1)
+    probabilities = predict(model, batch, side).aligned(batch["weights"] > 0).softmax(-1)
     return float(probabilities[:, shared_ids.to(device)].sum(-1).mean())
 
 
@@ -267,20 +289,18 @@ def _divergence(teacher_logits: Tensor, student_logits: Tensor, shared: SharedVo
     return kl_divergence(teacher, student) * temperature**2
 
 
-def _chunk_loss(teacher_logits: Tensor, student_logits: Tensor, batch: Batch, shared: SharedVocabulary) -> Tensor:
+def _chunk_loss(taught: Predictions, learned: Predictions, weights: Tensor, shared: SharedVocabulary) -> Tensor:
     """Chunk divergence over the stretches that classes of tokens leave open.
 
     These are the ones that a tokenizer cuts into several tokens, and the ones that begin with a target token whose
     class holds others: the class says how likely they are together, and only the text says which of them it is.
     """
-    source_lengths = batch["source_positions"].diff(dim=-1)
-    target_lengths = batch["target_positions"].diff(dim=-1)
-    teacher = chunk_log_probabilities(teacher_logits.float(), batch["source_ids"], batch["source_positions"])
-    student = chunk_log_probabilities(student_logits.float(), batch["target_ids"], batch["target_positions"])
-    first_tokens = batch["target_ids"].roll(-1, dims=1).gather(1, batch["target_positions"][:, :-1])
+    source_lengths, target_lengths = taught.positions.diff(dim=-1), learned.positions.diff(dim=-1)
+    teacher = chunk_log_probabilities(taught.logits.float(), taught.ids, taught.positions)
+    student = chunk_log_probabilities(learned.logits.float(), learned.ids, learned.positions)
+    first_tokens = learned.ids.roll(-1, dims=1).gather(1, learned.positions[:, :-1])
     is_ambiguous = shared.target_is_ambiguous.to(first_tokens.device)[first_tokens]
     is_open = (source_lengths > 1) | (target_lengths > 1) | is_ambiguous
     is_chunk = (source_lengths > 0) & (target_lengths > 0)
     # The prediction of a chunk is made at its first position, whose weight it has.
-    weights = batch["weights"][:, :-1] * (is_chunk & is_open)
-    return weighted_mean(binary_kl(teacher, student), weights)
+    return weighted_mean(binary_kl(teacher, student), weights[:, :-1] * (is_chunk & is_open))
