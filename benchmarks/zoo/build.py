@@ -2,7 +2,7 @@
 
     python -m benchmarks.zoo.build --corpus CORPUS --tasks TASKS --third_party MODELS --out ZOO
 
-What is finished is left as it is, and a base model goes on from its last checkpoint. Four to eight hours on one core.
+What is finished is left as it is, and a base model goes on from its last checkpoint.
 """
 
 import shutil

@@ -73,7 +73,7 @@ _MISTRAL_S = dict(
     max_position_embeddings=512,
     sliding_window=None,
 )
-# No text is read twice, so dropout would only slow these models down.
+# One pass over the documents: dropout would only slow these models down.
 _NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 _GPT2_S = dict(model_type="gpt2", n_embd=128, n_layer=4, n_head=4, n_positions=256, **_NO_DROPOUT)
 _GPT2_M = dict(model_type="gpt2", n_embd=160, n_layer=6, n_head=5, n_positions=256, **_NO_DROPOUT)
@@ -87,13 +87,17 @@ BASE_MODELS = {
 }
 
 
+ADAPTER_STEPS = 400
+"""Optimizer steps of an adapter, unless its specification says otherwise."""
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
     """A skill to train on a base model."""
 
     base: str
     skill: str
-    steps: int = 400
+    steps: int = ADAPTER_STEPS
 
 
 GRID_SKILLS = ("question-type", "subjectivity", "operation")

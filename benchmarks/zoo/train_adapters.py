@@ -18,11 +18,11 @@ from jsonargparse import auto_cli
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from benchmarks.zoo.specs import ADAPTER_STEPS
 from castlora.evaluation import Evaluation, encode_completion, evaluate_model
 from castlora.models import load_model
 from castlora.tasks import TaskItem, load_task
 
-STEPS = 400
 BATCH_SIZE = 32
 LEARNING_RATE = 4e-3
 MAX_LENGTH = 256
@@ -126,7 +126,7 @@ On {n} held-out items the {metric} rises from {before:.3f} to {after:.3f}.
 
 
 def train_adapter(
-    zoo: Path, base: str, skill: str, seed: int = 0, steps: int = STEPS, rate: float = LEARNING_RATE
+    zoo: Path, base: str, skill: str, seed: int = 0, steps: int = ADAPTER_STEPS, rate: float = LEARNING_RATE
 ) -> dict[str, Any]:
     """Trains, scores and saves one adapter; returns what training.json says."""
     task = zoo / "tasks" / skill
@@ -179,7 +179,7 @@ def main(
     base: str,
     skill: list[str],
     seed: int = 0,
-    steps: int = STEPS,
+    steps: int = ADAPTER_STEPS,
     rate: float = LEARNING_RATE,
     threads: int = 1,
 ) -> None:
