@@ -140,6 +140,10 @@ def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
+def load_adapted(base: Path, adapter: Path) -> PeftModel:
+    return PeftModel.from_pretrained(load(base), adapter).eval()
+
+
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder)
 

@@ -131,17 +131,35 @@ def evaluate_model(
 def _evaluate_choices(
     model: CausalLM, tokenizer: PreTrainedTokenizerFast, items: Sequence[TaskItem], batch_size: int
 ) -> Evaluation:
+    return judge_choices(items, choice_log_likelihoods(model, tokenizer, items, batch_size))
+
+
+def choice_log_likelihoods(
+    model: CausalLM, tokenizer: PreTrainedTokenizerFast, items: Sequence[TaskItem], batch_size: int = 32
+) -> list[np.ndarray]:
+    """Log-likelihood of each choice of each item after its prompt, in nats, summed over tokens: (choices,) per item."""
     max_length = _max_length(model, tokenizer)
     pairs = [
         encode_completion(tokenizer, item.prompt, choice, max_length) for item in items for choice in item.choices or ()
     ]
-    flat = iter(completion_log_likelihoods(model, pairs, batch_size))
+    flat = completion_log_likelihoods(model, pairs, batch_size)
+    ends = np.cumsum([len(item.choices or ()) for item in items])
+    return np.split(flat, ends[:-1])
+
+
+def judge_choices(items: Sequence[TaskItem], log_likelihoods: Sequence[np.ndarray]) -> Evaluation:
+    """Accuracy of picking the likeliest choice.
+
+    Args:
+        items: items with choices
+        log_likelihoods: of each item's choices, in nats, shape (choices,)
+    """
     picked: list[str] = []
     nlls = np.empty(len(items))
-    for i, item in enumerate(items):
-        by_choice = {choice: next(flat) for choice in item.choices or ()}
-        picked.append(max(by_choice, key=by_choice.__getitem__))
-        nlls[i] = -by_choice[item.completion]
+    for i, (item, of_choices) in enumerate(zip(items, log_likelihoods, strict=True)):
+        choices = item.choices or ()
+        picked.append(choices[int(of_choices.argmax())])
+        nlls[i] = -of_choices[choices.index(item.completion)]
     scores = np.array([float(choice == item.completion) for choice, item in zip(picked, items, strict=True)])
     return _summarise("accuracy", scores, nlls, picked)
 

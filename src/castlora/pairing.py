@@ -1,6 +1,6 @@
 """Pairing: which source module speaks for each target module."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from castlora.errors import UserError
@@ -48,6 +48,12 @@ class Pairing:
     def mapped(self) -> tuple[ModulePair, ...]:
         """The pairs with at least one branch."""
         return tuple(pair for pair in self.pairs if pair.branches)
+
+    def branches(self) -> Iterator[tuple[ModulePair, int, Branch]]:
+        """Every branch with the pair that it belongs to and its index there."""
+        for pair in self.mapped:
+            for index, branch in enumerate(pair.branches):
+                yield pair, index, branch
 
     def multiplicity(self, branch: Branch) -> int:
         """How many target modules the same part of the source speaks for."""

@@ -46,7 +46,7 @@ def paper_maps(pairing: Pairing, factors: Mapping[str, LowRank], seed: int) -> M
     """
     generator = torch.Generator().manual_seed(seed)
     maps = {}
-    for pair, index, branch in _branches(pairing):
+    for pair, index, branch in pairing.branches():
         d_source_in = factors[branch.source_module].a.shape[1]
         to_source = random_semi_orthogonal(d_source_in, pair.target.d_in, generator)
         from_source = torch.zeros(_length(branch.target_rows), _length(branch.source_rows))
@@ -64,7 +64,7 @@ def ridge_maps(moments: "SiteMoments", pairing: Pairing, ridge: float) -> Maps:
     """
     maps = {}
     to_source: dict[InputSite, Tensor] = {}
-    for pair, index, branch in _branches(pairing):
+    for pair, index, branch in pairing.branches():
         site = input_site(pair, branch)
         if site not in to_source:
             to_source[site] = ridge_map(*moments.inputs[site].raw(), ridge).float()
@@ -114,7 +114,7 @@ def collect_moments(
     """
     moments = SiteMoments({}, {})
     device = next(target.parameters()).device
-    source_names = {branch.source_module for _, _, branch in _branches(pairing)}
+    source_names = {branch.source_module for _, _, branch in pairing.branches()}
     target_names = {pair.target.name for pair in pairing.mapped}
     with capture(source, source_names) as in_source, capture(target, target_names) as in_target:
         for batch in batches(passages, _STATISTICS_BATCH, device):
@@ -123,7 +123,7 @@ def collect_moments(
             # A first token without content attracts extreme activations that would rule the regression.
             counts = (batch["weights"] > 0) & (batch["source_positions"] > 0) & (batch["target_positions"] > 0)
             counted_inputs = set()
-            for pair, index, branch in _branches(pairing):
+            for pair, index, branch in pairing.branches():
                 at_source = _rows(in_source[branch.source_module], batch["source_positions"], counts)
                 at_target = _rows(in_target[pair.target.name], batch["target_positions"], counts)
                 site = input_site(pair, branch)
@@ -205,12 +205,6 @@ def lora_maps(student: PeftModel, module_name: str) -> tuple[nn.Linear, nn.Linea
     lora_a, lora_b = layer.lora_A["default"], layer.lora_B["default"]
     assert isinstance(lora_a, nn.Linear) and isinstance(lora_b, nn.Linear)
     return lora_a, lora_b
-
-
-def _branches(pairing: Pairing) -> Iterable[tuple[ModulePair, int, Branch]]:
-    for pair in pairing.mapped:
-        for index, branch in enumerate(pair.branches):
-            yield pair, index, branch
 
 
 def _length(rows: slice) -> int:
