@@ -14,16 +14,30 @@ from typing import Any
 import numpy as np
 from jsonargparse import auto_cli
 
+from benchmarks.methods import METHODS
 from castlora.lift import Lift, lift_with_interval
 
 REGIME_TITLES = {
+    "none": "Weights alone",
     "general": "General text only",
     "format": "General text inside the adapter's prompt format",
     "prompts": "Unlabelled task prompts",
 }
-METHOD_ORDER = ("ridge start", "ridge start, maps", "paper start", "fresh", "ridge start, any prompts", "paper")
+METHOD_ORDER = tuple(METHODS)
 DEFAULT_METHOD = METHOD_ORDER[0]
 COUNTABLE_POINTS = 20
+
+INTRODUCTION = """
+Measured on held-out test items that no training, transfer or selection has seen. Lift is (transferred − bare target) /
+(retrained − bare target) with a bootstrap 95 % interval over items and seeds; ratio is transferred / retrained. A lift
+is shown where retraining gains at least 5 points. `ridge start` is the default recipe: the closed-form maps are folded,
+and the balanced factors trained. `maps` trains the maps themselves, `paper start` maps that are random at first,
+`fresh` a plain LoRA; `any prompts` goes without the choice of filled prompts. `paper` is the paper's recipe as a whole,
+for the same number of steps. Without training: `closed form` is the fold of the closed-form maps and `Theseus` that of
+rotations, both scaled by the held-out objective; direct copy, Cross-LoRA and LoRA-X read weights alone, with castlora's
+pairing of modules, and leave the target bare where they can carry no module of a pair. The logit-delta oracle adds up
+the predictions of three models at inference, which no adapter can do.
+"""
 
 References = dict[tuple[str, str], dict[str, Any]]
 """(pair, skill) → model → figures."""
@@ -85,16 +99,12 @@ def _items(group: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 def _introduction(runs: Sequence[dict[str, Any]]) -> str:
-    steps = sorted({run["recipe"]["steps"] for run in runs})
-    batches = sorted({run["recipe"]["batch_size"] for run in runs})
+    trained = [run["recipe"] for run in runs if "recipe" in run]
+    steps = sorted({recipe["steps"] for recipe in trained})
+    batches = sorted({recipe["batch_size"] for recipe in trained})
     return (
-        f"{len(runs)} transfers of {_listed(steps)} steps × {_listed(batches)} passages, measured on held-out test "
-        "items that no training, transfer or selection has seen. Lift is (transferred − bare target) / (retrained − "
-        "bare target) with a bootstrap 95 % interval over items and seeds; ratio is transferred / retrained. A lift "
-        "is shown where retraining gains at least 5 points. `ridge start` is the default recipe: the closed-form maps "
-        "are folded, and the balanced factors trained. `maps` trains the maps themselves, `paper start` maps that are "
-        "random at first, `fresh` a plain LoRA; `any prompts` goes without the choice of filled prompts. `paper` is "
-        "the paper's recipe as a whole, for the same number of steps."
+        f"{len(trained)} transfers of {_listed(steps)} steps × {_listed(batches)} passages, and "
+        f"{len(runs) - len(trained)} without training. {' '.join(INTRODUCTION.split())}"
     )
 
 

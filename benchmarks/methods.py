@@ -1,0 +1,185 @@
+"""The methods of the quality benchmark: each one moves the adapter of a cell and scores the result."""
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftModelForCausalLM
+from transformers import PreTrainedModel, set_seed
+
+from benchmarks.grid import Cell, Regime, Settings, figures, taught_passages
+from castlora.adapters import LowRank
+from castlora.baselines.carry import Carry, carry_weights
+from castlora.baselines.cross_lora import cross_lora
+from castlora.baselines.direct_copy import direct_copy
+from castlora.baselines.logit_delta import evaluate_logit_delta
+from castlora.baselines.lora_x import lora_x
+from castlora.baselines.theseus import theseus
+from castlora.config import Recipe, RecipeName, Start, Trained, Tuning, resolve_recipe
+from castlora.distill import Student, measure_held_out
+from castlora.evaluation import evaluate_model
+from castlora.manifest import peak_memory_bytes
+from castlora.positions import AlignedPassage
+from castlora.scaling import best_scale, losses_by_scale, scale_student
+from castlora.stages import Models, Plan, align_text, load_models, start_student, train_student
+from castlora.starts import attach_lora, collect_moments, fold_maps, ridge_maps, start_from_factors
+
+WITH_TEXT: tuple[Regime, ...] = ("general", "format", "prompts")
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A recipe with a start, trained."""
+
+    recipe: RecipeName
+    start: Start
+    trained: Trained | None = None
+    """What is trained, if not what the recipe says."""
+    candidates: int | None = None
+    """Candidates per prompt of a prompt format, if not the recipe's."""
+    regimes: tuple[Regime, ...] = WITH_TEXT
+
+    def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
+        """One transfer and its score on held-out test items."""
+        started = time.monotonic()
+        set_seed(cell.seed)
+        recipe = _recipe(settings, cell, self)
+        plan, models, training, held_out = _read_text(settings, cell, recipe)
+        text_seconds = time.monotonic() - started
+        student = start_student(models, plan, recipe, training, plan.rank(recipe, None), cell.seed)
+        before = measure_held_out(models.teacher, student, held_out, models.shared, recipe)
+        with tempfile.TemporaryDirectory() as state:
+            log = train_student(models, student, training, recipe, cell.seed, Path(state), quiet=True)
+        after = measure_held_out(models.teacher, student, held_out, models.shared, recipe)
+        train_seconds = time.monotonic() - started - text_seconds
+        evaluation = evaluate_model(student.causal_lm(), models.target_tokenizer, settings.test_items(cell.skill))
+        return {
+            "recipe": asdict(recipe),
+            "training_passages": len(training),
+            **figures(evaluation),
+            "held_out_kl": [before.kl, after.kl],
+            "agreement": [before.agreement, after.agreement],
+            "last_loss": log[-1]["loss"],
+            "text_seconds": round(text_seconds, 1),
+            "train_seconds": round(train_seconds, 1),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A method that solves for the update from activations, without training."""
+
+    solve: Literal["theseus", "ridge"]
+    regimes: tuple[Regime, ...] = WITH_TEXT
+
+    def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
+        """Solves on the text of the cell, scales by the held-out objective, and scores."""
+        set_seed(cell.seed)
+        recipe = _recipe(settings, cell, METHODS["ridge start"])
+        plan, models, training, held_out = _read_text(settings, cell, recipe)
+        update = self._solve(plan, models, training, recipe)
+        student = _attach_update(models.target, update)
+        losses = losses_by_scale(models.teacher, student, held_out, models.shared, recipe)
+        scale_student(student, list(update), best_scale(losses))
+        evaluation = evaluate_model(student.causal_lm(), models.target_tokenizer, settings.test_items(cell.skill))
+        return {
+            "training_passages": len(training),
+            "held_out_loss_by_scale": losses,
+            "scale": best_scale(losses),
+            **figures(evaluation),
+        }
+
+    def _solve(self, plan: Plan, models: Models, training: list[AlignedPassage], recipe: Recipe) -> dict[str, LowRank]:
+        with models.teacher.disable_adapter():
+            moments = collect_moments(models.source, models.target, plan.pairing, training)
+        if self.solve == "theseus":
+            return theseus(plan.pairing, plan.factors, moments)
+        return fold_maps(plan.pairing, plan.factors, ridge_maps(moments, plan.pairing, recipe.ridge))
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A method that reads weights alone."""
+
+    carry: Carry
+    regimes: tuple[Regime, ...] = ("none",)
+
+    def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
+        """Carries by weights, and scores."""
+        plan = cell.plan(settings)
+        models = load_models(plan)
+        update = carry_weights(plan.pairing, plan.factors, plan.source_slots, models.source, models.target, self.carry)
+        model = _attach_update(models.target, update).causal_lm() if update else models.target
+        evaluation = evaluate_model(model, models.target_tokenizer, settings.test_items(cell.skill))
+        return {"carried_modules": [len(update), len(plan.target_modules)], **figures(evaluation)}
+
+
+@dataclass(frozen=True)
+class LogitDelta:
+    """The sum of the target's predictions and what the adapter changes in the source's; no adapter comes of it."""
+
+    regimes: tuple[Regime, ...] = ("none",)
+
+    def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
+        """Scores three models together."""
+        models = load_models(cell.plan(settings))
+        teacher = models.teacher
+        assert isinstance(teacher, PeftModelForCausalLM)
+        items = settings.test_items(cell.skill)
+        return figures(
+            evaluate_logit_delta(models.target, models.target_tokenizer, teacher, models.source_tokenizer, items)
+        )
+
+
+Method = Distilled | Solved | Weighed | LogitDelta
+METHODS: dict[str, Method] = {
+    "ridge start": Distilled("default", "ridge"),
+    "ridge start, maps": Distilled("default", "ridge", trained="maps"),
+    "paper start": Distilled("default", "paper"),
+    "fresh": Distilled("default", "fresh"),
+    "ridge start, any prompts": Distilled("default", "ridge", candidates=1, regimes=("format",)),
+    "paper": Distilled("paper", "paper"),
+    "closed form": Solved("ridge"),
+    "Theseus": Solved("theseus"),
+    "direct copy": Weighed(direct_copy),
+    "Cross-LoRA": Weighed(partial(cross_lora, form="aligned")),
+    "Cross-LoRA, projected": Weighed(partial(cross_lora, form="projected")),
+    "LoRA-X": Weighed(lora_x),
+    "logit-delta oracle": LogitDelta(),
+}
+"""The default, its variants, the paper's recipe as a whole, the rivals, and what no adapter can hold."""
+
+
+def _recipe(settings: Settings, cell: Cell, method: Method) -> Recipe:
+    assert isinstance(method, Distilled)
+    tuning = Tuning(
+        trained=method.trained,
+        candidates=method.candidates,
+        passages=settings.passages,
+        max_length=settings.length(cell.regime),
+    )
+    return resolve_recipe(method.recipe, method.start, settings.steps, settings.batch_size, tuning)
+
+
+def _read_text(
+    settings: Settings, cell: Cell, recipe: Recipe
+) -> tuple[Plan, Models, list[AlignedPassage], list[AlignedPassage]]:
+    """The cell's models, and its training and held-out passages."""
+    # Only the length of general text depends on the target; prompts serve all targets of a source.
+    reading = cell if cell.regime == "general" else replace(cell, pair=f"{cell.source}:{cell.source}")
+    passages = taught_passages(settings, reading, replace(recipe, start="fresh", trained="maps"))
+    plan = cell.plan(settings)
+    models = load_models(plan)
+    return plan, models, *align_text(models, passages, recipe)
+
+
+def _attach_update(target: PreTrainedModel, update: Mapping[str, LowRank]) -> Student:
+    """The target with a given update as its LoRA."""
+    model = attach_lora(target, update, max(lora.rank for lora in update.values()))
+    start_from_factors(model, update)
+    return Student(model, target.config.hidden_size, target.config.hidden_size, with_head=False)

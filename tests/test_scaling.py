@@ -1,0 +1,65 @@
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from castlora.config import DEFAULT
+from castlora.distill import Student
+from castlora.positions import align_passages
+from castlora.scaling import SCALES, best_scale, losses_by_scale, scale_student
+from castlora.stages import plan_transfer
+from castlora.starts import attach_lora, start_from_factors
+from castlora.text import Passage
+from castlora.tokens import ByteTokenizer
+from castlora.vocabulary import SharedVocabulary
+
+RECIPE = replace(DEFAULT, context_weight=1.0, chunk_weight=0.0, batch_size=4)
+
+
+@pytest.fixture
+def copied(base_model, adapter):
+    """An adapted model as teacher, and as student a copy of it whose update has been divided by a factor."""
+    folder = str(base_model("llama"))
+    plan = plan_transfer(str(adapter("llama")), folder, folder)
+    tokenizer = ByteTokenizer.from_tokenizer(tiny.family("llama")[1])
+    passages = [Passage(sentence) for sentence in tiny.sentences(8)]
+    text = list(align_passages(passages, tokenizer, tokenizer, 48, 1.0))
+    shared = SharedVocabulary.of(tokenizer, tokenizer, *[tiny.family("llama")[0].vocab_size] * 2)
+
+    def make(factor: float) -> tuple:
+        teacher = tiny.load_adapted(base_model("llama"), adapter("llama"))
+        model = attach_lora(tiny.load(base_model("llama")), plan.target_modules, 4)
+        start_from_factors(model, plan.factors)
+        student = Student(model, 32, 32, with_head=False).eval()
+        scale_student(student, plan.target_modules, 1 / factor)
+        return teacher, student, text, shared
+
+    return make
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_the_scale_that_was_taken_away_is_found(copied, factor):
+    teacher, student, text, shared = copied(factor)
+    losses = losses_by_scale(teacher, student, text, shared, RECIPE)
+    assert tuple(losses) == SCALES
+    assert best_scale(losses) == factor
+    assert losses[factor] == pytest.approx(0, abs=1e-5)
+
+
+def test_an_update_that_helps_nowhere_is_taken_back(copied):
+    teacher, student, text, shared = copied(-1.0)
+    assert best_scale(losses_by_scale(teacher, student, text, shared, RECIPE)) == 0.0
+
+
+def test_the_search_leaves_the_update_as_it_was(copied):
+    teacher, student, text, shared = copied(1.0)
+    before = {name: parameter.clone() for name, parameter in student.named_parameters()}
+    logits = tiny.logits(student.model, torch.tensor([[5, 6, 7]]))
+    losses_by_scale(teacher, student, text, shared, RECIPE, (0.0, 2.0))
+    assert all(torch.equal(before[name], parameter) for name, parameter in student.named_parameters())
+    torch.testing.assert_close(tiny.logits(student.model, torch.tensor([[5, 6, 7]])), logits)
+
+
+def test_of_equal_losses_the_smallest_scale_is_best():
+    assert best_scale({2.0: 0.5, 0.0: 0.7, 1.0: 0.5}) == 1.0
