@@ -24,7 +24,7 @@ from castlora.distill import Student, measure_held_out
 from castlora.evaluation import evaluate_model
 from castlora.manifest import peak_memory_bytes
 from castlora.positions import AlignedPassage
-from castlora.scaling import best_scale, losses_by_scale, scale_student
+from castlora.scaling import SOLVED_SCALES, TRAINED_SCALES, keep_best_scale
 from castlora.stages import Models, Plan, align_text, load_models, start_student, train_student
 from castlora.starts import attach_lora, collect_moments, fold_maps, ridge_maps, start_from_factors
 
@@ -54,6 +54,7 @@ class Distilled:
         before = measure_held_out(models.teacher, student, held_out, models.shared, recipe)
         with tempfile.TemporaryDirectory() as state:
             log = train_student(models, student, training, recipe, cell.seed, Path(state), quiet=True)
+        scale = keep_best_scale(models.teacher, student, held_out, models.shared, recipe, TRAINED_SCALES)
         after = measure_held_out(models.teacher, student, held_out, models.shared, recipe)
         train_seconds = time.monotonic() - started - text_seconds
         evaluation = evaluate_model(student.causal_lm(), models.target_tokenizer, settings.test_items(cell.skill))
@@ -64,6 +65,7 @@ class Distilled:
             "held_out_kl": [before.kl, after.kl],
             "agreement": [before.agreement, after.agreement],
             "last_loss": log[-1]["loss"],
+            "scale": asdict(scale),
             "text_seconds": round(text_seconds, 1),
             "train_seconds": round(train_seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(),
@@ -84,13 +86,11 @@ class Solved:
         plan, models, training, held_out = _read_text(settings, cell, recipe)
         update = self._solve(plan, models, training, recipe)
         student = _attach_update(models.target, update)
-        losses = losses_by_scale(models.teacher, student, held_out, models.shared, recipe)
-        scale_student(student, list(update), best_scale(losses))
+        scale = keep_best_scale(models.teacher, student, held_out, models.shared, recipe, SOLVED_SCALES)
         evaluation = evaluate_model(student.causal_lm(), models.target_tokenizer, settings.test_items(cell.skill))
         return {
             "training_passages": len(training),
-            "held_out_loss_by_scale": losses,
-            "scale": best_scale(losses),
+            "scale": asdict(scale),
             **figures(evaluation),
         }
 

@@ -43,6 +43,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
         },
         "seed": 17,
         "versions": {"torch": "2.13.0", "peft": "0.21.2"},
+        "scale": {"scale": 0.75, "tried": [0.0, 0.75, 1.0], "losses": [3.0, 0.552, 0.6]},
         "losses": {"held_out_before": 2.91, "held_out_after": 0.552, "agreement_before": 0.31, "agreement_after": 0.84},
         "command": "castlora transfer --adapter org/trec-lora --target org/mistral-s --out out",
         "seconds": 252.34,
@@ -72,7 +73,8 @@ def test_metadata() -> None:
     [
         "`org/trec-lora`, rank 4", "`org/llama-s` at `3f2a91c`", "`org/mistral-s` at `88b01de`",
         "`prompt format`, `allenai/c4`", "`default` with `steps=500`", "| `fresh` |", "1.00 × KL + 0.500 × hidden MSE",
-        "500 × 32", "| seed | 17 |", "2.91 → 0.552", "31\xa0% → 84\xa0%", "252 s", "2.00 GiB",
+        "500 × 32", "| seed | 17 |", "0.750, by held-out loss", "2.91 → 0.552", "31\xa0% → 84\xa0%", "252 s",
+        "2.00 GiB",
         "1 of 2 target modules have a partner in the source; no update for `layers.0.gate_proj`",
         'AutoModelForCausalLM.from_pretrained("org/mistral-s", revision="88b01de")',
         "vllm serve org/mistral-s --revision 88b01de --enable-lora --max-lora-rank 8 --lora-modules trec-lora=",

@@ -12,6 +12,7 @@ from castlora.distill import (
     distillation_losses,
     measure_held_out,
     predict,
+    read_batch,
     shared_mass,
     total_loss,
 )
@@ -40,6 +41,10 @@ def aligned(source: str, target: str, count: int = 6):
     return list(align_passages(passages, tokenizer(source), tokenizer(target), 48, 0.1))
 
 
+def losses_on(teacher, pupil, batch, shared, recipe):
+    return distillation_losses(*read_batch(teacher, pupil, batch), batch, pupil.hidden_head, shared, recipe)
+
+
 @pytest.fixture
 def student(base_model):
     def make(name: str, teacher_hidden_size: int = 32, with_head: bool = False) -> Student:
@@ -53,7 +58,7 @@ def student(base_model):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_identical_models_have_no_divergence(base_model, student, name):
     teacher, batch = tiny.load(base_model(name)), collate(aligned(name, name))
-    losses = distillation_losses(teacher, student(name), batch, vocabulary(name, name), KL_ONLY)
+    losses = losses_on(teacher, student(name), batch, vocabulary(name, name), KL_ONLY)
     assert losses.keys() == {"kl"}
     assert abs(losses["kl"].item()) < 1e-6
 
@@ -62,7 +67,7 @@ def test_the_divergence_over_a_partial_vocabulary_is_zero_for_identical_models(b
     teacher, batch = tiny.load(base_model("llama")), collate(aligned("llama", "llama"))
     ids, classes = torch.arange(200), torch.arange(309) % 100
     partial = SharedVocabulary(ids, ids, classes, classes, is_whole=False)
-    losses = distillation_losses(teacher, student("llama"), batch, partial, ALL_PARTS)
+    losses = losses_on(teacher, student("llama"), batch, partial, ALL_PARTS)
     assert losses.keys() == {"kl", "chunk"}
     assert all(abs(loss.item()) < 1e-6 for loss in losses.values())
 
@@ -70,7 +75,7 @@ def test_the_divergence_over_a_partial_vocabulary_is_zero_for_identical_models(b
 def test_all_parts_across_tokenizers(base_model, student):
     teacher, batch = tiny.load(base_model("llama")), collate(aligned("llama", "gpt2"))
     pupil = student("gpt2", with_head=True)
-    losses = distillation_losses(teacher, pupil, batch, vocabulary("llama", "gpt2"), ALL_PARTS)
+    losses = losses_on(teacher, pupil, batch, vocabulary("llama", "gpt2"), ALL_PARTS)
     assert losses.keys() == {"kl", "mse", "chunk"}
     assert all(loss.item() > 0 for loss in losses.values())
     expected = losses["kl"] + losses["mse"] + 0.5 * losses["chunk"]
@@ -96,7 +101,7 @@ def test_logits_of_prompts_are_left_out_without_a_change_of_the_losses(base_mode
         assert (
             kept < batch["target_ids"].shape[1] - 12 if least_weight == 0 else kept > batch["target_ids"].shape[1] - 3
         )
-        losses.append(distillation_losses(teacher, pupil, batch, shared, ALL_PARTS))
+        losses.append(losses_on(teacher, pupil, batch, shared, ALL_PARTS))
     torch.testing.assert_close(*losses)
     assert all(loss > 0 for loss in losses[0].values())
 
@@ -107,10 +112,9 @@ def test_losses_of_one_passage_do_not_depend_on_its_padding(base_model, student)
     shared = vocabulary("llama", "gpt2")
     weights = [sum(passage.weights) for passage in (passages[0], passages[-1])]
     alone = [
-        distillation_losses(teacher, pupil, collate([passage]), shared, ALL_PARTS)
-        for passage in (passages[0], passages[-1])
+        losses_on(teacher, pupil, collate([passage]), shared, ALL_PARTS) for passage in (passages[0], passages[-1])
     ]
-    together = distillation_losses(teacher, pupil, collate([passages[0], passages[-1]]), shared, ALL_PARTS)
+    together = losses_on(teacher, pupil, collate([passages[0], passages[-1]]), shared, ALL_PARTS)
     for part in ("kl", "mse"):
         mean = sum(weight * one[part] for weight, one in zip(weights, alone, strict=True)) / sum(weights)
         torch.testing.assert_close(together[part], mean)
@@ -121,8 +125,7 @@ def test_temperature_keeps_the_scale_of_gradients(base_model, student):
     shared = vocabulary("phi3", "llama")
     pupil = student("llama")
     losses = [
-        distillation_losses(teacher, pupil, batch, shared, replace(KL_ONLY, temperature=t))["kl"].item()
-        for t in (100.0, 200.0)
+        losses_on(teacher, pupil, batch, shared, replace(KL_ONLY, temperature=t))["kl"].item() for t in (100.0, 200.0)
     ]
     assert 0.95 < losses[0] / losses[1] < 1.05
 

@@ -7,9 +7,9 @@ import torch
 from castlora.config import DEFAULT
 from castlora.distill import Student
 from castlora.positions import align_passages
-from castlora.scaling import SCALES, best_scale, losses_by_scale, scale_student
+from castlora.scaling import SOLVED_SCALES, TRAINED_SCALES, best_scale, keep_best_scale, losses_by_scale, scale_student
 from castlora.stages import plan_transfer
-from castlora.starts import attach_lora, start_from_factors
+from castlora.starts import attach_lora, start_from_factors, student_factors
 from castlora.text import Passage
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
@@ -32,7 +32,7 @@ def copied(base_model, adapter):
         model = attach_lora(tiny.load(base_model("llama")), plan.target_modules, 4)
         start_from_factors(model, plan.factors)
         student = Student(model, 32, 32, with_head=False).eval()
-        scale_student(student, plan.target_modules, 1 / factor)
+        scale_student(student, 1 / factor)
         return teacher, student, text, shared
 
     return make
@@ -41,15 +41,28 @@ def copied(base_model, adapter):
 @pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
 def test_the_scale_that_was_taken_away_is_found(copied, factor):
     teacher, student, text, shared = copied(factor)
-    losses = losses_by_scale(teacher, student, text, shared, RECIPE)
-    assert tuple(losses) == SCALES
+    losses = losses_by_scale(teacher, student, text, shared, RECIPE, SOLVED_SCALES)
+    assert tuple(losses) == SOLVED_SCALES
     assert best_scale(losses) == factor
     assert losses[factor] == pytest.approx(0, abs=1e-5)
 
 
-def test_an_update_that_helps_nowhere_is_taken_back(copied):
+def test_an_update_that_helps_nowhere_is_taken_back(copied, base_model, caplog):
     teacher, student, text, shared = copied(-1.0)
-    assert best_scale(losses_by_scale(teacher, student, text, shared, RECIPE)) == 0.0
+    assert keep_best_scale(teacher, student, text, shared, RECIPE, TRAINED_SCALES).scale == 0.0
+    assert "No strength of the update" in caplog.text
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(tiny.logits(student.model, ids), tiny.logits(tiny.load(base_model("llama")), ids))
+
+
+def test_the_kept_scale_is_in_the_factors_that_are_written(copied, adapter, base_model):
+    teacher, student, text, shared = copied(0.5)
+    choice = keep_best_scale(teacher, student, text, shared, RECIPE, (0.5, 1.0))
+    assert choice.scale == 0.5 and choice.tried == [0.5, 1.0] and choice.losses[0] < choice.losses[1]
+    folder = str(base_model("llama"))
+    plan = plan_transfer(str(adapter("llama")), folder, folder)
+    for name, written in student_factors(student.model, plan.factors).items():
+        torch.testing.assert_close(written.b @ written.a, plan.factors[name].b @ plan.factors[name].a)
 
 
 def test_the_search_leaves_the_update_as_it_was(copied):

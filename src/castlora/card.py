@@ -139,6 +139,7 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("seed", str(manifest["seed"])),
         ("rank", str(manifest["rank"])),
         ("pairing", _pairing_summary(manifest["pairing"])),
+        ("scale of the update", f"{number(manifest['scale']['scale'])}, by held-out loss"),
         ("held-out loss", f"{number(losses['held_out_before'])} → {number(losses['held_out_after'])}"),
         (
             "next token as the teacher's",

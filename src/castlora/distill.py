@@ -106,28 +106,45 @@ def predict(
     return Predictions(output.logits, ids[:, first:], (positions - first).clamp_min(0), hidden)
 
 
+def read_batch(teacher: nn.Module, student: Student, batch: Batch) -> tuple[Predictions, Predictions]:
+    """What teacher and student predict on a batch; gradients flow into the student only."""
+    with_hidden = student.hidden_head is not None
+    with torch.no_grad():
+        taught = predict(teacher, batch, "source", with_hidden)
+    return taught, predict(student.model, batch, "target", with_hidden)
+
+
 def distillation_losses(
-    teacher: nn.Module, student: Student, batch: Batch, shared: SharedVocabulary, recipe: Recipe
+    taught: Predictions,
+    learned: Predictions,
+    batch: Batch,
+    hidden_head: nn.Module | None,
+    shared: SharedVocabulary,
+    recipe: Recipe,
 ) -> dict[str, Tensor]:
     """The parts of the objective on one batch; those with weight 0 are left out.
+
+    Args:
+        taught: predictions of the teacher
+        learned: predictions of the student
+        batch: the aligned passages that both have read
+        hidden_head: compares the student's hidden states with the teacher's; None leaves them out
+        shared: how the vocabularies correspond
+        recipe: weights and temperature
 
     Returns:
         `kl`, `mse` and `chunk`, scalars in nats (mse: squared hidden units), before weighting
     """
-    with_hidden = student.hidden_head is not None
-    with torch.no_grad():
-        taught = predict(teacher, batch, "source", with_hidden)
-    learned = predict(student.model, batch, "target", with_hidden)
     weights = batch["weights"]
     counts = weights > 0
     losses = {}
     if recipe.kl_weight > 0:
         divergence = _divergence(taught.aligned(counts), learned.aligned(counts), shared, recipe.temperature)
         losses["kl"] = weighted_mean(divergence, weights[counts])
-    if student.hidden_head is not None:
+    if hidden_head is not None:
         teacher_hidden = gather_positions(taught.hidden, batch["source_positions"])[counts].float()
         student_hidden = gather_positions(learned.hidden, batch["target_positions"])[counts].float()
-        error = (student.hidden_head(student_hidden) - teacher_hidden).square().mean(-1)
+        error = (hidden_head(student_hidden) - teacher_hidden).square().mean(-1)
         losses["mse"] = weighted_mean(error, weights[counts])
     if recipe.chunk_weight > 0 and not shared.is_whole:
         losses["chunk"] = _chunk_loss(taught, learned, weights, shared)
@@ -161,12 +178,12 @@ def measure_held_out(
     student.eval()
     losses, divergences, agreements, weights = [], [], [], []
     for batch in batches(examples, recipe.batch_size, device):
-        losses.append(total_loss(distillation_losses(teacher, student, batch, shared, recipe), recipe))
         counts = batch["weights"] > 0
-        teacher_logits = predict(teacher, batch, "source").aligned(counts)
-        student_logits = predict(student.model, batch, "target").aligned(counts)
-        teacher_next = class_log_probabilities(teacher_logits, shared.source_classes, shared.classes)
-        student_next = class_log_probabilities(student_logits, shared.target_classes, shared.classes)
+        taught, learned = read_batch(teacher, student, batch)
+        parts = distillation_losses(taught, learned, batch, student.hidden_head, shared, recipe)
+        losses.append(total_loss(parts, recipe))
+        teacher_next = class_log_probabilities(taught.aligned(counts), shared.source_classes, shared.classes)
+        student_next = class_log_probabilities(learned.aligned(counts), shared.target_classes, shared.classes)
         divergences.append(kl_divergence(teacher_next, student_next))
         agreements.append(teacher_next.argmax(-1) == student_next.argmax(-1))
         weights.append(batch["weights"][counts])
@@ -225,7 +242,8 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The distillation objective on one batch."""
         student = self.accelerator.unwrap_model(model)
-        losses = distillation_losses(self.teacher, student, inputs, self.shared, self.recipe)
+        taught, learned = read_batch(self.teacher, student, inputs)
+        losses = distillation_losses(taught, learned, inputs, student.hidden_head, self.shared, self.recipe)
         for name, loss in losses.items():
             self.parts.setdefault(name, []).append(loss.item())
         loss = total_loss(losses, self.recipe)

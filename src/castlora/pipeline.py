@@ -30,6 +30,7 @@ from castlora.positions import AlignedPassage, collate
 from castlora.report import Distillation, Report, SitePair, write_report
 from castlora.report import Pairing as ReportPairing
 from castlora.run_directory import RunDirectory, check_output, open_run, write_whole
+from castlora.scaling import TRAINED_SCALES, keep_best_scale
 from castlora.stages import (
     Models,
     Plan,
@@ -141,6 +142,7 @@ def transfer(
     student = start_student(models, plan, resolved, training, output_rank, seed)
     before = measure_held_out(models.teacher, student, held_out, models.shared, resolved)
     log = train_student(models, student, training, resolved, seed, run.checkpoints, run.last_checkpoint())
+    scale = keep_best_scale(models.teacher, student, held_out, models.shared, resolved, TRAINED_SCALES)
     after = measure_held_out(models.teacher, student, held_out, models.shared, resolved)
     logger.info("Held-out KL to source + LoRA: %.4f before, %.4f after (nats per position)", before.kl, after.kl)
 
@@ -155,6 +157,7 @@ def transfer(
         "passages": {"training": len(training), "held_out": len(held_out)},
         "shared_vocabulary": masses,
         "losses": _losses(before, after),
+        "scale": asdict(scale),
         "command": command_line({**request, "out": out}),
     }
     manifest["logit_difference"] = _write_adapter(run, plan, student, output_rank, held_out)

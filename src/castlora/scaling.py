@@ -1,19 +1,34 @@
 """How strongly an update is applied: the scale that fits held-out text best."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
 from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from castlora.config import Recipe
 from castlora.distill import Student, measure_held_out
 from castlora.positions import AlignedPassage
-from castlora.starts import lora_maps
 from castlora.vocabulary import SharedVocabulary
 
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
-"""Zero is among them: an update that helps nowhere is taken back."""
+logger = logging.getLogger("castlora")
+
+SOLVED_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+"""For updates that were solved for: activations say little about how strong an update must be."""
+TRAINED_SCALES = (0.0, 0.5, 0.75, 1.0, 1.25)
+"""For trained updates. Zero is among both: an update that helps nowhere is taken back."""
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """The scale that was kept, and what it was chosen from."""
+
+    scale: float
+    tried: list[float]
+    losses: list[float]
+    """Objective on held-out text at each scale that was tried."""
 
 
 def losses_by_scale(
@@ -22,7 +37,7 @@ def losses_by_scale(
     held_out: Sequence[AlignedPassage],
     shared: SharedVocabulary,
     recipe: Recipe,
-    scales: Sequence[float] = SCALES,
+    scales: Sequence[float],
 ) -> dict[float, float]:
     """The objective on held-out text, with the student's update scaled by each factor."""
     losses = {}
@@ -37,8 +52,30 @@ def best_scale(losses: Mapping[float, float]) -> float:
     return min(sorted(losses), key=losses.__getitem__)
 
 
-@torch.no_grad()
-def scale_student(student: Student, modules: Sequence[str], scale: float) -> None:
-    """Scales the student's update for good; its LoRA must not be parametrized by maps."""
-    for name in modules:
-        lora_maps(student.model, name)[1].weight.mul_(scale)
+def scale_student(student: Student, scale: float) -> None:
+    """Scales the student's update for good, through the scale that PEFT multiplies it with."""
+    for module in student.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(scale)
+
+
+def keep_best_scale(
+    teacher: nn.Module,
+    student: Student,
+    held_out: Sequence[AlignedPassage],
+    shared: SharedVocabulary,
+    recipe: Recipe,
+    scales: Sequence[float],
+) -> ScaleChoice:
+    """Scales the student's update as the held-out text asks for.
+
+    With 0 among the scales, the result is no further from source + LoRA on this text than the bare target.
+    """
+    losses = losses_by_scale(teacher, student, held_out, shared, recipe, scales)
+    scale = best_scale(losses)
+    scale_student(student, scale)
+    if scale == 0:
+        logger.warning(
+            "No strength of the update helps on held-out text: the written adapter leaves the target as it is."
+        )
+    return ScaleChoice(scale, list(losses), list(losses.values()))

@@ -21,6 +21,8 @@ from castlora.solvers import random_semi_orthogonal, ridge_map
 from castlora.statistics import Moments
 
 _STATISTICS_BATCH = 16
+_ADAPTER = "default"
+"""The name that PEFT gives an adapter unless told otherwise."""
 _Key = TypeVar("_Key", bound=Hashable)
 
 
@@ -190,21 +192,27 @@ def cast_layer(branch: Branch, factors: Mapping[str, LowRank], maps: BranchMaps)
 
 @torch.no_grad()
 def student_factors(student: PeftModel, modules: Iterable[str]) -> dict[str, LowRank]:
-    """The LoRA of the student as it stands, folded where it is parametrized by maps."""
+    """The LoRA of the student as it stands: folded where it is parametrized by maps, PEFT's scale in B."""
     factors = {}
     for name in modules:
         lora_a, lora_b = lora_maps(student, name)
-        factors[name] = LowRank(lora_a.weight.detach().cpu().clone(), lora_b.weight.detach().cpu().clone())
+        scale = _lora_layer(student, name).scaling[_ADAPTER]
+        factors[name] = LowRank(lora_a.weight.detach().cpu().clone(), scale * lora_b.weight.detach().cpu())
     return factors
 
 
 def lora_maps(student: PeftModel, module_name: str) -> tuple[nn.Linear, nn.Linear]:
     """The linear maps A and B that PEFT put beside a module."""
-    layer = student.get_submodule(KEY_PREFIX + module_name)
-    assert isinstance(layer, LoraLayer)
-    lora_a, lora_b = layer.lora_A["default"], layer.lora_B["default"]
+    layer = _lora_layer(student, module_name)
+    lora_a, lora_b = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
     assert isinstance(lora_a, nn.Linear) and isinstance(lora_b, nn.Linear)
     return lora_a, lora_b
+
+
+def _lora_layer(student: PeftModel, module_name: str) -> LoraLayer:
+    layer = student.get_submodule(KEY_PREFIX + module_name)
+    assert isinstance(layer, LoraLayer)
+    return layer
 
 
 def _length(rows: slice) -> int:
