@@ -48,7 +48,7 @@ class Settings:
     batch_size: int
     passages: int
     max_length: int
-    general_length: int
+    running_length: int
 
     def base(self, name: str) -> Path:
         """Folder of a base model: of the zoo, or of the third-party models."""
@@ -71,10 +71,6 @@ class Settings:
             return TextSource(text=str(self.text))
         description = json.loads((self.tasks / skill / "skill.json").read_text())
         return TextSource(text=str(self.text), prompt_format=description["prompt_format"])
-
-    def length(self, regime: Regime) -> int:
-        """Tokens of the longest passage."""
-        return self.general_length if regime == "general" else self.max_length
 
 
 @dataclass(frozen=True)

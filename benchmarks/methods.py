@@ -40,7 +40,9 @@ class Distilled:
     trained: Trained | None = None
     """What is trained, if not what the recipe says."""
     candidates: int | None = None
-    """Candidates per prompt of a prompt format, if not the recipe's."""
+    """Candidates per prompt, if not the recipe's."""
+    write_answers: bool | None = None
+    """Whether general text is made into prompts, if not as the recipe says."""
     regimes: tuple[Regime, ...] = WITH_TEXT
 
     def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
@@ -143,6 +145,7 @@ METHODS: dict[str, Method] = {
     "paper start": Distilled("default", "paper"),
     "fresh": Distilled("default", "fresh"),
     "ridge start, any prompts": Distilled("default", "ridge", candidates=1, regimes=("format",)),
+    "ridge start, running text": Distilled("default", "ridge", write_answers=False, regimes=("general",)),
     "paper": Distilled("paper", "paper"),
     "closed form": Solved("ridge"),
     "Theseus": Solved("theseus"),
@@ -160,10 +163,13 @@ def _recipe(settings: Settings, cell: Cell, method: Method) -> Recipe:
     tuning = Tuning(
         trained=method.trained,
         candidates=method.candidates,
+        write_answers=method.write_answers,
         passages=settings.passages,
-        max_length=settings.length(cell.regime),
+        max_length=settings.max_length,
     )
-    return resolve_recipe(method.recipe, method.start, settings.steps, settings.batch_size, tuning)
+    recipe = resolve_recipe(method.recipe, method.start, settings.steps, settings.batch_size, tuning)
+    reads_running_text = cell.regime == "general" and not recipe.write_answers
+    return replace(recipe, max_length=settings.running_length) if reads_running_text else recipe
 
 
 def _read_text(

@@ -57,7 +57,7 @@ def main(
     batch_size: int = 16,
     passages: int = 1000,
     max_length: int = 96,
-    general_length: int = 48,
+    running_length: int = 48,
     threads: int = 1,
 ) -> None:
     """Runs what is missing of the grid.
@@ -77,12 +77,12 @@ def main(
         batch_size: passages per step
         passages: passages drawn per run
         max_length: most tokens of a prompt with its answer
-        general_length: tokens of a passage of general text, by default about as many as the prompts have
+        running_length: tokens of a passage of running text, by default about as many as the prompts have
         threads: processor threads
     """
     torch.set_num_threads(threads)
     disable_progress_bar()
-    settings = Settings(zoo, third_party, tasks, text, steps, batch_size, passages, max_length, general_length)
+    settings = Settings(zoo, third_party, tasks, text, steps, batch_size, passages, max_length, running_length)
     for pair, skill in product(pairs, skills):
         cell = Cell(pair, skill, "none", 0)
         cell.folder(out).mkdir(parents=True, exist_ok=True)

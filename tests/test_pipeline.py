@@ -23,7 +23,7 @@ from castlora.models import load_config
 from castlora.text import Passage
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "castlora.json", "report.html"]
-SHORT = Tuning(passages=24, max_length=40)
+SHORT = Tuning(passages=24, max_length=88, answer_tokens=8)
 ANSWERED = Tuning(passages=24, max_length=60, answer_tokens=6)
 
 
@@ -63,8 +63,8 @@ def weights(out: Path) -> bytes:
         ("gpt2", "mistral", {"recipe": "paper"}, 8),
         ("phi3", "gpt2-deep", {"start": "ridge", "rank": 32}, 32),
         ("llama", "phi3", {"recipe": "paper", "start": "ridge"}, 16),
-        ("gpt2-deep", "gpt2", {"tuning": Tuning(passages=24, max_length=40, chunk_weight=1.0)}, 8),
-        ("mistral", "llama", {"tuning": Tuning(passages=24, max_length=40, chunk_weight=1.0)}, 8),
+        ("gpt2-deep", "gpt2", {"tuning": Tuning(passages=24, max_length=88, answer_tokens=8, chunk_weight=1.0)}, 8),
+        ("mistral", "llama", {"tuning": Tuning(passages=24, max_length=88, answer_tokens=8, chunk_weight=1.0)}, 8),
     ],
 )
 def test_a_transfer_between_every_two_families(base_model, quick_transfer, source, target, options, rank):
@@ -89,7 +89,7 @@ def test_a_transfer_between_every_two_families(base_model, quick_transfer, sourc
 
 
 def test_training_brings_the_student_nearer_to_the_teacher(quick_transfer):
-    tuning = Tuning(passages=24, max_length=40, learning_rate_scale=2.0)
+    tuning = Tuning(passages=24, max_length=88, answer_tokens=8, learning_rate_scale=2.0)
     losses = quick_transfer("llama", "mistral", steps=40, tuning=tuning).manifest["losses"]
     assert losses["kl_after"] < 0.9 * losses["kl_before"]
     assert losses["held_out_after"] < losses["held_out_before"]

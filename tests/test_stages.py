@@ -17,7 +17,7 @@ from castlora.stages import (
     plan_transfer,
     reading_order,
 )
-from castlora.text import Passage
+from castlora.text import GENERIC_FORMATS, SLOT, Passage
 
 LENGTHS = random.Random(0).choices(range(5, 60), k=96)
 PASSAGES = [AlignedPassage([number] * length, [0], [0], [0], [1.0]) for number, length in enumerate(LENGTHS)]
@@ -77,8 +77,20 @@ def test_with_one_candidate_per_prompt_nothing_is_chosen(loaded_models, text_fil
     assert choose_prompts(loaded_models, drawn, recipe) == drawn
 
 
-def test_plain_text_is_never_chosen_from(loaded_models, text_file):
-    recipe = replace(DEFAULT, passages=30, candidates=4)
+def test_without_a_format_general_text_is_put_into_generic_ones(loaded_models, text_file):
+    recipe = replace(DEFAULT, passages=16, candidates=2)
+    drawn = draw_text(loaded_models, TextSource(str(text_file)), recipe, seed=0)
+    prompts = [passage.text for passage in drawn]
+    for form in GENERIC_FORMATS:
+        before, after = form.split(SLOT)
+        assert sum(prompt.startswith(before) and prompt.endswith(after) for prompt in prompts) >= len(prompts) // 8
+    assert all(passage.answer_start == len(passage.text.encode()) for passage in drawn)
+    # Prompts that are too long for these models are no candidates.
+    assert 0 < len(choose_prompts(loaded_models, drawn, recipe)) < 16 + HELD_OUT_PASSAGES
+
+
+def test_without_written_answers_general_text_is_read_as_it_runs_and_never_chosen_from(loaded_models, text_file):
+    recipe = replace(DEFAULT, passages=30, candidates=4, write_answers=False)
     drawn = draw_text(loaded_models, TextSource(str(text_file)), recipe, seed=0)
     assert drawn
     assert all(isinstance(passage, Passage) and passage.answer_start == 0 for passage in drawn)

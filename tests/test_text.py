@@ -7,7 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castlora.errors import UserError
-from castlora.text import Passage, cut_passages, fill_prompt_format, read_documents, read_prompts
+from castlora.text import (
+    GENERIC_FORMATS,
+    SLOT,
+    Passage,
+    check_prompt_format,
+    cut_passages,
+    draw_fillings,
+    fill_formats,
+    read_documents,
+    read_prompts,
+)
 
 PARAGRAPHS = ["The fox finds the hen.\nShe hides.", "Der König fährt über den Fluß.", "日本語のテキスト 🙂"]
 
@@ -110,27 +120,37 @@ def test_the_order_of_passages_depends_on_the_seed_alone():
 
 def test_prompt_format_is_filled_with_sentences():
     documents = ["The fox finds the hen. Too short. Where does\nthe river {text} run?", "One more sentence here"]
-    prompts = fill_prompt_format(documents, "Q: {text}\nA: {x}", 10, seed=0)
+    prompts = fill_formats(draw_fillings(documents, 10, seed=0), ["Q: {text}\nA: {x}"])
     assert sorted(prompts) == [
         "Q: One more sentence here\nA: {x}",
         "Q: The fox finds the hen.\nA: {x}",
         "Q: Where does the river {text} run?\nA: {x}",
     ]
-    assert len(fill_prompt_format(documents, "Q: {text}", 2, seed=0)) == 2
+    assert len(draw_fillings(documents, 2, seed=0)) == 2
 
 
 def test_half_of_the_fillings_are_questions_where_there_are_enough():
     questions = [f"Where does the river run on day {day}?" for day in range(12)]
     statements = [f"The river runs to the mill on day {day}." for day in range(60)]
     for asked, said, expected in ((12, 60, 10), (3, 60, 3), (0, 60, 0), (12, 8, 12)):
-        prompts = fill_prompt_format([*questions[:asked], *statements[:said]], "Q: {text}", 20, seed=0)
-        assert len(set(prompts)) == len(prompts) == 20
-        assert sum(prompt.endswith("?") for prompt in prompts) == expected
+        fillings = draw_fillings([*questions[:asked], *statements[:said]], 20, seed=0)
+        assert len(set(fillings)) == len(fillings) == 20
+        assert sum(filling.endswith("?") for filling in fillings) == expected
+
+
+def test_formats_take_turns():
+    assert fill_formats("abcde", ["<{text}>", "{text}!"]) == ["<a>", "b!", "<c>", "d!", "<e>"]
+
+
+@pytest.mark.parametrize("form", GENERIC_FORMATS)
+def test_generic_formats_have_one_slot(form):
+    check_prompt_format(form)
+    assert form.count(SLOT) == 1
 
 
 def test_a_prompt_format_without_slot_is_refused():
     with pytest.raises(UserError, match=r"--prompt-format has no \{text\} slot"):
-        fill_prompt_format(["The fox finds the hen."], "Question:", 1, seed=0)
+        check_prompt_format("Question:")
 
 
 def test_prompts_of_plain_lines_and_of_json_lines_are_the_same(tmp_path):

@@ -34,7 +34,8 @@ class Recipe:
     context_weight: float
     """Weight of a position inside a prompt; positions of the answer count 1. Plain text has no prompt."""
     write_answers: bool
-    """Whether source + LoRA continues each prompt, so that the later tokens of an answer are taught too."""
+    """Whether source + LoRA continues each prompt, so that the later tokens of an answer are taught too. General text
+    is then put into generic prompt formats; otherwise it is read as it runs."""
     answer_tokens: int
     """Tokens of the longest answer that source + LoRA writes."""
     learning_rate_scale: float
@@ -46,7 +47,7 @@ class Recipe:
     passages: int
     """Passages of text drawn for training; they are read again when the steps outlast them."""
     candidates: int
-    """Prompts drawn from a prompt format for each that is kept; those that tell most about the skill are kept."""
+    """Prompts made of general text for each that is kept; those that tell most about the skill are kept."""
     max_length: int
     """Tokens per passage, counted in the tokenizer that needs more."""
 

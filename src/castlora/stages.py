@@ -38,11 +38,13 @@ from castlora.starts import (
     start_from_factors,
 )
 from castlora.text import (
+    GENERIC_FORMATS,
     HUB_DEFAULT,
     Passage,
     check_prompt_format,
     cut_passages,
-    fill_prompt_format,
+    draw_fillings,
+    fill_formats,
     read_documents,
     read_prompts,
 )
@@ -210,9 +212,10 @@ def draw_text(models: Models, text: TextSource, recipe: Recipe, seed: int) -> li
     if text.prompts is not None:
         prompts = read_prompts(text.prompts, count, seed)
         passages = [Passage(prompt, len(prompt.encode())) for prompt in prompts]
-    elif text.prompt_format is not None:
-        documents = read_documents(text.text or HUB_DEFAULT)
-        prompts = fill_prompt_format(documents, text.prompt_format, count * recipe.candidates, seed)
+    elif recipe.write_answers or text.prompt_format is not None:
+        formats = GENERIC_FORMATS if text.prompt_format is None else (text.prompt_format,)
+        fillings = draw_fillings(read_documents(text.text or HUB_DEFAULT), count * recipe.candidates, seed)
+        prompts = fill_formats(fillings, formats)
         passages = [Passage(prompt, len(prompt.encode())) for prompt in prompts]
     else:
         max_bytes = _passage_bytes(models, text.text or HUB_DEFAULT, recipe.max_length)
@@ -234,7 +237,7 @@ def choose_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe) 
         _PROMPT_BATCH,
     )
     distributions = first_tokens.distributions()
-    indices = most_informative(distributions, _wanted(recipe))
+    indices = most_informative(distributions, min(_wanted(recipe), len(distributions)))
     logger.info(
         "Kept %d of %d prompts: their answers tell %.2f nats about the prompt, those to all prompts %.2f",
         len(indices), len(distributions), mutual_information(distributions[indices]), mutual_information(distributions),

@@ -3,9 +3,9 @@
 import gzip
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 from datasets import load_dataset
@@ -15,6 +15,16 @@ from castlora.errors import UserError
 
 HUB_DEFAULT = "allenai/c4"
 SLOT = "{text}"
+GENERIC_FORMATS = (
+    "{text}\n",
+    "Q: {text}\nA:",
+    "Question: {text}\nAnswer:",
+    "Input: {text}\nOutput:",
+    "Text: {text}\nLabel:",
+    "User: {text}\nAssistant:",
+    "### Instruction:\n{text}\n\n### Response:\n",
+)
+"""Ways in which adapters are commonly asked; where the adapter's own is not known, these stand in for it."""
 _HUB_CONFIGS = {"allenai/c4": "en"}
 # More is read than is drawn, so that a few long documents do not make up the whole text.
 _READ_PER_DRAWN = 4
@@ -58,22 +68,17 @@ def cut_passages(documents: Iterable[str], count: int, max_bytes: int, seed: int
     return [Passage(piece) for piece in _draw(islice(pieces, _READ_PER_DRAWN * count), count, seed)]
 
 
-def fill_prompt_format(documents: Iterable[str], prompt_format: str, count: int, seed: int) -> list[str]:
-    r"""Prompts in the adapter's own format, the slot filled from general text.
+def draw_fillings(documents: Iterable[str], count: int, seed: int) -> list[str]:
+    """Sentences of general text for the slot of a prompt format.
 
-    Half of the fillings are questions, as far as the text has them: general text has few, and many skills are about
-    what is asked.
+    Half of them are questions, as far as the text has them: general text has few, and many skills are about what is
+    asked.
 
     Args:
         documents: general text
-        prompt_format: text with one `{text}` slot, for example `Question: {text}\nAnswer:`
-        count: how many prompts, at most one per sentence of the text
+        count: how many, at most all sentences of the text
         seed: of the draw
-
-    Raises:
-        UserError: the format has no slot.
     """
-    check_prompt_format(prompt_format)
     sentences = (sentence for document in documents for sentence in _sentences(document))
     read = list(dict.fromkeys(islice(sentences, _READ_PER_DRAWN * count)))
     questions = [sentence for sentence in read if sentence.endswith("?")]
@@ -82,7 +87,12 @@ def fill_prompt_format(documents: Iterable[str], prompt_format: str, count: int,
     fillings = _draw(questions, asked, seed)
     fillings += _draw(others, count - len(fillings), seed)
     random.Random(seed).shuffle(fillings)
-    return [prompt_format.replace(SLOT, filling) for filling in fillings]
+    return fillings
+
+
+def fill_formats(fillings: Iterable[str], formats: Sequence[str]) -> list[str]:
+    """One prompt per filling; the formats take turns."""
+    return [form.replace(SLOT, filling) for filling, form in zip(fillings, cycle(formats), strict=False)]
 
 
 def check_prompt_format(prompt_format: str) -> None:
