@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from castlora.inspection import inspect
     from castlora.maps import CastLayer
     from castlora.pipeline import transfer
+    from castlora.steering import steer
 
-__all__ = ["CastLayer", "UserError", "__version__", "evaluate", "inspect", "transfer"]
+__all__ = ["CastLayer", "UserError", "__version__", "evaluate", "inspect", "steer", "transfer"]
 
 _HOMES = {
     "CastLayer": "castlora.maps",
     "UserError": "castlora.errors",
     "evaluate": "castlora.evaluation",
     "inspect": "castlora.inspection",
+    "steer": "castlora.steering",
     "transfer": "castlora.pipeline",
 }
 

@@ -1,4 +1,4 @@
-"""Capturing what flows into and out of modules during forward passes."""
+"""Watching and changing what flows through modules during forward passes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -40,3 +40,23 @@ def capture(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Activa
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def change_output(model: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Passes the output of one module through a function while the context is open.
+
+    Args:
+        model: the model whose forward passes are changed
+        name: module path inside it
+        change: output (batch, positions, width) → output of the same shape
+    """
+
+    def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return change(output)
+
+    handle = model.get_submodule(name).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

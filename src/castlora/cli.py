@@ -98,6 +98,38 @@ def _inspect(adapter: str, target: str, source: str | None = None, steps: int = 
     print(run(adapter, target, source, steps, batch_size))
 
 
+def _steer(
+    adapter: str,
+    target: str,
+    task: str,
+    source: str | None = None,
+    text: str | None = None,
+    prompts: str | None = None,
+    layer: int | None = None,
+    strength: float = 1.0,
+    seed: int = 0,
+    out: str | None = None,
+) -> None:
+    """Steers the target with source + LoRA while it answers a task; needs both models and writes no adapter.
+
+    Args:
+        adapter: folder or hub id of a PEFT LoRA
+        target: folder or hub id of the model to steer
+        task: JSON lines with prompt, completion and choices
+        source: base model of the adapter, if not the one that its configuration names
+        text: general text to fit the bridge on: .txt or .jsonl, gzipped or not, or a hub data set
+        prompts: file of unlabelled prompts to fit the bridge on instead
+        layer: decoder layer of the target whose output is replaced; by default at two thirds of the depth
+        strength: 0 keeps the target's own hidden states, 1 replaces them
+        seed: of everything random
+        out: JSON file for the result
+    """
+    from castlora.steering import describe
+    from castlora.steering import steer as run
+
+    print(describe(run(adapter, target, task, source, text, prompts, layer, strength, seed, out)))
+
+
 def _demo(out: str = "castlora-demo", seed: int = 0) -> None:
     """Moves a skill between the two bundled models, and shows how much of it arrived.
 
@@ -115,6 +147,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "transfer": _transfer,
     "evaluate": _evaluate,
     "inspect": _inspect,
+    "steer": _steer,
     "demo": _demo,
 }
 
