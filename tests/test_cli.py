@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
-from castlora import cli, pipeline
+from castlora import cli, pipeline, steering
 from castlora.cli import main
 from castlora.config import Tuning
 
@@ -271,8 +271,9 @@ def test_incomplete_commands_are_explained_in_one_sentence(arguments, capsys):
     assert complaint(arguments, capsys).startswith("castlora: ")
 
 
-def test_the_commands_take_what_the_library_takes():
-    assert list(inspect.signature(cli._transfer).parameters) == list(inspect.signature(pipeline.transfer).parameters)
+@pytest.mark.parametrize(("command", "function"), [(cli._transfer, pipeline.transfer), (cli._steer, steering.steer)])
+def test_the_commands_take_what_the_library_takes(command, function):
+    assert list(inspect.signature(command).parameters) == list(inspect.signature(function).parameters)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

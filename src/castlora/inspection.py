@@ -9,11 +9,13 @@ from castlora.adapters import PORTABLE_RANKS
 from castlora.config import DEFAULT
 from castlora.models import load_tokenizer, public_name, skeleton
 from castlora.pairing import describe
-from castlora.stages import Plan, plan_transfer
+from castlora.stages import HELD_OUT_PASSAGES, Plan, plan_transfer
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
 
 _BYTES_PER_WEIGHT = 4
+_PROMPT_TOKENS = 48
+"""A sentence in a prompt format."""
 _UTILISATION = 0.35
 """Share of the measured matrix-product rate that a training step reaches."""
 
@@ -97,13 +99,18 @@ def _forecast(plan: Plan, steps: int, batch_size: int) -> str:
     tokens = steps * batch_size * DEFAULT.max_length
     # Two operations per weight and token forward, and two more for the student's way back through frozen weights.
     operations = tokens * (2 * source_count + 4 * target_count)
-    seconds = operations / (_UTILISATION * _product_rate())
+    rate = _product_rate()
+    seconds = operations / (_UTILISATION * rate)
+    candidates = (DEFAULT.passages + HELD_OUT_PASSAGES) * DEFAULT.candidates
+    read = candidates * _PROMPT_TOKENS + (DEFAULT.passages + HELD_OUT_PASSAGES) * DEFAULT.answer_tokens
+    reading_seconds = 2 * source_count * read / (_UTILISATION * rate)
     memory = (source_count + target_count) * _BYTES_PER_WEIGHT + 4 * batch_size * DEFAULT.max_length * (
         plan.source_config.vocab_size + 3 * plan.target_config.vocab_size
     )
     return (
         f"Forecast for {steps} steps of {batch_size} passages on this machine: about {_duration(seconds)} and "
-        f"{memory / 2**30:.1f} GiB of memory beyond Python's own."
+        f"{memory / 2**30:.1f} GiB of memory beyond Python's own. Before them, source + LoRA reads {candidates} "
+        f"candidate prompts and writes answers: about {_duration(reading_seconds)}, less where --prompts are given."
     )
 
 
