@@ -120,3 +120,11 @@ def test_steering_needs_choices(base_model, adapter, tmp_path):
     path.write_text(json.dumps({"prompt": "Who?", "completion": " fox"}))
     with pytest.raises(UserError, match="choices"):
         steer(str(adapter("llama")), str(base_model("gpt2")), str(path), source=str(base_model("llama")))
+
+
+def test_a_bridge_out_of_bounds_is_named(loaded):
+    plan, models, _ = loaded("llama", "llama")
+    width = models.target.config.hidden_size
+    bridge = Bridge(torch.full((width, width), torch.inf), torch.zeros(width), torch.zeros(width))
+    with pytest.raises(UserError, match="--strength"):
+        evaluate_steered(models, Layers.at(plan, 1), ITEMS, bridge, 1.0)

@@ -229,7 +229,7 @@ def evaluate_steered(
         strength: share of the target's state that is replaced
 
     Raises:
-        UserError: an item does not fit into both models.
+        UserError: an item does not fit into both models, or log-likelihoods are not finite.
     """
     passages = [
         Passage(item.prompt + choice, len(item.prompt.encode())) for item in items for choice in item.choices or ()
@@ -248,6 +248,8 @@ def evaluate_steered(
         is_answer = batch["weights"][:, :-1] == 1
         is_text = batch["target_positions"].diff(dim=-1) > 0
         flat += (chunks * (is_answer & is_text)).sum(-1).double().tolist()
+    if not np.isfinite(flat).all():
+        raise UserError("Steering drives the target's log-likelihoods out of bounds; give a smaller --strength.")
     ends = np.cumsum([len(item.choices or ()) for item in items])
     return judge_choices(items, np.split(np.array(flat), ends[:-1]))
 
