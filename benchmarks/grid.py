@@ -30,8 +30,7 @@ PAIRS = (
     "llama-s:stories260K-hf",
 )
 
-TextRegime = Literal["general", "format", "prompts"]
-Regime = TextRegime | Literal["none"]
+Regime = Literal["none", "general", "format", "prompts"]
 REGIMES: tuple[Regime, ...] = ("none", "general", "format", "prompts")
 """What a method reads: weights alone, general text, text in the adapter's prompt format, or unlabelled prompts."""
 

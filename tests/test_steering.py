@@ -122,6 +122,18 @@ def test_steering_needs_choices(base_model, adapter, tmp_path):
         steer(str(adapter("llama")), str(base_model("gpt2")), str(path), source=str(base_model("llama")))
 
 
+def test_a_strength_beyond_the_bridge_is_refused(base_model, adapter, task_file):
+    with pytest.raises(UserError, match=r"--strength is 2\.0"):
+        steer(str(adapter("llama")), str(base_model("gpt2")), str(task_file), strength=2.0)
+
+
+def test_an_item_whose_answer_would_be_cut_off_is_refused(loaded):
+    plan, models, _ = loaded("llama", "gpt2")
+    item = TaskItem("Who? " + " ".join(tiny.sentences(9)) + " Answer:", " fox", CHOICES)
+    with pytest.raises(UserError, match="longer than the 96 tokens"):
+        evaluate_steered(models, Layers.at(plan, None), [item], None, 0.0)
+
+
 def test_a_bridge_out_of_bounds_is_named(loaded):
     plan, models, _ = loaded("llama", "llama")
     width = models.target.config.hidden_size

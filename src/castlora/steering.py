@@ -5,7 +5,6 @@ arXiv 2603.20406. It needs both models for every answer and yields no adapter; `
 """
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -31,8 +30,6 @@ from castlora.stages import Models, Plan, TextSource, align_text, draw_text, loa
 from castlora.statistics import Moments
 from castlora.tasks import TaskItem, load_task
 from castlora.text import Passage
-
-logger = logging.getLogger("castlora")
 
 STEERED, CONTROL = "steered", "permuted pairs"
 _DEPTH = 2 / 3
@@ -133,6 +130,8 @@ def steer(
     Raises:
         UserError: bad input; nothing has been written.
     """
+    if not 0 <= strength <= 1:
+        raise UserError(f"--strength is {strength}; give a number from 0 to 1.")
     items = load_task(task)
     if items[0].choices is None:
         raise UserError(f"{task}: steering is measured on choices, and the items have none; give items with 'choices'.")
@@ -235,7 +234,12 @@ def evaluate_steered(
         Passage(item.prompt + choice, len(item.prompt.encode())) for item in items for choice in item.choices or ()
     ]
     length = min(context_length(models.source.config), context_length(models.target.config))
-    aligned = list(align_passages(passages, models.source_bytes, models.target_bytes, length, context_weight=1e-6))
+    # One token more than fits, so that a cut is noticed: it would take the answer away.
+    aligned = list(align_passages(passages, models.source_bytes, models.target_bytes, length + 1, context_weight=1e-6))
+    if any(max(len(one.source_ids), len(one.target_ids)) > length for one in aligned):
+        raise UserError(
+            f"A task item is longer than the {length} tokens that both models can read; shorten its prompt."
+        )
     if len(aligned) != len(passages):
         raise UserError("A task item has no place where both tokenizers agree; give longer prompts.")
     flat = []
