@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from castlora.baselines.direct_copy import direct_copy
 from castlora.baselines.logit_delta import evaluate_logit_delta
 from castlora.baselines.lora_x import lora_x
 from castlora.baselines.theseus import theseus
-from castlora.config import Recipe, RecipeName, Start, Trained, Tuning, resolve_recipe
+from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
 from castlora.distill import Student, measure_held_out
 from castlora.evaluation import evaluate_model
 from castlora.manifest import peak_memory_bytes
@@ -37,27 +37,23 @@ class Distilled:
 
     recipe: RecipeName
     start: Start
-    trained: Trained | None = None
-    """What is trained, if not what the recipe says."""
-    candidates: int | None = None
-    """Candidates per prompt, if not the recipe's."""
-    write_answers: bool | None = None
-    """Whether general text is made into prompts, if not as the recipe says."""
+    tuning: Tuning = field(default_factory=Tuning)
     regimes: tuple[Regime, ...] = WITH_TEXT
 
     def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
         """One transfer and its score on held-out test items."""
         started = time.monotonic()
         set_seed(cell.seed)
-        recipe = _recipe(settings, cell, self)
+        recipe = _recipe(settings, cell, self.recipe, self.start, self.tuning)
         plan, models, training, held_out = _read_text(settings, cell, recipe)
         text_seconds = time.monotonic() - started
         student = start_student(models, plan, recipe, training, plan.rank(recipe, None), cell.seed)
-        before = measure_held_out(models.teacher, student, held_out, models.shared, recipe)
+        measure = partial(measure_held_out, models.teacher, examples=held_out, shared=models.shared, recipe=recipe)
+        before = measure(student)
         with tempfile.TemporaryDirectory() as state:
             log = train_student(models, student, training, recipe, cell.seed, Path(state), quiet=True)
-        scale = keep_best_scale(models.teacher, student, held_out, models.shared, recipe, TRAINED_SCALES)
-        after = measure_held_out(models.teacher, student, held_out, models.shared, recipe)
+        scale = keep_best_scale(student, measure, TRAINED_SCALES)
+        after = measure(student)
         train_seconds = time.monotonic() - started - text_seconds
         evaluation = evaluate_model(student.causal_lm(), models.target_tokenizer, settings.test_items(cell.skill))
         return {
@@ -84,11 +80,12 @@ class Solved:
     def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
         """Solves on the text of the cell, scales by the held-out objective, and scores."""
         set_seed(cell.seed)
-        recipe = _recipe(settings, cell, METHODS["ridge start"])
+        recipe = _recipe(settings, cell, "default", "ridge", Tuning())
         plan, models, training, held_out = _read_text(settings, cell, recipe)
         update = self._solve(plan, models, training, recipe)
         student = _attach_update(models.target, update)
-        scale = keep_best_scale(models.teacher, student, held_out, models.shared, recipe, SOLVED_SCALES)
+        measure = partial(measure_held_out, models.teacher, examples=held_out, shared=models.shared, recipe=recipe)
+        scale = keep_best_scale(student, measure, SOLVED_SCALES)
         evaluation = evaluate_model(student.causal_lm(), models.target_tokenizer, settings.test_items(cell.skill))
         return {
             "training_passages": len(training),
@@ -141,11 +138,11 @@ class LogitDelta:
 Method = Distilled | Solved | Weighed | LogitDelta
 METHODS: dict[str, Method] = {
     "ridge start": Distilled("default", "ridge"),
-    "ridge start, maps": Distilled("default", "ridge", trained="maps"),
+    "ridge start, maps": Distilled("default", "ridge", Tuning(trained="maps")),
     "paper start": Distilled("default", "paper"),
     "fresh": Distilled("default", "fresh"),
-    "ridge start, any prompts": Distilled("default", "ridge", candidates=1, regimes=("format",)),
-    "ridge start, running text": Distilled("default", "ridge", write_answers=False, regimes=("general",)),
+    "ridge start, any prompts": Distilled("default", "ridge", Tuning(candidates=1), regimes=("format",)),
+    "ridge start, running text": Distilled("default", "ridge", Tuning(write_answers=False), regimes=("general",)),
     "paper": Distilled("paper", "paper"),
     "closed form": Solved("ridge"),
     "Theseus": Solved("theseus"),
@@ -158,16 +155,9 @@ METHODS: dict[str, Method] = {
 """The default, its variants, the paper's recipe as a whole, the rivals, and what no adapter can hold."""
 
 
-def _recipe(settings: Settings, cell: Cell, method: Method) -> Recipe:
-    assert isinstance(method, Distilled)
-    tuning = Tuning(
-        trained=method.trained,
-        candidates=method.candidates,
-        write_answers=method.write_answers,
-        passages=settings.passages,
-        max_length=settings.max_length,
-    )
-    recipe = resolve_recipe(method.recipe, method.start, settings.steps, settings.batch_size, tuning)
+def _recipe(settings: Settings, cell: Cell, name: RecipeName, start: Start, tuning: Tuning) -> Recipe:
+    tuning = replace(tuning, passages=settings.passages, max_length=settings.max_length)
+    recipe = resolve_recipe(name, start, settings.steps, settings.batch_size, tuning)
     reads_running_text = cell.regime == "general" and not recipe.write_answers
     return replace(recipe, max_length=settings.running_length) if reads_running_text else recipe
 

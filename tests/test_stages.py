@@ -112,6 +112,12 @@ def test_text_that_cannot_be_had_is_named_before_a_model_is_loaded(source, compl
     assert complaint in str(error.value)
 
 
+def test_text_that_prompts_make_useless_is_pointed_out(tmp_path, caplog):
+    (tmp_path / "prompts.txt").write_text("Question: why?\nAnswer:\n")
+    TextSource(text="corpus.txt", prompts=str(tmp_path / "prompts.txt")).check()
+    assert "'corpus.txt' is not read" in caplog.text
+
+
 def test_maps_whose_fold_no_engine_accepts_are_refused_and_a_fresh_start_is_not(base_model, adapter):
     big = str(adapter("llama", ("q_proj", "k_proj", "v_proj"), r=64))
     plan = plan_transfer(big, str(base_model("gpt2")), str(base_model("llama")))

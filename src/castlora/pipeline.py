@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,11 @@ def transfer(
         raise
     masses = _report_shared_mass(models, held_out)
     student = start_student(models, plan, resolved, training, output_rank, seed)
-    before = measure_held_out(models.teacher, student, held_out, models.shared, resolved)
+    measure = partial(measure_held_out, models.teacher, examples=held_out, shared=models.shared, recipe=resolved)
+    before = measure(student)
     log = train_student(models, student, training, resolved, seed, run.checkpoints, run.last_checkpoint())
-    scale = keep_best_scale(models.teacher, student, held_out, models.shared, resolved, TRAINED_SCALES)
-    after = measure_held_out(models.teacher, student, held_out, models.shared, resolved)
+    scale = keep_best_scale(student, measure, TRAINED_SCALES)
+    after = measure(student)
     logger.info("Held-out KL to source + LoRA: %.4f before, %.4f after (nats per position)", before.kl, after.kl)
 
     manifest = {

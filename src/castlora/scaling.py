@@ -1,17 +1,13 @@
 """How strongly an update is applied: the scale that fits held-out text best."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
-from torch import nn
 
-from castlora.config import Recipe
-from castlora.distill import Student, measure_held_out
-from castlora.positions import AlignedPassage
-from castlora.vocabulary import SharedVocabulary
+from castlora.distill import HeldOut, Student
 
 logger = logging.getLogger("castlora")
 
@@ -32,18 +28,13 @@ class ScaleChoice:
 
 
 def losses_by_scale(
-    teacher: nn.Module,
-    student: Student,
-    held_out: Sequence[AlignedPassage],
-    shared: SharedVocabulary,
-    recipe: Recipe,
-    scales: Sequence[float],
+    student: Student, measure: Callable[[Student], HeldOut], scales: Sequence[float]
 ) -> dict[float, float]:
     """The objective on held-out text, with the student's update scaled by each factor."""
     losses = {}
     for scale in scales:
         with rescale_adapter_scale(student.model, scale):
-            losses[scale] = measure_held_out(teacher, student, held_out, shared, recipe).loss
+            losses[scale] = measure(student).loss
     return losses
 
 
@@ -59,19 +50,17 @@ def scale_student(student: Student, scale: float) -> None:
             module.scale_layer(scale)
 
 
-def keep_best_scale(
-    teacher: nn.Module,
-    student: Student,
-    held_out: Sequence[AlignedPassage],
-    shared: SharedVocabulary,
-    recipe: Recipe,
-    scales: Sequence[float],
-) -> ScaleChoice:
+def keep_best_scale(student: Student, measure: Callable[[Student], HeldOut], scales: Sequence[float]) -> ScaleChoice:
     """Scales the student's update as the held-out text asks for.
 
     With 0 among the scales, the result is no further from source + LoRA on this text than the bare target.
+
+    Args:
+        student: changed in place
+        measure: compares the student as it stands with its teacher on held-out text
+        scales: factors to try
     """
-    losses = losses_by_scale(teacher, student, held_out, shared, recipe, scales)
+    losses = losses_by_scale(student, measure, scales)
     scale = best_scale(losses)
     scale_student(student, scale)
     if scale == 0:

@@ -154,6 +154,8 @@ class TextSource:
         """Raises a UserError if the text cannot be read, before anything slow begins."""
         if self.prompts is not None and self.prompt_format is not None:
             raise UserError("--prompts and --prompt-format are two sources of prompts; give one of them.")
+        if self.prompts is not None and self.text is not None:
+            logger.warning("--text %r is not read: --prompts are given.", self.text)
         if self.prompt_format is not None:
             check_prompt_format(self.prompt_format)
         if self.prompts is not None:

@@ -5,6 +5,7 @@ arXiv 2603.20406. It needs both models for every answer and yields no adapter; `
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import set_seed
 
 from castlora.capture import capture, change_output
@@ -243,7 +245,9 @@ def evaluate_steered(
     if len(aligned) != len(passages):
         raise UserError("A task item has no place where both tokenizers agree; give longer prompts.")
     flat = []
-    for batch in batches(aligned, DEFAULT.batch_size, next(models.target.parameters()).device):
+    device = next(models.target.parameters()).device
+    total = math.ceil(len(aligned) / DEFAULT.batch_size)
+    for batch in tqdm(batches(aligned, DEFAULT.batch_size, device), desc="answers the task", total=total, unit="batch"):
         with _steered(models, layers, batch, bridge, strength) if bridge is not None else nullcontext():
             logits = models.target(
                 input_ids=batch["target_ids"], attention_mask=batch["target_mask"], use_cache=False
@@ -285,7 +289,8 @@ def _paired_residuals(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Outputs of both layers at the aligned positions of each batch: (positions, d_source), (positions, d_target)."""
     device = next(models.target.parameters()).device
-    for batch in batches(passages, DEFAULT.batch_size, device):
+    total = math.ceil(len(passages) / DEFAULT.batch_size)
+    for batch in tqdm(batches(passages, DEFAULT.batch_size, device), desc="reads the text", total=total, unit="batch"):
         counts = batch["weights"] > 0
         at_source = _residuals(models.source, layers.source, batch["source_ids"], batch["source_mask"])
         at_target = _residuals(models.target, layers.target, batch["target_ids"], batch["target_mask"])
