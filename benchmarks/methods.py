@@ -18,6 +18,8 @@ from castlora.baselines.cross_lora import cross_lora
 from castlora.baselines.direct_copy import direct_copy
 from castlora.baselines.logit_delta import evaluate_logit_delta
 from castlora.baselines.lora_x import lora_x
+from castlora.baselines.nonlinear import attach_networks
+from castlora.baselines.synthetic import contrastive_excess, label_by_excess, learn_labels
 from castlora.baselines.theseus import theseus
 from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
 from castlora.distill import Student, measure_held_out
@@ -26,7 +28,7 @@ from castlora.manifest import peak_memory_bytes
 from castlora.positions import AlignedPassage
 from castlora.scaling import SOLVED_SCALES, TRAINED_SCALES, keep_best_scale
 from castlora.stages import Models, Plan, align_text, load_models, start_student, train_student
-from castlora.starts import attach_lora, collect_moments, fold_maps, ridge_maps, start_from_factors
+from castlora.starts import attach_lora, collect_moments, fold_maps, paper_maps, ridge_maps, start_from_factors
 
 WITH_TEXT: tuple[Regime, ...] = ("general", "format", "prompts")
 
@@ -47,7 +49,7 @@ class Distilled:
         recipe = _recipe(settings, cell, self.recipe, self.start, self.tuning)
         plan, models, training, held_out = _read_text(settings, cell, recipe)
         text_seconds = time.monotonic() - started
-        student = start_student(models, plan, recipe, training, plan.rank(recipe, None), cell.seed)
+        student = self.start_student(models, plan, recipe, training, cell.seed)
         measure = partial(measure_held_out, models.teacher, examples=held_out, shared=models.shared, recipe=recipe)
         before = measure(student)
         with tempfile.TemporaryDirectory() as state:
@@ -68,6 +70,46 @@ class Distilled:
             "train_seconds": round(train_seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(),
         }
+
+    def start_student(
+        self, models: Models, plan: Plan, recipe: Recipe, training: list[AlignedPassage], seed: int
+    ) -> Student:
+        """The target with what is trained."""
+        return start_student(models, plan, recipe, training, plan.rank(recipe, None), seed)
+
+
+@dataclass(frozen=True)
+class Nonlinear(Distilled):
+    """The maps of a recipe with small networks beside them, run live."""
+
+    def start_student(
+        self, models: Models, plan: Plan, recipe: Recipe, training: list[AlignedPassage], seed: int
+    ) -> Student:
+        """The target with nonlinear maps around the frozen source factors."""
+        set_seed(seed)
+        model = attach_lora(models.target, plan.target_modules, plan.adapter_rank)
+        attach_networks(model, plan.pairing, plan.factors, paper_maps(plan.pairing, plan.factors, seed))
+        widths = models.target.config.hidden_size, models.source.config.hidden_size
+        return Student(model, *widths, with_head=recipe.mse_weight > 0)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A fresh LoRA that learns source + LoRA's answers as if they were labels."""
+
+    regimes: tuple[Regime, ...] = WITH_TEXT
+
+    def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
+        """Filters the answers, trains on what is left, and scores."""
+        set_seed(cell.seed)
+        recipe = _recipe(settings, cell, "default", "fresh", Tuning())
+        plan, models, training, _ = _read_text(settings, cell, recipe)
+        labelled = label_by_excess(training, contrastive_excess(models.teacher, training, recipe.batch_size))
+        student = attach_lora(models.target, plan.target_modules, plan.rank(recipe, None))
+        learn_labels(student, labelled, recipe, cell.seed)
+        assert isinstance(student, PeftModelForCausalLM)
+        evaluation = evaluate_model(student, models.target_tokenizer, settings.test_items(cell.skill))
+        return {"recipe": asdict(recipe), "training_passages": len(labelled), **figures(evaluation)}
 
 
 @dataclass(frozen=True)
@@ -135,7 +177,7 @@ class LogitDelta:
         )
 
 
-Method = Distilled | Solved | Weighed | LogitDelta
+Method = Distilled | Labelled | Solved | Weighed | LogitDelta
 METHODS: dict[str, Method] = {
     "ridge start": Distilled("default", "ridge"),
     "ridge start, maps": Distilled("default", "ridge", Tuning(trained="maps")),
@@ -144,6 +186,10 @@ METHODS: dict[str, Method] = {
     "ridge start, any prompts": Distilled("default", "ridge", Tuning(candidates=1), regimes=("format",)),
     "ridge start, running text": Distilled("default", "ridge", Tuning(write_answers=False), regimes=("general",)),
     "paper": Distilled("paper", "paper"),
+    "paper, KL alone": Distilled("paper", "paper", Tuning(mse_weight=0.0)),
+    "paper, MSE alone": Distilled("paper", "paper", Tuning(kl_weight=0.0)),
+    "paper, nonlinear": Nonlinear("paper", "paper"),
+    "synthetic data": Labelled(),
     "closed form": Solved("ridge"),
     "Theseus": Solved("theseus"),
     "direct copy": Weighed(direct_copy),

@@ -291,7 +291,8 @@ def _parameter_groups(student: Student, recipe: Recipe) -> list[dict[str, Any]]:
     rate = peak_learning_rate(recipe, student.hidden_size)
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in student.trainable().items():
-        groups["parametrizations" in name].append(parameter)
+        # Linear maps parametrize PEFT's weights; nonlinear ones stand in their place.
+        groups["parametrizations" in name or ".maps." in name].append(parameter)
     rates = {True: rate * recipe.map_learning_rate_ratio, False: rate}
     return [{"params": params, "lr": rates[is_map]} for is_map, params in groups.items() if params]
 

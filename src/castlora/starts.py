@@ -196,20 +196,21 @@ def student_factors(student: PeftModel, modules: Iterable[str]) -> dict[str, Low
     factors = {}
     for name in modules:
         lora_a, lora_b = lora_maps(student, name)
-        scale = _lora_layer(student, name).scaling[_ADAPTER]
+        scale = lora_layer(student, name).scaling[_ADAPTER]
         factors[name] = LowRank(lora_a.weight.detach().cpu().clone(), scale * lora_b.weight.detach().cpu())
     return factors
 
 
 def lora_maps(student: PeftModel, module_name: str) -> tuple[nn.Linear, nn.Linear]:
     """The linear maps A and B that PEFT put beside a module."""
-    layer = _lora_layer(student, module_name)
+    layer = lora_layer(student, module_name)
     lora_a, lora_b = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
     assert isinstance(lora_a, nn.Linear) and isinstance(lora_b, nn.Linear)
     return lora_a, lora_b
 
 
-def _lora_layer(student: PeftModel, module_name: str) -> LoraLayer:
+def lora_layer(student: PeftModel, module_name: str) -> LoraLayer:
+    """The layer that PEFT put in the place of a module."""
     layer = student.get_submodule(KEY_PREFIX + module_name)
     assert isinstance(layer, LoraLayer)
     return layer
