@@ -1,4 +1,4 @@
-"""Renders the results of the quality benchmark into one JSON summary and a page of tables.
+"""Renders the results of the quality benchmark into a JSON summary, a page of tables and the table of the README.
 
 python -m benchmarks.quality_report
 """
@@ -26,6 +26,8 @@ REGIME_TITLES = {
 METHOD_ORDER = tuple(METHODS)
 DEFAULT_METHOD = METHOD_ORDER[0]
 COUNTABLE_POINTS = 20
+OVERVIEW_METHODS = {DEFAULT_METHOD: "default", "fresh": "fresh"}
+TABLE_BEGINS, TABLE_ENDS = "<!-- lift by pair and skill -->", "<!-- end of the table -->"
 
 INTRODUCTION = """
 Measured on held-out test items that no training, transfer or selection has seen. Lift is (transferred − bare target) /
@@ -95,6 +97,39 @@ def render(references: References, runs: Sequence[dict[str, Any]], cells: Sequen
             sections += [f"## {title}", table]
     sections += ["## Mean lift by method", _mean_table(cells), "## Environment", _environment(runs)]
     return "\n\n".join(sections) + "\n"
+
+
+def overview(references: References, cells: Sequence[Cell]) -> str:
+    """The README's table: lift of the default and of a fresh LoRA on every pair and skill, and their means."""
+    found = {(cell.pair, cell.skill, cell.regime, cell.method): cell for cell in cells}
+    columns = [(regime, method) for regime in ("general", "format", "prompts") for method in OVERVIEW_METHODS]
+    titles = [f"{regime}: {OVERVIEW_METHODS[method]}" for regime, method in columns]
+    rows = [f"| pair | skill | bare | retrained | {' | '.join(titles)} |", "|---" * (4 + len(columns)) + "|"]
+    for pair, skill in dict.fromkeys((cell.pair, cell.skill) for cell in cells):
+        of_pair = [found.get((pair, skill, regime, method)) for regime, method in columns]
+        if any(of_pair):
+            bare, retrained = (references[pair, skill][name]["score"] for name in ("bare target", "retrained"))
+            lifts = " | ".join("–" if cell is None else f"{cell.lift.lift:.2f}" for cell in of_pair)
+            rows.append(f"| {_arrow(pair)} | {skill} | {bare:.3f} | {retrained:.3f} | {lifts} |")
+    means = [
+        [cell.lift.lift for cell in cells if (cell.regime, cell.method) == column and cell.lift.countable]
+        for column in columns
+    ]
+    summary = " | ".join(f"{np.mean(lifts):.2f} ({len(lifts)})" if lifts else "–" for lifts in means)
+    return "\n".join([*rows, f"| mean (cells) | | | | {summary} |"])
+
+
+def replace_marked(page: str, table: str) -> str:
+    """The page with the table between its two marks.
+
+    Raises:
+        ValueError: the page has no marks.
+    """
+    before, mark, rest = page.partition(TABLE_BEGINS)
+    _, end, after = rest.partition(TABLE_ENDS)
+    if not mark or not end:
+        raise ValueError(f"The page has no table between {TABLE_BEGINS} and {TABLE_ENDS}.")
+    return f"{before}{mark}\n{table}\n{end}{after}"
 
 
 def _items(group: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -183,17 +218,23 @@ def _listed(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
 
 
-def main(results: Path = Path("benchmarks/results/quality"), page: Path = Path("docs/results.md")) -> None:
-    """Writes the page and, beside the results, `summary.json`.
+def main(
+    results: Path = Path("benchmarks/results/quality"),
+    page: Path = Path("docs/results.md"),
+    readme: Path = Path("README.md"),
+) -> None:
+    """Writes the page, the table in the README and, beside the results, `quality-summary.json`.
 
     Args:
         results: folder of the runs
         page: Markdown file to write
+        readme: Markdown file with a marked table to replace
     """
     references, runs = read_results(results)
     cells = make_cells(references, runs)
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(render(references, runs, cells))
+    readme.write_text(replace_marked(readme.read_text(), overview(references, cells)))
     summary = [_summary(cell) for cell in cells]
     results.with_name("quality-summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 

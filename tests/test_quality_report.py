@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality_report import main, make_cells, read_results
+from benchmarks.quality_report import TABLE_BEGINS, TABLE_ENDS, main, make_cells, read_results, replace_marked
 
 ENVIRONMENT = {"commit": "0123456789abcdef", "versions": {"torch": "2.13.0"}, "machine": "x86_64, 2 cores"}
 
@@ -45,7 +45,8 @@ def test_seeds_are_pooled_and_lift_is_taken_between_bare_and_retrained(results):
 
 
 def test_the_page_shows_what_was_run_and_nothing_else(results, tmp_path):
-    main(results, tmp_path / "results.md")
+    (tmp_path / "README.md").write_text(f"before\n{TABLE_BEGINS}\nold\n{TABLE_ENDS}\nafter\n")
+    main(results, tmp_path / "results.md", tmp_path / "README.md")
     page = (tmp_path / "results.md").read_text()
     assert "3 transfers of 7 steps × 2 passages" in page
     assert "| small → large | colours | 0.000 | 1.000 | 0.800 | 80 points |" in page
@@ -54,3 +55,13 @@ def test_the_page_shows_what_was_run_and_nothing_else(results, tmp_path):
     assert "| small → large | colours | 1.00 [" in page and "| 0.62 [" in page
     summary = json.loads((tmp_path / "quality-summary.json").read_text())
     assert [cell["lift"] for cell in summary] == pytest.approx([0.625, 1.0])
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith(f"before\n{TABLE_BEGINS}\n| pair |") and readme.endswith(f"\n{TABLE_ENDS}\nafter\n")
+    assert "old" not in readme
+    assert "| small → large | colours | 0.000 | 0.800 | – | – | – | – | 1.00 | 0.62 |\n" in readme
+    assert "| mean (cells) | | | | – | – | – | – | 1.00 (1) | 0.62 (1) |" in readme
+
+
+def test_a_page_without_marks_is_left_alone():
+    with pytest.raises(ValueError, match="no table between"):
+        replace_marked("# A page", "| a table |")
