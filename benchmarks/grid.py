@@ -62,6 +62,10 @@ class Settings:
         """Held-out items of a skill."""
         return load_task(self.tasks / skill / "test.jsonl")
 
+    def training_items(self, skill: str) -> list[TaskItem]:
+        """Labelled items of a skill, which a transfer never sees."""
+        return load_task(self.tasks / skill / "train.jsonl")
+
     def text_source(self, skill: str, regime: Regime) -> TextSource:
         """What a regime lets a transfer read."""
         if regime == "prompts":

@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +12,14 @@ from peft import PeftModelForCausalLM
 from transformers import PreTrainedModel, set_seed
 
 from benchmarks.grid import Cell, Regime, Settings, figures, taught_passages
-from castlora.adapters import LowRank
+from benchmarks.zoo.specs import ADAPTER_STEPS
+from benchmarks.zoo.train_adapters import LEARNING_RATE, train
+from castlora.adapters import LowRank, open_adapter, read_factors
 from castlora.baselines.carry import Carry, carry_weights
 from castlora.baselines.cross_lora import cross_lora
 from castlora.baselines.direct_copy import direct_copy
 from castlora.baselines.logit_delta import evaluate_logit_delta
-from castlora.baselines.lora_x import lora_x
+from castlora.baselines.lora_x import attach_constrained, lora_x
 from castlora.baselines.nonlinear import attach_networks
 from castlora.baselines.synthetic import contrastive_excess, label_by_excess, learn_labels
 from castlora.baselines.theseus import theseus
@@ -25,10 +27,19 @@ from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
 from castlora.distill import Student, measure_held_out
 from castlora.evaluation import evaluate_model
 from castlora.manifest import peak_memory_bytes
+from castlora.models import linear_slots, load_model
 from castlora.positions import AlignedPassage
 from castlora.scaling import SOLVED_SCALES, TRAINED_SCALES, keep_best_scale
 from castlora.stages import Models, Plan, align_text, load_models, start_student, train_student
-from castlora.starts import attach_lora, collect_moments, fold_maps, paper_maps, ridge_maps, start_from_factors
+from castlora.starts import (
+    attach_lora,
+    collect_moments,
+    fold_maps,
+    paper_maps,
+    ridge_maps,
+    start_from_factors,
+    student_factors,
+)
 
 WITH_TEXT: tuple[Regime, ...] = ("general", "format", "prompts")
 
@@ -161,6 +172,38 @@ class Weighed:
 
 
 @dataclass(frozen=True)
+class Constrained:
+    """LoRA-X as published: an adapter in the source's singular subspace, trained on the task's labels, then carried."""
+
+    regimes: tuple[Regime, ...] = ("none",)
+
+    def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
+        """Trains on the source as the zoo's adapters are, carries by weights, and scores both models."""
+        plan = cell.plan(settings)
+        factors, source_score = _constrained_adapter(settings, cell.source, cell.skill)
+        models = load_models(plan)
+        update = carry_weights(plan.pairing, factors, plan.source_slots, models.source, models.target, lora_x)
+        model = _attach_update(models.target, update).causal_lm() if update else models.target
+        evaluation = evaluate_model(model, models.target_tokenizer, settings.test_items(cell.skill))
+        carried = [len(update), len(plan.target_modules)]
+        return {"carried_modules": carried, "source + constrained adapter": source_score, **figures(evaluation)}
+
+
+@lru_cache(maxsize=4)
+def _constrained_adapter(settings: Settings, source: str, skill: str) -> tuple[dict[str, LowRank], float]:
+    """The factors of a constrained adapter by module, and what the source scores with it."""
+    set_seed(0)
+    model, tokenizer = load_model(str(settings.base(source)))
+    slots = linear_slots(model, model.config)
+    adapted = set(read_factors(open_adapter(str(settings.adapter(source, skill))), model.config))
+    adapter = attach_constrained(model, {name: slots[name] for name in adapted})
+    train(adapter, tokenizer, settings.training_items(skill), 0, ADAPTER_STEPS, LEARNING_RATE)
+    assert isinstance(adapter, PeftModelForCausalLM)
+    score = evaluate_model(adapter, tokenizer, settings.test_items(skill)).score
+    return student_factors(adapter, adapted), score
+
+
+@dataclass(frozen=True)
 class LogitDelta:
     """The sum of the target's predictions and what the adapter changes in the source's; no adapter comes of it."""
 
@@ -177,7 +220,7 @@ class LogitDelta:
         )
 
 
-Method = Distilled | Labelled | Solved | Weighed | LogitDelta
+Method = Distilled | Labelled | Solved | Weighed | Constrained | LogitDelta
 METHODS: dict[str, Method] = {
     "ridge start": Distilled("default", "ridge"),
     "ridge start, maps": Distilled("default", "ridge", Tuning(trained="maps")),
@@ -196,6 +239,7 @@ METHODS: dict[str, Method] = {
     "Cross-LoRA": Weighed(partial(cross_lora, form="aligned")),
     "Cross-LoRA, projected": Weighed(partial(cross_lora, form="projected")),
     "LoRA-X": Weighed(lora_x),
+    "LoRA-X, constrained": Constrained(),
     "logit-delta oracle": LogitDelta(),
 }
 """The default, its variants, the paper's recipe as a whole, the rivals, and what no adapter can hold."""

@@ -7,13 +7,14 @@ from castlora.baselines.carry import BranchWeights, carry_weights, linear_weight
 from castlora.baselines.cross_lora import cross_lora, singular_subspaces
 from castlora.baselines.direct_copy import direct_copy
 from castlora.baselines.logit_delta import evaluate_logit_delta
-from castlora.baselines.lora_x import lora_x, subspace_similarity
+from castlora.baselines.lora_x import attach_constrained, lora_x, subspace_similarity
 from castlora.baselines.theseus import procrustes, theseus
 from castlora.errors import UserError
 from castlora.evaluation import evaluate_model
+from castlora.models import linear_slots
 from castlora.positions import align_passages
 from castlora.stages import plan_transfer
-from castlora.starts import attach_lora, collect_moments, start_from_factors
+from castlora.starts import attach_lora, collect_moments, start_from_factors, student_factors
 from castlora.statistics import Moments
 from castlora.tasks import TaskItem
 from castlora.text import Passage
@@ -102,6 +103,29 @@ def test_subspace_similarity_runs_from_orthogonal_to_equal():
     assert subspace_similarity(basis[:, :3], basis[:, :3]) == 1.0
     assert subspace_similarity(basis[:, :3], basis[:, 3:]) == 0.0
     assert subspace_similarity(basis[:, :2], basis[:, 1:3]) == 0.5
+
+
+def test_the_constrained_adapter_stays_in_the_subspace_and_is_carried_whole_to_the_same_model(base_model):
+    source, target = tiny.load(base_model("llama")), tiny.load(base_model("llama"))
+    slots = linear_slots(source, source.config)
+    slots = {name: slot for name, slot in slots.items() if name.endswith(("q_proj", "down_proj"))}
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model = attach_constrained(source, slots, subspace_rank=6)
+    torch.testing.assert_close(tiny.logits(model, ids), tiny.logits(target, ids))
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {tuple(parameter.shape) for parameter in trained} == {(6, 6)} and len(trained) == len(slots)
+    model(input_ids=ids, labels=ids).loss.backward()
+    torch.optim.SGD(trained, lr=1.0).step()
+    factors = student_factors(model, slots)
+    for name, slot in slots.items():
+        weight = linear_weight(target, slot)
+        u, v = singular_subspaces(weight, 6)
+        update = delta(factors[name])
+        assert update.abs().max() > 1e-4
+        torch.testing.assert_close(u @ u.T @ update @ v @ v.T, update, atol=1e-5, rtol=1e-3)
+        carried = lora_x(BranchWeights(factors[name], weight, weight), subspace_rank=6)
+        torch.testing.assert_close(delta(carried), update, atol=1e-5, rtol=1e-3)
 
 
 def test_procrustes_finds_a_rotation(generator):

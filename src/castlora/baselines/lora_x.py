@@ -4,11 +4,19 @@ The adapter has the form ΔW_s = U_s ΔΣ V_sᵀ, with U_s and V_s the leading s
 ΔΣ alone is trained. It is carried only where the subspaces of both bases are alike.
 """
 
-from torch import Tensor
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
 
 from castlora.adapters import LowRank
-from castlora.baselines.carry import BranchWeights
+from castlora.baselines.carry import BranchWeights, linear_weight
 from castlora.baselines.cross_lora import PUBLISHED_RANK, singular_subspaces
+from castlora.models import LinearSlot
+from castlora.starts import lora_maps
 
 SIMILARITY_THRESHOLD = 0.3
 """The paper describes the gate; this value is that of a public reimplementation."""
@@ -40,6 +48,52 @@ def lora_x(
             return None
         left, right = u_target.T @ (u_source @ left), (right @ v_source.T) @ v_target
     return LowRank(right @ v_target.T, u_target @ left)
+
+
+def attach_constrained(
+    source: PreTrainedModel, slots: Mapping[str, LinearSlot], subspace_rank: int = PUBLISHED_RANK
+) -> PeftModel:
+    """The source with an adapter of the constrained form, whose coefficients ΔΣ alone can be trained; they start at 0.
+
+    Args:
+        source: the bare source model
+        slots: its linear modules to adapt
+        subspace_rank: singular vectors, as published, or as many as a weight has
+    """
+    bases = {name: singular_subspaces(linear_weight(source, slot), subspace_rank) for name, slot in slots.items()}
+    ranks = {name: u.shape[1] for name, (u, _) in bases.items()}
+    config = LoraConfig(
+        r=subspace_rank,
+        target_modules=sorted(slots),
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(source, config)
+    assert isinstance(model, PeftModel)
+    for name, (u, v) in bases.items():
+        lora_a, lora_b = lora_maps(model, name)
+        with torch.no_grad():
+            lora_a.weight.copy_(v.T)
+        lora_a.weight.requires_grad_(False)
+        parametrize.register_parametrization(lora_b, "weight", _InSubspace(u.to(lora_b.weight)))
+    return model
+
+
+class _InSubspace(nn.Module):
+    """B = U ΔΣ for fixed orthonormal columns U (d_out, n) and coefficients ΔΣ (n, n)."""
+
+    u: Tensor
+
+    def __init__(self, u: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("u", u, persistent=False)
+
+    def forward(self, coefficients: Tensor) -> Tensor:
+        return self.u @ coefficients
+
+    def right_inverse(self, b: Tensor) -> Tensor:
+        return self.u.T @ b
 
 
 def subspace_similarity(one: Tensor, other: Tensor) -> float:
