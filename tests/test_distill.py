@@ -11,6 +11,7 @@ from castlora.distill import (
     check_objective,
     distillation_losses,
     measure_held_out,
+    peak_learning_rate,
     predict,
     read_batch,
     shared_mass,
@@ -164,3 +165,10 @@ def test_an_objective_that_compares_nothing_is_refused():
     check_objective(vocabulary("llama", "gpt2"), only_chunks)
     with pytest.raises(UserError, match="chunk_weight compares different tokenizers, and these models have the same"):
         check_objective(vocabulary("llama", "phi3"), only_chunks)
+
+
+def test_wider_models_and_smaller_batches_take_smaller_steps():
+    rate = peak_learning_rate(KL_ONLY, 64)
+    assert rate == KL_ONLY.learning_rate_scale / 64 and KL_ONLY.batch_size == 16
+    assert peak_learning_rate(KL_ONLY, 256) == pytest.approx(rate / 4)
+    assert peak_learning_rate(replace(KL_ONLY, batch_size=4), 64) == pytest.approx(rate / 2)

@@ -39,7 +39,8 @@ class Recipe:
     answer_tokens: int
     """Tokens of the longest answer that source + LoRA writes."""
     learning_rate_scale: float
-    """Peak learning rate times the target's hidden size; wider models need smaller steps."""
+    """Peak learning rate times the target's hidden size, for batches of 16 passages; wider models need smaller steps,
+    and smaller batches too, by the square root of their size."""
     map_learning_rate_ratio: float
     """Learning rate of maps as a share of the one that a plain LoRA has."""
     ridge: float

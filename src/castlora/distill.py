@@ -1,5 +1,6 @@
 """Training the student (target + LoRA) to behave like the teacher (source + LoRA)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
-from castlora.config import Recipe
+from castlora.config import DEFAULT, Recipe
 from castlora.errors import UserError
 from castlora.objective import (
     binary_kl,
@@ -284,7 +285,7 @@ class LossProgress(ProgressCallback):
 
 def peak_learning_rate(recipe: Recipe, hidden_size: int) -> float:
     """Learning rate of a plain LoRA on a model of this width."""
-    return recipe.learning_rate_scale / hidden_size
+    return recipe.learning_rate_scale * math.sqrt(recipe.batch_size / DEFAULT.batch_size) / hidden_size
 
 
 def _parameter_groups(student: Student, recipe: Recipe) -> list[dict[str, Any]]:
