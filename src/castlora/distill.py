@@ -28,6 +28,8 @@ from castlora.vocabulary import SharedVocabulary
 
 TRAINABLE_FILE = "trainable.safetensors"
 _WARMUP_FRACTION = 0.05
+# With the usual 0.999 the huge gradients of the first steps would keep all later ones small.
+_ADAM_BETAS = (0.9, 0.98)
 
 
 class Student(nn.Module):
@@ -222,7 +224,7 @@ class DistillationTrainer(Trainer):
         recipe: Recipe,
         arguments: TrainingArguments,
     ) -> None:
-        optimizer = torch.optim.AdamW(_parameter_groups(student, recipe), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(_parameter_groups(student, recipe), betas=_ADAM_BETAS, weight_decay=0.0)
         warmup = max(1, round(_WARMUP_FRACTION * recipe.steps))
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, recipe.steps)
         super().__init__(
