@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from benchmarks.grid import environment
+from castlora.bench.grid import environment
 from castlora.demonstration.story import RESULTS_FILE, demonstrate
 
 

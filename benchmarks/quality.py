@@ -1,4 +1,4 @@
-"""How much of a skill arrives: pairs × skills × methods × text × seeds, one JSON file per run.
+"""How much of a skill arrives, on the zoo: pairs × skills × methods × text × seeds, one JSON file per run.
 
     python -m benchmarks.quality --tasks TASKS --text CORPUS/train-05.jsonl.gz --out benchmarks/results/quality
 
@@ -7,39 +7,40 @@ Runs that are already there are skipped, so a stopped benchmark goes on where it
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from jsonargparse import auto_cli
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.grid import PAIRS, REGIMES, Cell, Regime, Settings, figures, record_path, write_missing
-from benchmarks.methods import METHODS
-from benchmarks.zoo.specs import GRID_SKILLS
-from castlora.evaluation import evaluate_model, load_adapter
-from castlora.models import load_model
+from benchmarks.zoo.specs import BASE_MODELS, GRID_SKILLS
+from castlora.bench.methods import METHODS
+from castlora.bench.quality import run_quality
+from castlora.bench.spec import SKILL_SLOT, BenchmarkModel, BenchmarkSpec
+from castlora.config import REGIMES, Regime
+from castlora.demonstration.bundle import demo_models_path
 
 ZOO = Path(__file__).parent / "zoo"
+PAIRS = (
+    "llama-s:mistral-s",
+    "gpt2-s:gpt2-m",
+    "llama-s:llama-m",
+    "llama-m:llama-s",
+    "llama-s:gpt2-s",
+    "stories260K-hf:llama-s",
+    "llama-s:stories260K-hf",
+)
 
 
-def reference_scores(settings: Settings, cell: Cell) -> dict[str, Any]:
-    """Scores of the models that every method is compared with."""
-    models = {
-        "bare target": (cell.target, None),
-        "source + LoRA": (cell.source, settings.adapter(cell.source, cell.skill)),
-        "retrained": (cell.target, settings.adapter(cell.target, cell.skill)),
-    }
-    references = {}
-    for name, (base, adapter) in models.items():
-        model, tokenizer = load_model(str(settings.base(base)))
-        scored = load_adapter(model, str(adapter), base) if adapter else model
-        references[name] = figures(evaluate_model(scored, tokenizer, settings.test_items(cell.skill)))
-    return {"pair": cell.pair, "skill": cell.skill, "references": references}
+def zoo_models(zoo: Path, third_party: Path) -> dict[str, BenchmarkModel]:
+    """Base models of the zoo, of the package's demo, and those that others have trained, each with its adapters."""
+
+    def base(name: str) -> Path:
+        places = (zoo / "models", demo_models_path(), third_party)
+        return next((place / name for place in places if (place / name).exists()), places[0] / name)
+
+    names = (*BASE_MODELS, "stories260K-hf")
+    return {name: BenchmarkModel(str(base(name)), str(zoo / "adapters" / name / SKILL_SLOT)) for name in names}
 
 
 def main(
@@ -55,9 +56,6 @@ def main(
     seeds: int = 3,
     steps: int = 800,
     batch_size: int = 4,
-    passages: int = 1000,
-    max_length: int = 96,
-    running_length: int = 48,
     threads: int = 1,
 ) -> None:
     """Runs what is missing of the grid.
@@ -75,36 +73,12 @@ def main(
         seeds: number of seeds
         steps: optimizer steps of each run
         batch_size: passages per step
-        passages: passages drawn per run
-        max_length: most tokens of a prompt with its answer
-        running_length: tokens of a passage of running text, by default about as many as the prompts have
         threads: processor threads
     """
     torch.set_num_threads(threads)
     disable_progress_bar()
-    settings = Settings(zoo, third_party, tasks, text, steps, batch_size, passages, max_length, running_length)
-    for pair, skill in product(pairs, skills):
-        cell = Cell(pair, skill, "none", 0)
-        cell.folder(out).mkdir(parents=True, exist_ok=True)
-        with FileLock(cell.folder(out) / "references.lock"):
-            write_missing(cell.folder(out) / "references.json", partial(reference_scores, settings, cell))
-    # Seeds outermost: an early stop leaves every cell with the same number of seeds.
-    for seed, pair, skill, regime in product(range(seeds), pairs, skills, regimes):
-        cell = Cell(pair, skill, regime, seed)
-        chosen = [method for method in methods if regime in METHODS[method].regimes]
-        if regime == "none" and seed > 0:
-            continue  # weights alone: nothing depends on a seed
-        try:
-            with FileLock(cell.folder(out) / f"{regime}.seed{seed}.lock", timeout=0):
-                for method in chosen:
-                    write_missing(record_path(out, cell, method), partial(run_method, settings, cell, method))
-        except Timeout:
-            print(cell, "is being measured by another process", flush=True)
-
-
-def run_method(settings: Settings, cell: Cell, method: str) -> dict[str, Any]:
-    """The record of one method in one cell."""
-    return {**asdict(cell), "method": method, **METHODS[method].run(settings, cell)}
+    spec = BenchmarkSpec(zoo_models(zoo, third_party), list(PAIRS), list(GRID_SKILLS), str(tasks), str(text))
+    run_quality(spec.narrowed(list(pairs), list(skills), list(regimes)), out, methods, seeds, steps, batch_size)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality_report import TABLE_BEGINS, TABLE_ENDS, main, make_cells, read_results, replace_marked
+from benchmarks.quality_report import TABLE_BEGINS, TABLE_ENDS, main, replace_marked
+from castlora.bench.tables import make_cells, read_results
 
 ENVIRONMENT = {"commit": "0123456789abcdef", "versions": {"torch": "2.13.0"}, "machine": "x86_64, 2 cores"}
 

@@ -14,10 +14,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from jsonargparse import auto_cli
 
 from benchmarks.zoo.specs import BASE_MODELS, LEFT_OUT_SOURCES
-from castlora.demonstration.bundle import SOURCE, TARGET, DemoSkill, demo_models_path
+from castlora.demonstration.bundle import SOURCE, TARGET, DemoSkill, demo_models_path, demo_tasks_path
 
 HERE = Path(__file__).parent
-DEMO = demo_models_path().parent
 DEMO_SKILL = DemoSkill("question-type", "Question types", "Question: {text}\nType:")
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
@@ -97,11 +96,11 @@ def main(zoo: Path) -> None:
         print(f"adapter {base}/{skill}")
         if skill == DEMO_SKILL.name and base in (SOURCE, TARGET):
             bundle_adapter(record.parent, DEMO_SKILL.adapter(base))
+    tasks = demo_tasks_path() / DEMO_SKILL.name
+    tasks.mkdir(parents=True, exist_ok=True)
     for part in ("test", "prompts"):
-        destination = DEMO / "tasks" / f"{DEMO_SKILL.name}-{part}.jsonl"
-        destination.parent.mkdir(exist_ok=True)
-        shutil.copyfile(zoo / "demo" / f"{DEMO_SKILL.name}-{part}.jsonl", destination)
-    (DEMO / "skill.json").write_text(json.dumps(vars(DEMO_SKILL), indent=1) + "\n")
+        shutil.copyfile(zoo / "demo" / f"{DEMO_SKILL.name}-{part}.jsonl", tasks / f"{part}.jsonl")
+    (tasks / "skill.json").write_text(json.dumps(vars(DEMO_SKILL), indent=1) + "\n")
 
 
 if __name__ == "__main__":

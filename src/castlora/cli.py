@@ -1,12 +1,12 @@
-"""The command line: `castlora transfer | evaluate | inspect | demo`."""
+"""The command line: `castlora transfer | evaluate | inspect | steer | demo | bench`."""
 
 import logging
 import os
 import re
 import sys
 from argparse import Action
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
@@ -142,6 +142,52 @@ def _demo(out: str = "castlora-demo", seed: int = 0) -> None:
     demonstrate(out, seed)
 
 
+def _bench_quality(
+    out: str,
+    spec: str | None = None,
+    pairs: str | None = None,
+    skills: str | None = None,
+    methods: str | None = None,
+    regimes: str | None = None,
+    seeds: int = 3,
+    steps: int = 800,
+    batch_size: int = 4,
+) -> None:
+    """Measures how much of a skill arrives, for each method; runs that are already there are skipped.
+
+    Args:
+        out: folder of the records and the tables
+        spec: YAML file of models, adapters, pairs, skills and text; by default the bundled models
+        pairs: SOURCE:TARGET,SOURCE:TARGET and so on; by default all of the specification
+        skills: names of skills, with commas between; by default all of the specification
+        methods: names of methods, with commas between; by default all
+        regimes: of none (weights alone), general (text), format (text in the prompt format) and prompts; by default all
+            of the specification
+        seeds: number of seeds
+        steps: optimizer steps of each run
+        batch_size: passages per step
+    """
+    from pathlib import Path
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from castlora.bench.quality import run_quality
+    from castlora.bench.spec import read_spec
+    from castlora.bench.tables import write_page
+
+    disable_progress_bar()
+    records = Path(out) / "quality"
+    narrowed = read_spec(spec).narrowed(_split(pairs), _split(skills), _split(regimes))
+    run_quality(narrowed, records, _split(methods), seeds, steps, batch_size)
+    write_page(records, Path(out) / "results.md")
+    print(f"Wrote {Path(out) / 'results.md'}")
+
+
+def _split(names: str | None) -> list[str] | None:
+    """Names with commas between; a comma before a space belongs to a name."""
+    return None if names is None else re.split(r",(?! )", names)
+
+
 # The names differ from the package's public ones, which jsonargparse would look up and so import.
 COMMANDS: dict[str, Callable[..., None]] = {
     "transfer": _transfer,
@@ -150,6 +196,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "steer": _steer,
     "demo": _demo,
 }
+BENCHMARKS: dict[str, Callable[..., None]] = {"quality": _bench_quality}
 
 
 class _Parser(ArgumentParser):
@@ -180,12 +227,19 @@ def parser() -> ArgumentParser:
         formatter_class=_DashedHelp,
     )
     commands = whole.add_subcommands(required=True, dest="command")
-    for name, function in COMMANDS.items():
+    _add_commands(commands, COMMANDS)
+    bench = _Parser(formatter_class=_DashedHelp)
+    commands.add_subcommand("bench", bench, help="Runs a benchmark and writes its tables.")
+    _add_commands(bench.add_subcommands(required=True, dest="benchmark"), BENCHMARKS)
+    return whole
+
+
+def _add_commands(place: Any, functions: Mapping[str, Callable[..., None]]) -> None:
+    for name, function in functions.items():
         command = _Parser(formatter_class=_DashedHelp)
         command.add_argument("--config", action="config", help="YAML file with any of these settings")
         command.add_function_arguments(function, as_positional=False)
-        commands.add_subcommand(name, command, help=(function.__doc__ or "").splitlines()[0])
-    return whole
+        place.add_subcommand(name, command, help=(function.__doc__ or "").splitlines()[0])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -194,12 +248,15 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = whole.parse_args([_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)])
     chosen: str = parsed.command
     settings: Namespace = whole.instantiate(parsed)[chosen]
+    run = COMMANDS.get(chosen)
+    if run is None:
+        run, settings = BENCHMARKS[settings.benchmark], settings[settings.benchmark]
     settings.pop("config", None)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("castlora").setLevel(logging.INFO)
     try:
-        COMMANDS[chosen](**vars(settings))
+        run(**vars(settings))
     except UserError as error:
         print(f"castlora: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)

@@ -9,6 +9,9 @@ from castlora.errors import UserError
 Start = Literal["paper", "ridge", "fresh"]
 Trained = Literal["maps", "factors"]
 RecipeName = Literal["default", "paper"]
+Regime = Literal["none", "general", "format", "prompts"]
+"""What a method may read: weights alone, general text, text in the adapter's prompt format, or unlabelled prompts."""
+REGIMES: tuple[Regime, ...] = ("none", "general", "format", "prompts")
 
 
 @dataclass(frozen=True)

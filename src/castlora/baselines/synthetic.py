@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
-from castlora.config import Recipe
-from castlora.distill import peak_learning_rate, predict
+from castlora.distill import predict
 from castlora.objective import chunk_log_probabilities
 from castlora.positions import AlignedPassage, Batch, batches
 
@@ -26,7 +25,7 @@ PASSAGE_SHARE = 0.5
 """Share of the answered prompts that is kept; TiTok writes twice what it keeps."""
 PIECE_SHARE = 0.7
 """Share of the pieces of a kept answer that is learned, as published."""
-_IGNORED = -100
+IGNORED_LABEL = -100
 
 LabelledPassage = dict[str, list[int]]
 """`input_ids`, `attention_mask` and `labels` of a passage in the target's tokens."""
@@ -79,20 +78,26 @@ def label_by_excess(
 
 
 def learn_labels(
-    student: PeftModel,
-    labelled: Sequence[LabelledPassage],
-    recipe: Recipe,
-    seed: int,
+    student: PeftModel, labelled: Sequence[LabelledPassage], steps: int, batch_size: int, rate: float, seed: int
 ) -> None:
-    """Trains the student's LoRA on the labels, for as many steps and with the rate of a plain LoRA of the recipe."""
+    """Trains the student's adapter on labels.
+
+    Args:
+        student: changed in place
+        labelled: passages with labels, in the student's tokens
+        steps: optimizer steps
+        batch_size: passages per step
+        rate: peak learning rate
+        seed: of the order of the passages
+    """
     with tempfile.TemporaryDirectory() as state:
         arguments = TrainingArguments(
             output_dir=state,
-            max_steps=recipe.steps,
-            per_device_train_batch_size=recipe.batch_size,
-            learning_rate=peak_learning_rate(recipe, student.config.hidden_size),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=rate,
             lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(recipe.steps / 20),
+            warmup_steps=math.ceil(steps / 20),
             weight_decay=0.0,
             seed=seed,
             save_strategy="no",
@@ -105,7 +110,7 @@ def learn_labels(
 
 
 def _collate(rows: Sequence[LabelledPassage]) -> Batch:
-    padding = {"input_ids": 0, "attention_mask": 0, "labels": _IGNORED}
+    padding = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED_LABEL}
     return {
         name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value)
         for name, value in padding.items()
@@ -115,7 +120,7 @@ def _collate(rows: Sequence[LabelledPassage]) -> Batch:
 def _label(passage: AlignedPassage, excess: Tensor, piece_share: float) -> LabelledPassage:
     pieces = int(excess.isfinite().sum())
     chosen = excess.topk(max(1, math.ceil(piece_share * pieces))).indices.tolist()
-    labels = [_IGNORED] * len(passage.target_ids)
+    labels = [IGNORED_LABEL] * len(passage.target_ids)
     for piece in chosen:
         tokens = slice(passage.target_positions[piece] + 1, passage.target_positions[piece + 1] + 1)
         labels[tokens] = passage.target_ids[tokens]

@@ -11,6 +11,7 @@ from pathlib import Path
 _FOLDER = Path(__file__).parent
 SOURCE = "llama-s"
 TARGET = "mistral-s"
+SKILL = "question-type"
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,16 @@ class DemoSkill:
     @property
     def task(self) -> Path:
         """Task file of labelled test items."""
-        return _FOLDER / "tasks" / f"{self.name}-test.jsonl"
+        return demo_tasks_path() / self.name / "test.jsonl"
 
     @property
     def prompts(self) -> Path:
         """Unlabelled prompts, disjoint from the test items."""
-        return _FOLDER / "tasks" / f"{self.name}-prompts.jsonl"
+        return demo_tasks_path() / self.name / "prompts.jsonl"
 
     def adapter(self, base: str) -> Path:
         """The adapter that was trained for this skill on one of the bundled models."""
-        return _FOLDER / "adapters" / base / self.name
+        return demo_adapters_path() / base / self.name
 
 
 def demo_models_path() -> Path:
@@ -41,6 +42,16 @@ def demo_models_path() -> Path:
     return _FOLDER / "models"
 
 
+def demo_adapters_path() -> Path:
+    """Folder that holds the bundled adapters, by base model and skill."""
+    return _FOLDER / "adapters"
+
+
+def demo_tasks_path() -> Path:
+    """Folder that holds the bundled test items and prompts, one folder per skill."""
+    return _FOLDER / "tasks"
+
+
 def demo_skill() -> DemoSkill:
     """The skill that the demo moves."""
-    return DemoSkill(**json.loads((_FOLDER / "skill.json").read_text(encoding="utf-8")))
+    return DemoSkill(**json.loads((demo_tasks_path() / SKILL / "skill.json").read_text(encoding="utf-8")))

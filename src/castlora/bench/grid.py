@@ -1,0 +1,133 @@
+"""The cells of the quality benchmark: which models, adapters and text each one uses, and where its record lies."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from castlora.bench.spec import BenchmarkSpec
+from castlora.config import Recipe, Regime
+from castlora.evaluation import Evaluation
+from castlora.manifest import versions
+from castlora.run_directory import write_whole
+from castlora.stages import Plan, TextSource, answer_prompts, choose_prompts, draw_text, load_models, plan_transfer
+from castlora.text import Passage
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs share."""
+
+    spec: BenchmarkSpec
+    steps: int
+    """Optimizer steps of each run."""
+    batch_size: int
+    """Passages per step."""
+    passages: int
+    """Passages drawn per run."""
+    max_length: int
+    """Most tokens of a prompt with its answer."""
+    running_length: int
+    """Tokens of a passage of running text."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the grid, for any method."""
+
+    pair: str
+    """SOURCE:TARGET."""
+    skill: str
+    regime: Regime
+    seed: int
+
+    @property
+    def source(self) -> str:
+        """Name of the source model."""
+        return self.pair.split(":")[0]
+
+    @property
+    def target(self) -> str:
+        """Name of the target model."""
+        return self.pair.split(":")[1]
+
+    def plan(self, spec: BenchmarkSpec) -> Plan:
+        """The transfer of this cell, before any model is loaded."""
+        return plan_transfer(spec.adapter(self.source, self.skill), spec.base(self.target), spec.base(self.source))
+
+    def text_source(self, spec: BenchmarkSpec) -> TextSource:
+        """What this cell's regime lets a transfer read."""
+        if self.regime == "prompts":
+            return spec.prompts(self.skill)
+        return spec.general_text() if self.regime == "general" else spec.formatted_text(self.skill)
+
+    def folder(self, out: Path) -> Path:
+        """Where the records of this pair and skill lie."""
+        return out / self.pair.replace(":", "--") / self.skill
+
+
+def record_path(out: Path, cell: Cell, method: str) -> Path:
+    """File of one run."""
+    name = method.replace(",", "").replace(" ", "-")
+    return cell.folder(out) / f"{name}.{cell.regime}.seed{cell.seed}.json"
+
+
+@lru_cache(maxsize=16)
+def taught_passages(settings: Settings, cell: Cell, recipe: Recipe) -> list[Passage]:
+    """The text of a run, answers included; all starts of a recipe learn from the same."""
+    models = load_models(cell.plan(settings.spec))
+    drawn = draw_text(models, cell.text_source(settings.spec), recipe, cell.seed)
+    return answer_prompts(models, choose_prompts(models, drawn, recipe), recipe, cell.seed)
+
+
+def write_missing(path: Path, run: Callable[[], dict[str, Any]]) -> bool:
+    """Runs and writes a record unless it is there; tells whether it did."""
+    if path.exists():
+        return False
+    result = {**run(), "environment": environment()}
+    write_whole(path, json.dumps(result, indent=1) + "\n")
+    tqdm.write(f"{path} {result.get('score', '')}")
+    return True
+
+
+def figures(evaluation: Evaluation) -> dict[str, Any]:
+    """What a record keeps of a score."""
+    return {
+        "metric": evaluation.metric,
+        "score": evaluation.score,
+        "ci95": evaluation.ci95,
+        "nll": evaluation.nll,
+        "n": evaluation.n,
+        "scores": "".join(str(int(score)) for score in evaluation.scores),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What a result was measured with."""
+    return {
+        "commit": _commit(),
+        "versions": versions(),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
+    }
+
+
+def _commit() -> str:
+    """The commit of castlora, where it runs from a checkout that holds this file; else nothing."""
+    here = Path(__file__)
+    if shutil.which("git") is None:
+        return ""
+    tracked = subprocess.run(["git", "ls-files", "--error-unmatch", here.name], cwd=here.parent, capture_output=True)
+    if tracked.returncode != 0:
+        return ""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here.parent, capture_output=True, text=True, check=True)
+    return head.stdout.strip()

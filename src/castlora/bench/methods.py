@@ -1,0 +1,34 @@
+"""The methods of the quality benchmark, by the names that the results use."""
+
+from functools import partial
+
+from castlora.baselines.cross_lora import cross_lora
+from castlora.baselines.direct_copy import direct_copy
+from castlora.baselines.lora_x import lora_x
+from castlora.bench.trained import Distilled, Labelled, Nonlinear
+from castlora.bench.untrained import Constrained, LogitDelta, Solved, Weighed
+from castlora.config import Tuning
+
+Method = Distilled | Labelled | Solved | Weighed | Constrained | LogitDelta
+METHODS: dict[str, Method] = {
+    "ridge start": Distilled("default", "ridge"),
+    "ridge start, maps": Distilled("default", "ridge", Tuning(trained="maps")),
+    "paper start": Distilled("default", "paper"),
+    "fresh": Distilled("default", "fresh"),
+    "ridge start, any prompts": Distilled("default", "ridge", Tuning(candidates=1), regimes=("format",)),
+    "ridge start, running text": Distilled("default", "ridge", Tuning(write_answers=False), regimes=("general",)),
+    "paper": Distilled("paper", "paper"),
+    "paper, KL alone": Distilled("paper", "paper", Tuning(mse_weight=0.0)),
+    "paper, MSE alone": Distilled("paper", "paper", Tuning(kl_weight=0.0)),
+    "paper, nonlinear": Nonlinear("paper", "paper"),
+    "synthetic data": Labelled(),
+    "closed form": Solved("ridge"),
+    "Theseus": Solved("theseus"),
+    "direct copy": Weighed(direct_copy),
+    "Cross-LoRA": Weighed(partial(cross_lora, form="aligned")),
+    "Cross-LoRA, projected": Weighed(partial(cross_lora, form="projected")),
+    "LoRA-X": Weighed(lora_x),
+    "LoRA-X, constrained": Constrained(),
+    "logit-delta oracle": LogitDelta(),
+}
+"""The default, its variants, the paper's recipe as a whole, the rivals, and what no adapter can hold."""

@@ -1,0 +1,113 @@
+"""Runs the quality benchmark: what is missing of the grid, one JSON file per run."""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from castlora.bench.grid import Cell, Settings, figures, record_path, write_missing
+from castlora.bench.methods import METHODS
+from castlora.bench.spec import BenchmarkSpec
+from castlora.bench.untrained import Constrained
+from castlora.errors import UserError
+from castlora.evaluation import evaluate_model, load_adapter
+from castlora.models import load_model
+
+
+def run_quality(
+    spec: BenchmarkSpec,
+    out: Path,
+    methods: Sequence[str] | None = None,
+    seeds: int = 3,
+    steps: int = 800,
+    batch_size: int = 4,
+    passages: int = 1000,
+    max_length: int = 96,
+    running_length: int = 48,
+) -> None:
+    """Runs what is missing of the grid; several processes can share it.
+
+    Args:
+        spec: models, pairs, skills, regimes and text
+        out: folder of the results
+        methods: names of methods; by default all that the files of the skills allow
+        seeds: number of seeds
+        steps: optimizer steps of each run
+        batch_size: passages per step
+        passages: passages drawn per run
+        max_length: most tokens of a prompt with its answer
+        running_length: tokens of a passage of running text, by default about as many as short prompts have
+
+    Raises:
+        UserError: a method is unknown, or something that it needs cannot be read.
+    """
+    unknown = [name for name in methods or () if name not in METHODS]
+    if unknown:
+        raise UserError(f"Method {unknown[0]!r} is unknown; choose from {'; '.join(METHODS)}.")
+    settings = Settings(spec, steps, batch_size, passages, max_length, running_length)
+    for pair, skill in product(spec.pairs, spec.skills):
+        folder = Cell(pair, skill, "none", 0).folder(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "references.lock"):
+            write_missing(folder / "references.json", partial(reference_scores, spec, pair, skill))
+    planned = plan_runs(spec, methods or _possible_methods(spec), seeds)
+    missing = sum(
+        not record_path(out, cell, method).exists() for cell, of_cell in planned.items() for method in of_cell
+    )
+    with tqdm(total=missing, desc="runs", unit="run") as progress:
+        for cell, of_cell in planned.items():
+            _run_cell(settings, cell, of_cell, out, progress)
+
+
+def plan_runs(spec: BenchmarkSpec, methods: Sequence[str], seeds: int) -> dict[Cell, list[str]]:
+    """The cells in the order in which they are run, and the methods that each one allows.
+
+    Seeds come outermost: an early stop leaves every cell with the same number of seeds. Weights alone depend on none.
+    """
+    cells = [
+        Cell(pair, skill, regime, seed)
+        for seed, pair, skill, regime in product(range(seeds), spec.pairs, spec.skills, spec.regimes)
+        if regime != "none" or seed == 0
+    ]
+    return {cell: [method for method in methods if cell.regime in METHODS[method].regimes] for cell in cells}
+
+
+def reference_scores(spec: BenchmarkSpec, pair: str, skill: str) -> dict[str, Any]:
+    """Scores of the models that every method is compared with."""
+    source, target = pair.split(":")
+    models = {
+        "bare target": (target, None),
+        "source + LoRA": (source, spec.adapter(source, skill)),
+        "retrained": (target, spec.adapter(target, skill)),
+    }
+    references = {}
+    for name, (base, adapter) in models.items():
+        model, tokenizer = load_model(spec.base(base))
+        scored = load_adapter(model, adapter, base) if adapter else model
+        references[name] = figures(evaluate_model(scored, tokenizer, spec.test_items(skill)))
+    return {"pair": pair, "skill": skill, "references": references}
+
+
+def _possible_methods(spec: BenchmarkSpec) -> list[str]:
+    has_labels = spec.has_labels()
+    return [name for name, method in METHODS.items() if has_labels or not isinstance(method, Constrained)]
+
+
+def _run_cell(settings: Settings, cell: Cell, methods: Sequence[str], out: Path, progress: tqdm) -> None:
+    try:
+        with FileLock(cell.folder(out) / f"{cell.regime}.seed{cell.seed}.lock", timeout=0):
+            for method in methods:
+                wrote = write_missing(record_path(out, cell, method), partial(run_method, settings, cell, method))
+                progress.update(wrote)
+    except Timeout:
+        tqdm.write(f"{cell} is being measured by another process")
+
+
+def run_method(settings: Settings, cell: Cell, method: str) -> dict[str, Any]:
+    """The record of one method in one cell."""
+    fields = {"pair": cell.pair, "skill": cell.skill, "regime": cell.regime, "seed": cell.seed, "method": method}
+    return {**fields, **METHODS[method].run(settings, cell)}

@@ -1,0 +1,28 @@
+"""What a method of the benchmark starts from: the recipe of its cell, the models and the text."""
+
+from dataclasses import replace
+
+from castlora.bench.grid import Cell, Settings, taught_passages
+from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
+from castlora.positions import AlignedPassage
+from castlora.stages import Models, Plan, align_text, load_models
+
+
+def cell_recipe(settings: Settings, cell: Cell, name: RecipeName, start: Start, tuning: Tuning) -> Recipe:
+    """A recipe for as many steps and as much text as the benchmark gives every method."""
+    tuning = replace(tuning, passages=settings.passages, max_length=settings.max_length)
+    recipe = resolve_recipe(name, start, settings.steps, settings.batch_size, tuning)
+    reads_running_text = cell.regime == "general" and not recipe.write_answers
+    return replace(recipe, max_length=settings.running_length) if reads_running_text else recipe
+
+
+def read_text(
+    settings: Settings, cell: Cell, recipe: Recipe
+) -> tuple[Plan, Models, list[AlignedPassage], list[AlignedPassage]]:
+    """The cell's models, and its training and held-out passages."""
+    # Only the length of general text depends on the target; prompts serve all targets of a source.
+    reading = cell if cell.regime == "general" else replace(cell, pair=f"{cell.source}:{cell.source}")
+    passages = taught_passages(settings, reading, replace(recipe, start="fresh", trained="maps"))
+    plan = cell.plan(settings.spec)
+    models = load_models(plan)
+    return plan, models, *align_text(models, passages, recipe)

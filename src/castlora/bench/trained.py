@@ -1,0 +1,106 @@
+"""Methods of the benchmark that train on the target; each one moves the adapter of a cell and scores the result."""
+
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModelForCausalLM
+from transformers import set_seed
+
+from castlora.baselines.nonlinear import attach_networks
+from castlora.baselines.synthetic import contrastive_excess, label_by_excess, learn_labels
+from castlora.bench.grid import Cell, Settings, figures
+from castlora.bench.reading import cell_recipe, read_text
+from castlora.config import Recipe, RecipeName, Regime, Start, Tuning
+from castlora.distill import Student, measure_held_out, peak_learning_rate
+from castlora.evaluation import evaluate_model
+from castlora.manifest import peak_memory_bytes
+from castlora.positions import AlignedPassage
+from castlora.scaling import TRAINED_SCALES, keep_best_scale
+from castlora.stages import Models, Plan, start_student, train_student
+from castlora.starts import attach_lora, paper_maps
+
+WITH_TEXT: tuple[Regime, ...] = ("general", "format", "prompts")
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A recipe with a start, trained."""
+
+    recipe: RecipeName
+    start: Start
+    tuning: Tuning = field(default_factory=Tuning)
+    regimes: tuple[Regime, ...] = WITH_TEXT
+
+    def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
+        """One transfer and its score on held-out test items."""
+        started = time.monotonic()
+        set_seed(cell.seed)
+        recipe = cell_recipe(settings, cell, self.recipe, self.start, self.tuning)
+        plan, models, training, held_out = read_text(settings, cell, recipe)
+        text_seconds = time.monotonic() - started
+        student = self.start_student(models, plan, recipe, training, cell.seed)
+        measure = partial(measure_held_out, models.teacher, examples=held_out, shared=models.shared, recipe=recipe)
+        before = measure(student)
+        with tempfile.TemporaryDirectory() as state:
+            log = train_student(models, student, training, recipe, cell.seed, Path(state), quiet=True)
+        scale = keep_best_scale(student, measure, TRAINED_SCALES)
+        after = measure(student)
+        train_seconds = time.monotonic() - started - text_seconds
+        evaluation = evaluate_model(student.causal_lm(), models.target_tokenizer, settings.spec.test_items(cell.skill))
+        return {
+            "recipe": asdict(recipe),
+            "training_passages": len(training),
+            **figures(evaluation),
+            "held_out_kl": [before.kl, after.kl],
+            "agreement": [before.agreement, after.agreement],
+            "last_loss": log[-1]["loss"],
+            "scale": asdict(scale),
+            "text_seconds": round(text_seconds, 1),
+            "train_seconds": round(train_seconds, 1),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+    def start_student(
+        self, models: Models, plan: Plan, recipe: Recipe, training: list[AlignedPassage], seed: int
+    ) -> Student:
+        """The target with what is trained."""
+        return start_student(models, plan, recipe, training, plan.rank(recipe, None), seed)
+
+
+@dataclass(frozen=True)
+class Nonlinear(Distilled):
+    """The maps of a recipe with small networks beside them, run live."""
+
+    def start_student(
+        self, models: Models, plan: Plan, recipe: Recipe, training: list[AlignedPassage], seed: int
+    ) -> Student:
+        """The target with nonlinear maps around the frozen source factors."""
+        set_seed(seed)
+        model = attach_lora(models.target, plan.target_modules, plan.adapter_rank)
+        attach_networks(model, plan.pairing, plan.factors, paper_maps(plan.pairing, plan.factors, seed))
+        widths = models.target.config.hidden_size, models.source.config.hidden_size
+        return Student(model, *widths, with_head=recipe.mse_weight > 0)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A fresh LoRA that learns source + LoRA's answers as if they were labels."""
+
+    regimes: tuple[Regime, ...] = WITH_TEXT
+
+    def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
+        """Filters the answers, trains on what is left, and scores."""
+        set_seed(cell.seed)
+        recipe = cell_recipe(settings, cell, "default", "fresh", Tuning())
+        plan, models, training, _ = read_text(settings, cell, recipe)
+        labelled = label_by_excess(training, contrastive_excess(models.teacher, training, recipe.batch_size))
+        student = attach_lora(models.target, plan.target_modules, plan.rank(recipe, None))
+        rate = peak_learning_rate(recipe, models.target.config.hidden_size)
+        learn_labels(student, labelled, recipe.steps, recipe.batch_size, rate, cell.seed)
+        assert isinstance(student, PeftModelForCausalLM)
+        evaluation = evaluate_model(student, models.target_tokenizer, settings.spec.test_items(cell.skill))
+        return {"recipe": asdict(recipe), "training_passages": len(labelled), **figures(evaluation)}

@@ -1,0 +1,153 @@
+"""Methods of the benchmark that solve or carry without training on the target, and the oracle."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from typing import Any, Literal
+
+from peft import PeftModelForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
+
+from castlora.adapters import LowRank, open_adapter, read_factors
+from castlora.baselines.carry import Carry, carry_weights
+from castlora.baselines.logit_delta import evaluate_logit_delta
+from castlora.baselines.lora_x import attach_constrained, lora_x
+from castlora.baselines.synthetic import IGNORED_LABEL, LabelledPassage, learn_labels
+from castlora.baselines.theseus import theseus
+from castlora.bench.grid import Cell, Settings, figures
+from castlora.bench.reading import cell_recipe, read_text
+from castlora.bench.trained import WITH_TEXT
+from castlora.config import Recipe, Regime, Tuning
+from castlora.distill import Student, measure_held_out
+from castlora.evaluation import encode_completion, evaluate_model
+from castlora.models import context_length, linear_slots, load_model
+from castlora.positions import AlignedPassage
+from castlora.scaling import SOLVED_SCALES, keep_best_scale
+from castlora.stages import Models, Plan, load_models
+from castlora.starts import (
+    attach_lora,
+    collect_moments,
+    fold_maps,
+    ridge_maps,
+    start_from_factors,
+    student_factors,
+)
+from castlora.tasks import TaskItem
+
+_LABELLED_STEPS, _LABELLED_BATCH, _LABELLED_RATE = 400, 32, 4e-3
+"""How the constrained adapter is trained on a task's labels: as the zoo's adapters are."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A method that solves for the update from activations, without training."""
+
+    solve: Literal["theseus", "ridge"]
+    regimes: tuple[Regime, ...] = WITH_TEXT
+
+    def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
+        """Solves on the text of the cell, scales by the held-out objective, and scores."""
+        set_seed(cell.seed)
+        recipe = cell_recipe(settings, cell, "default", "ridge", Tuning())
+        plan, models, training, held_out = read_text(settings, cell, recipe)
+        update = self._solve(plan, models, training, recipe)
+        student = _attach_update(models.target, update)
+        measure = partial(measure_held_out, models.teacher, examples=held_out, shared=models.shared, recipe=recipe)
+        scale = keep_best_scale(student, measure, SOLVED_SCALES)
+        evaluation = evaluate_model(student.causal_lm(), models.target_tokenizer, settings.spec.test_items(cell.skill))
+        return {
+            "training_passages": len(training),
+            "scale": asdict(scale),
+            **figures(evaluation),
+        }
+
+    def _solve(self, plan: Plan, models: Models, training: list[AlignedPassage], recipe: Recipe) -> dict[str, LowRank]:
+        with models.teacher.disable_adapter():
+            moments = collect_moments(models.source, models.target, plan.pairing, training)
+        if self.solve == "theseus":
+            return theseus(plan.pairing, plan.factors, moments)
+        return fold_maps(plan.pairing, plan.factors, ridge_maps(moments, plan.pairing, recipe.ridge))
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A method that reads weights alone."""
+
+    carry: Carry
+    regimes: tuple[Regime, ...] = ("none",)
+
+    def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
+        """Carries by weights, and scores."""
+        plan = cell.plan(settings.spec)
+        models = load_models(plan)
+        update = carry_weights(plan.pairing, plan.factors, plan.source_slots, models.source, models.target, self.carry)
+        model = _attach_update(models.target, update).causal_lm() if update else models.target
+        evaluation = evaluate_model(model, models.target_tokenizer, settings.spec.test_items(cell.skill))
+        return {"carried_modules": [len(update), len(plan.target_modules)], **figures(evaluation)}
+
+
+@dataclass(frozen=True)
+class Constrained:
+    """LoRA-X as published: an adapter in the source's singular subspace, trained on the task's labels, then carried."""
+
+    regimes: tuple[Regime, ...] = ("none",)
+
+    def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
+        """Trains on the source as the zoo's adapters are, carries by weights, and scores both models."""
+        plan = cell.plan(settings.spec)
+        factors, source_score = _constrained_adapter(settings, cell.source, cell.skill)
+        models = load_models(plan)
+        update = carry_weights(plan.pairing, factors, plan.source_slots, models.source, models.target, lora_x)
+        model = _attach_update(models.target, update).causal_lm() if update else models.target
+        evaluation = evaluate_model(model, models.target_tokenizer, settings.spec.test_items(cell.skill))
+        carried = [len(update), len(plan.target_modules)]
+        return {"carried_modules": carried, "source + constrained adapter": source_score, **figures(evaluation)}
+
+
+@lru_cache(maxsize=4)
+def _constrained_adapter(settings: Settings, source: str, skill: str) -> tuple[dict[str, LowRank], float]:
+    """The factors of a constrained adapter by module, and what the source scores with it."""
+    set_seed(0)
+    spec = settings.spec
+    model, tokenizer = load_model(spec.base(source))
+    slots = linear_slots(model, model.config)
+    adapted = set(read_factors(open_adapter(spec.adapter(source, skill)), model.config))
+    adapter = attach_constrained(model, {name: slots[name] for name in adapted})
+    longest = context_length(model.config) - 1
+    labelled = [_labelled(tokenizer, item, longest) for item in spec.training_items(skill)]
+    learn_labels(adapter, labelled, _LABELLED_STEPS, _LABELLED_BATCH, _LABELLED_RATE, seed=0)
+    assert isinstance(adapter, PeftModelForCausalLM)
+    score = evaluate_model(adapter, tokenizer, spec.test_items(skill)).score
+    return student_factors(adapter, adapted), score
+
+
+def _labelled(tokenizer: PreTrainedTokenizerFast, item: TaskItem, max_length: int) -> LabelledPassage:
+    """An item of which the completion and the end of the text are learned."""
+    tokens = encode_completion(tokenizer, item.prompt, item.completion, max_length)
+    ids = [*tokens.ids, int(tokenizer.eos_token_id or 0)]
+    labels = [IGNORED_LABEL] * tokens.start + ids[tokens.start :]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+@dataclass(frozen=True)
+class LogitDelta:
+    """The sum of the target's predictions and what the adapter changes in the source's; no adapter comes of it."""
+
+    regimes: tuple[Regime, ...] = ("none",)
+
+    def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
+        """Scores three models together."""
+        models = load_models(cell.plan(settings.spec))
+        teacher = models.teacher
+        assert isinstance(teacher, PeftModelForCausalLM)
+        items = settings.spec.test_items(cell.skill)
+        return figures(
+            evaluate_logit_delta(models.target, models.target_tokenizer, teacher, models.source_tokenizer, items)
+        )
+
+
+def _attach_update(target: PreTrainedModel, update: Mapping[str, LowRank]) -> Student:
+    """The target with a given update as its LoRA."""
+    model = attach_lora(target, update, max(lora.rank for lora in update.values()))
+    start_from_factors(model, update)
+    return Student(model, target.config.hidden_size, target.config.hidden_size, with_head=False)

@@ -1,0 +1,139 @@
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from filelock import FileLock
+
+from castlora.bench.methods import METHODS
+from castlora.bench.quality import plan_runs, run_quality
+from castlora.bench.spec import BenchmarkModel, BenchmarkSpec, read_spec
+from castlora.bench.tables import write_page
+from castlora.cli import main
+from castlora.errors import UserError
+
+CHOICES = [" fox", " hen", " river"]
+
+
+def write_lines(path: Path, records: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+@pytest.fixture
+def spec(base_model, adapter, text_file, tmp_path) -> BenchmarkSpec:
+    """A llama and a mistral with an adapter each for one skill, and all files that a skill can have."""
+    folder = tmp_path / "tasks" / "animals"
+    folder.mkdir(parents=True)
+    items = [
+        {"prompt": f"Who? {sentence} Answer:", "completion": CHOICES[i % 3], "choices": CHOICES}
+        for i, sentence in enumerate(tiny.sentences(24))
+    ]
+    write_lines(folder / "test.jsonl", items[:9])
+    write_lines(folder / "train.jsonl", items[9:])
+    write_lines(folder / "prompts.jsonl", [{"prompt": item["prompt"]} for item in items[9:]])
+    (folder / "skill.json").write_text(json.dumps({"prompt_format": "Who? {text} Answer:"}))
+    models = {}
+    for name in ("llama", "mistral"):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+        (tmp_path / "adapters" / name / "animals").symlink_to(adapter(name))
+        models[name] = BenchmarkModel(str(base_model(name)), str(tmp_path / "adapters" / name / "{skill}"))
+    return BenchmarkSpec(models, ["llama:mistral"], ["animals"], str(tmp_path / "tasks"), str(text_file))
+
+
+def records(out: Path) -> dict[tuple[str, str], dict[str, object]]:
+    runs = [json.loads(path.read_text()) for path in out.rglob("*.seed0.json")]
+    return {(run["method"], run["regime"]): run for run in runs}
+
+
+def run_briefly(spec: BenchmarkSpec, out: Path, methods: list[str] | None = None) -> None:
+    run_quality(spec, out, methods, seeds=1, steps=2, batch_size=2, passages=8, max_length=64, running_length=24)
+
+
+def test_every_method_runs_and_the_page_shows_it(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr("castlora.bench.untrained._LABELLED_STEPS", 2)
+    out = tmp_path / "records"
+    of_one_regime = [name for name, method in METHODS.items() if len(method.regimes) == 1]
+    run_briefly(spec.narrowed(regimes=["none", "prompts"]), out)
+    run_briefly(spec.narrowed(regimes=["general", "format"]), out, of_one_regime)
+    found = records(out)
+    assert {name for name, _ in found} == set(METHODS)
+    assert all(regime in METHODS[name].regimes for name, regime in found)
+    assert all(0 <= run["score"] <= 1 and len(run["scores"]) == 9 for run in found.values())
+    write_page(out, tmp_path / "results.md")
+    page = (tmp_path / "results.md").read_text()
+    assert "| llama → mistral | animals |" in page and "## Unlabelled task prompts" in page
+
+
+def test_what_is_there_is_not_run_again_and_what_another_process_runs_is_left_to_it(spec, tmp_path, monkeypatch):
+    spec = spec.narrowed(regimes=["none"])
+    run_briefly(spec, tmp_path, ["direct copy"])
+    path = next(tmp_path.rglob("direct-copy.none.seed0.json"))
+    path.write_text(path.read_text().replace('"score"', '"kept": true, "score"'))
+    with FileLock(path.parent / "none.seed0.lock"):
+        run_briefly(spec, tmp_path, ["direct copy", "LoRA-X"])
+    assert ("LoRA-X", "none") not in records(tmp_path)
+    run_briefly(spec, tmp_path, ["direct copy", "LoRA-X"])
+    assert records(tmp_path)["direct copy", "none"]["kept"] is True
+    assert ("LoRA-X", "none") in records(tmp_path)
+
+
+def test_seeds_come_outermost_and_weights_alone_have_none(spec):
+    planned = plan_runs(spec, ["fresh", "direct copy"], seeds=2)
+    assert [(cell.seed, cell.regime) for cell in planned] == [
+        (0, "none"), (0, "general"), (0, "format"), (0, "prompts"), (1, "general"), (1, "format"), (1, "prompts"),
+    ]  # fmt: skip
+    assert list(planned.values()) == [["direct copy"], *[["fresh"]] * 6]
+
+
+def test_a_specification_is_read_with_paths_beside_it(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "small").mkdir()
+    (tmp_path / "bench.yaml").write_text(
+        "models:\n"
+        "  small: {base: small, adapters: 'adapters/{skill}'}\n"
+        "  large: {base: org/large, adapters: 'org/large-{skill}'}\n"
+        "pairs: ['small:large']\nskills: [colours]\ntasks: tasks\nregimes: [prompts]\n"
+    )
+    spec = read_spec(str(tmp_path / "bench.yaml"))
+    assert spec.base("small") == str(tmp_path / "small") and spec.base("large") == "org/large"
+    assert spec.adapter("small", "colours") == str(tmp_path / "adapters" / "colours")
+    assert spec.adapter("large", "colours") == "org/large-colours"
+    assert spec.tasks == str(tmp_path / "tasks") and spec.text is None and spec.regimes == ["prompts"]
+
+
+def test_the_bundle_is_a_benchmark_without_general_text():
+    spec = read_spec(None).narrowed()
+    assert spec.pairs == ["llama-s:mistral-s"] and spec.regimes == ["none", "prompts"]
+    assert not spec.has_labels()
+    with pytest.raises(UserError, match=r"has no .*train\.jsonl"):
+        spec.training_items("question-type")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--spec", "nowhere.yaml"], "--spec 'nowhere.yaml' is not a file"),
+        (["--spec", "BROKEN"], 'is no benchmark: Parser key "models"'),
+        (["--pairs", "llama-s:gpt2"], "Pair 'llama-s:gpt2' is not SOURCE:TARGET of the models llama-s, mistral-s."),
+        (["--skills", "cooking"], "Skill 'cooking' has no"),
+        (["--regimes", "none,all"], "Regime 'all' is unknown; choose from none, general, format, prompts."),
+        (["--methods", "magic"], "Method 'magic' is unknown; choose from ridge start; ridge start, maps;"),
+    ],
+)
+def test_a_benchmark_that_cannot_run_is_refused_and_nothing_is_written(options, complaint, tmp_path, capsys):
+    (tmp_path / "broken.yaml").write_text("models: {small: {base: 3}}\n")
+    options = [option.replace("BROKEN", str(tmp_path / "broken.yaml")) for option in options]
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "quality", "--out", str(tmp_path / "out"), *options])
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_are_named_with_commas_between(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("castlora.bench.quality.run_quality", lambda *given: asked.append(given))
+    monkeypatch.setattr("castlora.bench.tables.write_page", lambda *_: None)
+    main(["bench", "quality", "--out", str(tmp_path), "--methods", "fresh,Cross-LoRA, projected,paper", "--seeds", "1"])
+    assert asked[0][1:3] == (tmp_path / "quality", ["fresh", "Cross-LoRA, projected", "paper"])
