@@ -1,4 +1,6 @@
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from castlora.bench.tables import write_page
 from castlora.cli import main
 from castlora.errors import UserError
 
+OTHER_SKILL = "control: adapter of another skill"
 CHOICES = [" fox", " hen", " river"]
 
 
@@ -56,12 +59,27 @@ def test_every_method_runs_and_the_page_shows_it(spec, tmp_path, monkeypatch):
     run_briefly(spec.narrowed(regimes=["none", "prompts"]), out)
     run_briefly(spec.narrowed(regimes=["general", "format"]), out, of_one_regime)
     found = records(out)
-    assert {name for name, _ in found} == set(METHODS)
+    assert {name for name, _ in found} == set(METHODS) - {OTHER_SKILL}
     assert all(regime in METHODS[name].regimes for name, regime in found)
     assert all(0 <= run["score"] <= 1 and len(run["scores"]) == 9 for run in found.values())
     write_page(out, tmp_path / "results.md")
     page = (tmp_path / "results.md").read_text()
     assert "| llama → mistral | animals |" in page and "## Unlabelled task prompts" in page
+
+
+def test_the_adapter_of_another_skill_is_moved_and_tested_on_this_one(spec, tmp_path, adapter):
+    folder = Path(spec.tasks)
+    shutil.copytree(folder / "animals", folder / "birds")
+    birds = [json.loads(line) for line in (folder / "birds" / "test.jsonl").read_text().splitlines()]
+    write_lines(folder / "birds" / "test.jsonl", birds[:5])
+    for name in ("llama", "mistral"):
+        (tmp_path / "adapters" / name / "birds").symlink_to(adapter(name, r=2))
+    both = replace(spec, skills=["animals", "birds"]).narrowed(regimes=["prompts"])
+    run_briefly(both, tmp_path / "records", [OTHER_SKILL])
+    found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("control-*.json")}
+    assert {skill: (run["moved"], run["n"]) for skill, run in found.items()} == {
+        "animals": ("birds", 9), "birds": ("animals", 5),
+    }  # fmt: skip
 
 
 def test_what_is_there_is_not_run_again_and_what_another_process_runs_is_left_to_it(spec, tmp_path, monkeypatch):

@@ -211,6 +211,17 @@ def test_moments_are_sums_over_the_aligned_positions(paired):
     torch.testing.assert_close(sums.sum_y.float(), target_rows, rtol=1e-4, atol=1e-4)
 
 
+def test_moments_of_permuted_positions_keep_the_activations_and_lose_what_joins_them(paired):
+    source, target, pairing, _ = paired("llama", "gpt2")
+    text = aligned("llama", "gpt2", 40)
+    rightly = collect_moments(source, target, pairing, text)
+    mixed = collect_moments(source, target, pairing, text, torch.Generator().manual_seed(0))
+    for key, moments in rightly.outputs.items():
+        (covariance, cross), (_, mixed_cross) = moments.covariances(), mixed.outputs[key].covariances()
+        torch.testing.assert_close(mixed.outputs[key].covariances()[0], covariance, atol=1e-5, rtol=1e-4)
+        assert mixed_cross.norm() < 0.8 * cross.norm()
+
+
 def test_the_paper_starts_at_the_unchanged_target(paired):
     _, model, pairing, factors = paired("llama", "mistral")
     maps = paper_maps(pairing, factors, seed=3)

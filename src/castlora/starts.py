@@ -46,12 +46,17 @@ def paper_maps(pairing: Pairing, factors: Mapping[str, LowRank], seed: int) -> M
     `map_to_source` is random semi-orthogonal, so that activations keep their length, and
     `map_from_source` is zero, so that training starts at the unchanged target, as LoRA itself does.
     """
-    generator = torch.Generator().manual_seed(seed)
+    maps = random_maps(pairing, factors, seed)
+    return {key: BranchMaps(one.to_source, torch.zeros_like(one.from_source)) for key, one in maps.items()}
+
+
+def random_maps(pairing: Pairing, factors: Mapping[str, LowRank], seed: int) -> Maps:
+    """Random semi-orthogonal maps both ways: what maps that know nothing can do."""
+    inward, outward = (torch.Generator().manual_seed(seed + offset) for offset in (0, 1))
     maps = {}
     for pair, index, branch in pairing.branches():
-        d_source_in = factors[branch.source_module].a.shape[1]
-        to_source = random_semi_orthogonal(d_source_in, pair.target.d_in, generator)
-        from_source = torch.zeros(_length(branch.target_rows), _length(branch.source_rows))
+        to_source = random_semi_orthogonal(factors[branch.source_module].a.shape[1], pair.target.d_in, inward)
+        from_source = random_semi_orthogonal(_length(branch.target_rows), _length(branch.source_rows), outward)
         maps[pair.target.name, index] = BranchMaps(to_source, from_source)
     return maps
 
@@ -104,7 +109,11 @@ class SiteMoments:
 
 @torch.no_grad()
 def collect_moments(
-    source: nn.Module, target: nn.Module, pairing: Pairing, passages: Sequence[AlignedPassage]
+    source: nn.Module,
+    target: nn.Module,
+    pairing: Pairing,
+    passages: Sequence[AlignedPassage],
+    permutation: torch.Generator | None = None,
 ) -> SiteMoments:
     """Runs both base models over aligned passages and sums the moments of every branch.
 
@@ -113,6 +122,7 @@ def collect_moments(
         target: the bare target model
         pairing: which modules belong together
         passages: the text, aligned
+        permutation: pairs the positions of a batch at random, for a control that must carry nothing
     """
     moments = SiteMoments({}, {})
     device = next(target.parameters()).device
@@ -124,9 +134,10 @@ def collect_moments(
             target(input_ids=batch["target_ids"], attention_mask=batch["target_mask"], use_cache=False)
             # A first token without content attracts extreme activations that would rule the regression.
             counts = (batch["weights"] > 0) & (batch["source_positions"] > 0) & (batch["target_positions"] > 0)
+            order = None if permutation is None else torch.randperm(int(counts.sum()), generator=permutation).to(device)
             counted_inputs = set()
             for pair, index, branch in pairing.branches():
-                at_source = _rows(in_source[branch.source_module], batch["source_positions"], counts)
+                at_source = _rows(in_source[branch.source_module], batch["source_positions"], counts, order)
                 at_target = _rows(in_target[pair.target.name], batch["target_positions"], counts)
                 site = input_site(pair, branch)
                 if site not in counted_inputs:
@@ -220,10 +231,12 @@ def _length(rows: slice) -> int:
     return int(rows.stop - rows.start)
 
 
-def _rows(activations: Activations, positions: Tensor, counts: Tensor) -> Activations:
-    """The activations at the positions that count, each of shape (positions, width)."""
+def _rows(activations: Activations, positions: Tensor, counts: Tensor, order: Tensor | None = None) -> Activations:
+    """The activations at the positions that count, in the given order, each of shape (positions, width)."""
     row = torch.arange(len(positions), device=positions.device).unsqueeze(-1).expand_as(positions)[counts]
     at = positions[counts]
+    if order is not None:
+        row, at = row[order], at[order]
     return Activations(activations.inputs[row, at], activations.outputs[row, at])
 
 

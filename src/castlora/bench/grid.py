@@ -77,7 +77,7 @@ class Cell:
 
 def record_path(out: Path, cell: Cell, method: str) -> Path:
     """File of one run."""
-    name = method.replace(",", "").replace(" ", "-")
+    name = method.translate({ord(","): None, ord(":"): None, ord(" "): "-"})
     return cell.folder(out) / f"{name}.{cell.regime}.seed{cell.seed}.json"
 
 

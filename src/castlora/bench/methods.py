@@ -5,7 +5,7 @@ from functools import partial
 from castlora.baselines.cross_lora import cross_lora
 from castlora.baselines.direct_copy import direct_copy
 from castlora.baselines.lora_x import lora_x
-from castlora.bench.trained import Distilled, Labelled, Nonlinear
+from castlora.bench.trained import Distilled, Labelled, Nonlinear, OtherSkill
 from castlora.bench.untrained import Constrained, LogitDelta, Solved, Weighed
 from castlora.config import Tuning
 
@@ -30,5 +30,8 @@ METHODS: dict[str, Method] = {
     "LoRA-X": Weighed(lora_x),
     "LoRA-X, constrained": Constrained(),
     "logit-delta oracle": LogitDelta(),
+    "control: random maps": Solved("random"),
+    "control: permuted positions": Solved("permuted"),
+    "control: adapter of another skill": OtherSkill("default", "ridge"),
 }
-"""The default, its variants, the paper's recipe as a whole, the rivals, and what no adapter can hold."""
+"""The default, its variants, the paper's recipe as a whole, the rivals, what no adapter can hold, and controls."""

@@ -10,8 +10,9 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from castlora.bench.grid import Cell, Settings, figures, record_path, write_missing
-from castlora.bench.methods import METHODS
+from castlora.bench.methods import METHODS, Method
 from castlora.bench.spec import BenchmarkSpec
+from castlora.bench.trained import OtherSkill
 from castlora.bench.untrained import Constrained
 from castlora.errors import UserError
 from castlora.evaluation import evaluate_model, load_adapter
@@ -93,8 +94,12 @@ def reference_scores(spec: BenchmarkSpec, pair: str, skill: str) -> dict[str, An
 
 
 def _possible_methods(spec: BenchmarkSpec) -> list[str]:
-    has_labels = spec.has_labels()
-    return [name for name, method in METHODS.items() if has_labels or not isinstance(method, Constrained)]
+    impossible: list[type[Method]] = []
+    if not spec.has_labels():
+        impossible.append(Constrained)
+    if len(spec.skills) < 2:
+        impossible.append(OtherSkill)
+    return [name for name, method in METHODS.items() if not isinstance(method, tuple(impossible))]
 
 
 def _run_cell(settings: Settings, cell: Cell, methods: Sequence[str], out: Path, progress: tqdm) -> None:

@@ -35,7 +35,8 @@ answers that source + LoRA writes, filtered by contrastive excess. Without train
 fold of the closed-form maps and `Theseus` that of rotations, both scaled by the held-out objective; direct copy,
 Cross-LoRA and LoRA-X read weights alone, with castlora's pairing of modules, and leave the target bare where they can
 carry no module of a pair; `LoRA-X, constrained` trains its adapter on the task's labels in the form that the paper asks
-for. The logit-delta oracle adds up the predictions of three models at inference, which no adapter
+for. Controls, which must carry nothing, move random maps, the closed form of positions paired at random, or the adapter
+of another skill. The logit-delta oracle adds up the predictions of three models at inference, which no adapter
 can do.
 """
 

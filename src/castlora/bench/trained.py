@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ class Distilled:
 
     def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
         """One transfer and its score on held-out test items."""
+        return self.transfer_and_test(settings, cell, cell.skill)
+
+    def transfer_and_test(self, settings: Settings, cell: Cell, tested: str) -> dict[str, Any]:
+        """Transfers the cell's adapter, and scores it on the test items of a skill."""
         started = time.monotonic()
         set_seed(cell.seed)
         recipe = cell_recipe(settings, cell, self.recipe, self.start, self.tuning)
@@ -50,7 +54,7 @@ class Distilled:
         scale = keep_best_scale(student, measure, TRAINED_SCALES)
         after = measure(student)
         train_seconds = time.monotonic() - started - text_seconds
-        evaluation = evaluate_model(student.causal_lm(), models.target_tokenizer, settings.spec.test_items(cell.skill))
+        evaluation = evaluate_model(student.causal_lm(), models.target_tokenizer, settings.spec.test_items(tested))
         return {
             "recipe": asdict(recipe),
             "training_passages": len(training),
@@ -69,6 +73,17 @@ class Distilled:
     ) -> Student:
         """The target with what is trained."""
         return start_student(models, plan, recipe, training, plan.rank(recipe, None), seed)
+
+
+@dataclass(frozen=True)
+class OtherSkill(Distilled):
+    """A control: the adapter of another skill, moved and then tested on the skill of the cell."""
+
+    def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
+        """Moves the adapter of the skill that follows in the specification, and tests this one."""
+        skills = settings.spec.skills
+        other = skills[(skills.index(cell.skill) + 1) % len(skills)]
+        return {"moved": other, **self.transfer_and_test(settings, replace(cell, skill=other), cell.skill)}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal
 
+import torch
 from peft import PeftModelForCausalLM
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
@@ -28,6 +29,7 @@ from castlora.starts import (
     attach_lora,
     collect_moments,
     fold_maps,
+    random_maps,
     ridge_maps,
     start_from_factors,
     student_factors,
@@ -42,7 +44,8 @@ _LABELLED_STEPS, _LABELLED_BATCH, _LABELLED_RATE = 400, 32, 4e-3
 class Solved:
     """A method that solves for the update from activations, without training."""
 
-    solve: Literal["theseus", "ridge"]
+    solve: Literal["ridge", "theseus", "permuted", "random"]
+    """`permuted` and `random` are controls: the closed form of positions paired at random, and random rotations."""
     regimes: tuple[Regime, ...] = WITH_TEXT
 
     def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
@@ -50,7 +53,7 @@ class Solved:
         set_seed(cell.seed)
         recipe = cell_recipe(settings, cell, "default", "ridge", Tuning())
         plan, models, training, held_out = read_text(settings, cell, recipe)
-        update = self._solve(plan, models, training, recipe)
+        update = self._solve(plan, models, training, recipe, cell.seed)
         student = _attach_update(models.target, update)
         measure = partial(measure_held_out, models.teacher, examples=held_out, shared=models.shared, recipe=recipe)
         scale = keep_best_scale(student, measure, SOLVED_SCALES)
@@ -61,9 +64,14 @@ class Solved:
             **figures(evaluation),
         }
 
-    def _solve(self, plan: Plan, models: Models, training: list[AlignedPassage], recipe: Recipe) -> dict[str, LowRank]:
+    def _solve(
+        self, plan: Plan, models: Models, training: list[AlignedPassage], recipe: Recipe, seed: int
+    ) -> dict[str, LowRank]:
+        if self.solve == "random":
+            return fold_maps(plan.pairing, plan.factors, random_maps(plan.pairing, plan.factors, seed))
+        permutation = torch.Generator().manual_seed(seed) if self.solve == "permuted" else None
         with models.teacher.disable_adapter():
-            moments = collect_moments(models.source, models.target, plan.pairing, training)
+            moments = collect_moments(models.source, models.target, plan.pairing, training, permutation)
         if self.solve == "theseus":
             return theseus(plan.pairing, plan.factors, moments)
         return fold_maps(plan.pairing, plan.factors, ridge_maps(moments, plan.pairing, recipe.ridge))
