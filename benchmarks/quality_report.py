@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from jsonargparse import auto_cli
 
-from castlora.bench.tables import DEFAULT_METHOD, Cell, References, arrow, read_results, write_page
+from castlora.bench.results import DEFAULT_METHOD, Cell, References, read_results
+from castlora.bench.tables import arrow, write_page
 
 OVERVIEW_METHODS = {DEFAULT_METHOD: "default", "fresh": "fresh"}
 TABLE_BEGINS, TABLE_ENDS = "<!-- lift by pair and skill -->", "<!-- end of the table -->"

@@ -1,10 +1,15 @@
 import json
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks.quality_report import TABLE_BEGINS, TABLE_ENDS, main, replace_marked
-from castlora.bench.tables import make_cells, read_results
+from castlora.bench.plots import lift_chart
+from castlora.bench.results import MeanLift, make_cells, read_results
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 ENVIRONMENT = {"commit": "0123456789abcdef", "versions": {"torch": "2.13.0"}, "machine": "x86_64, 2 cores"}
 
@@ -66,3 +71,24 @@ def test_the_page_shows_what_was_run_and_nothing_else(results, tmp_path):
 def test_a_page_without_marks_is_left_alone():
     with pytest.raises(ValueError, match="no table between"):
         replace_marked("# A page", "| a table |")
+
+
+def mean(method: str, lift: float, ci95: tuple[float, float], regime: str = "prompts") -> MeanLift:
+    return MeanLift(regime, method, 3, lift, ci95, 0.5, None, 0)
+
+
+def test_the_chart_has_a_bar_from_zero_to_each_lift_and_room_for_every_interval():
+    means = [
+        mean("ridge start", 0.5, (0.4, 0.6)),
+        mean("a <b>", -0.25, (-0.5, 0.0)),
+        mean("c", 1.25, (1.0, 1.5), "none"),
+    ]
+    chart = ElementTree.fromstring(lift_chart(means, {"prompts": "Prompts", "none": "Weights"}))
+    drawn = [{name: bar.get(name) for name in ("x", "width")} for bar in chart.iter(f"{SVG}rect")][1:]
+    starts, widths = ([float(bar[name]) for bar in drawn] for name in ("x", "width"))
+    assert widths[1] == pytest.approx(widths[0] / 2, abs=0.1) and widths[2] == pytest.approx(widths[0] * 2.5, abs=0.1)
+    assert starts[0] == starts[2] == pytest.approx(starts[1] + widths[1], abs=0.1)
+    texts = [text.text for text in chart.iter(f"{SVG}text")]
+    assert {"Prompts", "Weights", "a <b>", "0.50 (3 cells)", "retrained 1"} <= set(texts)
+    ends = [float(number) for path in chart.iter(f"{SVG}path") for number in re.findall(r"[MH]([\d.]+)", path.get("d"))]
+    assert min(ends) >= 250 and max(ends) <= 730

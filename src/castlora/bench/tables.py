@@ -2,25 +2,20 @@
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from castlora.bench.plots import lift_chart
+from castlora.bench.results import METHOD_ORDER, Cell, References, make_cells, mean_lifts, read_results
+from castlora.config import Regime
 
-from castlora.bench.methods import METHODS
-from castlora.lift import Lift, lift_with_interval
-
-REGIME_TITLES = {
+REGIME_TITLES: dict[Regime, str] = {
     "none": "Weights alone",
     "general": "General text only",
     "format": "General text inside the adapter's prompt format",
     "prompts": "Unlabelled task prompts",
 }
-METHOD_ORDER = tuple(METHODS)
-DEFAULT_METHOD = METHOD_ORDER[0]
 COUNTABLE_POINTS = 20
 
 INTRODUCTION = """
@@ -40,63 +35,17 @@ of another skill. The logit-delta oracle adds up the predictions of three models
 can do.
 """
 
-References = dict[tuple[str, str], dict[str, Any]]
-"""(pair, skill) → model → figures."""
 
-
-@dataclass(frozen=True)
-class Cell:
-    """All seeds of one method on one pair, skill and text."""
-
-    pair: str
-    skill: str
-    regime: str
-    method: str
-    seeds: int
-    score: float
-    nll: float
-    lift: Lift
-
-
-def read_results(folder: Path) -> tuple[References, list[dict[str, Any]]]:
-    """References by (pair, skill), and all runs."""
-    references, runs = {}, []
-    for path in sorted(folder.rglob("*.json")):
-        record = json.loads(path.read_text())
-        if path.name == "references.json":
-            references[record["pair"], record["skill"]] = record["references"]
-        else:
-            runs.append(record)
-    return references, runs
-
-
-def make_cells(references: References, runs: Iterable[dict[str, Any]]) -> list[Cell]:
-    """Pools the seeds of every cell; the interval resamples items and seeds."""
-    grouped: dict[tuple[str, str, str, str], list[dict[str, Any]]] = defaultdict(list)
-    for run in runs:
-        grouped[run["pair"], run["skill"], run["regime"], run["method"]].append(run)
-    cells = []
-    for (pair, skill, regime, method), group in sorted(grouped.items()):
-        reference = references[pair, skill]
-        lift = lift_with_interval(_items([reference["bare target"]]), _items(group), _items([reference["retrained"]]))
-        score, nll = (float(np.mean([run[field] for run in group])) for field in ("score", "nll"))
-        cells.append(Cell(pair, skill, regime, method, len(group), score, nll, lift))
-    return cells
-
-
-def render(references: References, runs: Sequence[dict[str, Any]], cells: Sequence[Cell]) -> str:
-    """The page: references, one table per text regime, and the environment."""
+def render(references: References, runs: Sequence[dict[str, Any]], cells: Sequence[Cell], chart_name: str) -> str:
+    """The page: references, one table per text regime, means with their chart, and the environment."""
     sections = ["# Results", _introduction(runs), "## What the models can do", _reference_table(references)]
     for regime, title in REGIME_TITLES.items():
         table = _regime_table([cell for cell in cells if cell.regime == regime])
         if table:
             sections += [f"## {title}", table]
-    sections += ["## Mean lift by method", _mean_table(cells), "## Environment", _environment(runs)]
+    chart = f"![Mean lift by method]({chart_name})"
+    sections += ["## Mean lift by method", chart, _mean_table(cells), "## Environment", _environment(runs)]
     return "\n\n".join(sections) + "\n"
-
-
-def _items(group: Sequence[dict[str, Any]]) -> np.ndarray:
-    return np.array([[float(score) for score in run["scores"]] for run in group])
 
 
 def _introduction(runs: Sequence[dict[str, Any]]) -> str:
@@ -145,18 +94,17 @@ def _mean_table(cells: Sequence[Cell]) -> str:
         "| text | method | cells | mean lift | mean ratio | lift above the default's on the same cells |",
         "|---|---|---|---|---|---|",
     ]
-    for regime, title in REGIME_TITLES.items():
-        countable = [cell for cell in cells if cell.regime == regime and cell.lift.countable]
-        default = {(c.pair, c.skill): c.lift.lift for c in countable if c.method == DEFAULT_METHOD}
-        for method in METHOD_ORDER:
-            group = [cell for cell in countable if cell.method == method]
-            if not group:
-                continue
-            lift, ratio = np.mean([c.lift.lift for c in group]), np.mean([c.lift.ratio for c in group])
-            above = [c.lift.lift - default[c.pair, c.skill] for c in group if (c.pair, c.skill) in default]
-            compared = f"{np.mean(above):+.2f} ({len(above)})" if above and method != DEFAULT_METHOD else "–"
-            rows.append(f"| {title} | {method} | {len(group)} | {lift:.2f} | {ratio:.2f} | {compared} |")
-    return "Means are over the cells that have been run; the last column compares like with like.\n\n" + "\n".join(rows)
+    for mean in mean_lifts(cells):
+        low, high = mean.ci95
+        compared = "–" if mean.above_default is None else f"{mean.above_default:+.2f} ({mean.shared_cells})"
+        lift = f"{mean.lift:.2f} [{low:.2f}, {high:.2f}]" if mean.cells > 1 else f"{mean.lift:.2f}"
+        title = REGIME_TITLES[mean.regime]
+        rows.append(f"| {title} | {mean.method} | {mean.cells} | {lift} | {mean.ratio:.2f} | {compared} |")
+    note = (
+        "Means are over the cells that have been run, with a bootstrap 95 % interval over pairs and skills; the last "
+        "column compares like with like."
+    )
+    return "\n".join([note, "", *rows])
 
 
 def _environment(runs: Sequence[dict[str, Any]]) -> str:
@@ -183,7 +131,7 @@ def _listed(values: Iterable[object]) -> str:
 
 
 def write_page(results: Path, page: Path) -> list[Cell]:
-    """Writes the tables of a folder of results, and beside the folder a summary of its cells as JSON.
+    """Writes the tables and the chart of a folder of results, and beside the folder a summary of its cells as JSON.
 
     Args:
         results: folder of the runs
@@ -195,7 +143,9 @@ def write_page(results: Path, page: Path) -> list[Cell]:
     references, runs = read_results(results)
     cells = make_cells(references, runs)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(render(references, runs, cells), encoding="utf-8")
+    chart = page.with_suffix(".svg")
+    page.write_text(render(references, runs, cells, chart.name), encoding="utf-8")
+    chart.write_text(lift_chart(mean_lifts(cells), REGIME_TITLES), encoding="utf-8")
     summary = [_summary(cell) for cell in cells]
     results.with_name(f"{results.name}-summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return cells

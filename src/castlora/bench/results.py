@@ -1,0 +1,108 @@
+"""Records of the benchmark, pooled: the lift of each method on each pair and skill, and its mean."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from castlora.bench.methods import METHODS
+from castlora.config import REGIMES, Regime
+from castlora.lift import Lift, bootstrap_interval, lift_with_interval
+
+METHOD_ORDER = tuple(METHODS)
+DEFAULT_METHOD = METHOD_ORDER[0]
+
+References = dict[tuple[str, str], dict[str, Any]]
+"""(pair, skill) → model → figures."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All seeds of one method on one pair, skill and text."""
+
+    pair: str
+    skill: str
+    regime: str
+    method: str
+    seeds: int
+    score: float
+    nll: float
+    lift: Lift
+
+
+def read_results(folder: Path) -> tuple[References, list[dict[str, Any]]]:
+    """References by (pair, skill), and all runs."""
+    references, runs = {}, []
+    for path in sorted(folder.rglob("*.json")):
+        record = json.loads(path.read_text())
+        if path.name == "references.json":
+            references[record["pair"], record["skill"]] = record["references"]
+        else:
+            runs.append(record)
+    return references, runs
+
+
+def make_cells(references: References, runs: Iterable[dict[str, Any]]) -> list[Cell]:
+    """Pools the seeds of every cell; the interval resamples items and seeds."""
+    grouped: dict[tuple[str, str, str, str], list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        grouped[run["pair"], run["skill"], run["regime"], run["method"]].append(run)
+    cells = []
+    for (pair, skill, regime, method), group in sorted(grouped.items()):
+        reference = references[pair, skill]
+        lift = lift_with_interval(_items([reference["bare target"]]), _items(group), _items([reference["retrained"]]))
+        score, nll = (float(np.mean([run[field] for run in group])) for field in ("score", "nll"))
+        cells.append(Cell(pair, skill, regime, method, len(group), score, nll, lift))
+    return cells
+
+
+@dataclass(frozen=True)
+class MeanLift:
+    """A method under one regime, averaged over the pairs and skills on which it was run."""
+
+    regime: Regime
+    method: str
+    cells: int
+    lift: float
+    ci95: tuple[float, float]
+    """Bootstrap interval over pairs and skills."""
+    ratio: float
+    above_default: float | None
+    """Mean difference to the default's lift on the cells both have; None for the default and where there is none."""
+    shared_cells: int
+
+
+def mean_lifts(cells: Sequence[Cell]) -> list[MeanLift]:
+    """The means of all methods, by regime; cells where retraining gains too little are left out."""
+    means = []
+    for regime in REGIMES:
+        countable = [cell for cell in cells if cell.regime == regime and cell.lift.countable]
+        default = {(c.pair, c.skill): c.lift.lift for c in countable if c.method == DEFAULT_METHOD}
+        for method in METHOD_ORDER:
+            group = [cell for cell in countable if cell.method == method]
+            if not group:
+                continue
+            lifts = np.array([cell.lift.lift for cell in group])
+            above = [c.lift.lift - default[c.pair, c.skill] for c in group if (c.pair, c.skill) in default]
+            is_compared = bool(above) and method != DEFAULT_METHOD
+            means.append(
+                MeanLift(
+                    regime,
+                    method,
+                    len(group),
+                    float(lifts.mean()),
+                    bootstrap_interval(lifts),
+                    float(np.mean([cell.lift.ratio for cell in group])),
+                    float(np.mean(above)) if is_compared else None,
+                    len(above),
+                )
+            )
+    return means
+
+
+def _items(group: Sequence[dict[str, Any]]) -> np.ndarray:
+    return np.array([[float(score) for score in run["scores"]] for run in group])
