@@ -52,16 +52,18 @@ def replace_marked(page: str, table: str) -> str:
 def main(
     results: Path = Path("benchmarks/results/quality"),
     page: Path = Path("docs/results.md"),
-    readme: Path = Path("README.md"),
+    readme: Path | None = Path("README.md"),
 ) -> None:
-    """Writes the page, the table in the README and, beside the results, `quality-summary.json`.
+    """Writes the page, the table in the README and, beside the results, a summary as JSON.
 
     Args:
         results: folder of the runs
         page: Markdown file to write
-        readme: Markdown file with a marked table to replace
+        readme: Markdown file with a marked table to replace; null for none
     """
     cells = write_page(results, page)
+    if readme is None:
+        return
     references, _ = read_results(results)
     readme.write_text(replace_marked(readme.read_text(), overview(references, cells)))
 
