@@ -95,6 +95,13 @@ def test_what_is_there_is_not_run_again_and_what_another_process_runs_is_left_to
     assert ("LoRA-X", "none") in records(tmp_path)
 
 
+def test_runs_of_other_length_are_not_mixed_in(spec, tmp_path):
+    spec = spec.narrowed(regimes=["none"])
+    run_briefly(spec, tmp_path, ["direct copy"])
+    with pytest.raises(UserError, match="holds runs with steps 2, not 3; give another folder"):
+        run_quality(spec, tmp_path, ["direct copy"], 1, steps=3, batch_size=2, passages=8, max_length=64)
+
+
 def test_seeds_come_outermost_and_weights_alone_have_none(spec):
     planned = plan_runs(spec, ["fresh", "direct copy"], seeds=2)
     assert [(cell.seed, cell.regime) for cell in planned] == [

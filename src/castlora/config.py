@@ -89,7 +89,7 @@ DEFAULT = replace(
     passages=8000,
     candidates=8,
 )
-"""What `castlora transfer` does unless told otherwise: the best on average that docs/results.md has measured so far."""
+"""What `castlora transfer` does unless told otherwise; docs/results.md compares its start with the others."""
 
 RECIPES: dict[RecipeName, Recipe] = {"default": DEFAULT, "paper": PAPER}
 

@@ -1,5 +1,6 @@
 """Runs the quality benchmark: what is missing of the grid, one JSON file per run."""
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
@@ -17,6 +18,9 @@ from castlora.bench.untrained import Constrained
 from castlora.errors import UserError
 from castlora.evaluation import evaluate_model, load_adapter
 from castlora.models import load_model
+from castlora.run_directory import write_whole
+
+SETTINGS_FILE = "settings.json"
 
 
 def run_quality(
@@ -44,12 +48,13 @@ def run_quality(
         running_length: tokens of a passage of running text, by default about as many as short prompts have
 
     Raises:
-        UserError: a method is unknown, or something that it needs cannot be read.
+        UserError: a method is unknown, something that it needs cannot be read, or the folder has runs of other length.
     """
     unknown = [name for name in methods or () if name not in METHODS]
     if unknown:
         raise UserError(f"Method {unknown[0]!r} is unknown; choose from {'; '.join(METHODS)}.")
     settings = Settings(spec, steps, batch_size, passages, max_length, running_length)
+    _keep_settings(settings, out)
     for pair, skill in product(spec.pairs, spec.skills):
         folder = Cell(pair, skill, "none", 0).folder(out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +96,19 @@ def reference_scores(spec: BenchmarkSpec, pair: str, skill: str) -> dict[str, An
         scored = load_adapter(model, adapter, base) if adapter else model
         references[name] = figures(evaluate_model(scored, tokenizer, spec.test_items(skill)))
     return {"pair": pair, "skill": skill, "references": references}
+
+
+def _keep_settings(settings: Settings, out: Path) -> None:
+    """Notes with what settings a folder of results was begun, so that no later run mixes others in."""
+    numbers = {name: value for name, value in vars(settings).items() if name != "spec"}
+    path = out / SETTINGS_FILE
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(numbers, indent=1) + "\n")
+        return
+    for name, value in json.loads(path.read_text(encoding="utf-8")).items():
+        if numbers[name] != value:
+            raise UserError(f"{out} holds runs with {name} {value}, not {numbers[name]}; give another folder.")
 
 
 def _possible_methods(spec: BenchmarkSpec) -> list[str]:

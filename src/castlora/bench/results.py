@@ -37,7 +37,7 @@ class Cell:
 def read_results(folder: Path) -> tuple[References, list[dict[str, Any]]]:
     """References by (pair, skill), and all runs."""
     references, runs = {}, []
-    for path in sorted(folder.rglob("*.json")):
+    for path in sorted(folder.glob("*/*/*.json")):
         record = json.loads(path.read_text())
         if path.name == "references.json":
             references[record["pair"], record["skill"]] = record["references"]
