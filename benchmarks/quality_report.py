@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 from jsonargparse import auto_cli
 
-from castlora.bench.results import DEFAULT_METHOD, Cell, References, read_results
+from castlora.bench.results import DEFAULT_METHOD, PooledCell, References
 from castlora.bench.tables import arrow, write_page
 
 OVERVIEW_METHODS = {DEFAULT_METHOD: "default", "fresh": "fresh"}
 TABLE_BEGINS, TABLE_ENDS = "<!-- lift by pair and skill -->", "<!-- end of the table -->"
 
 
-def overview(references: References, cells: Sequence[Cell]) -> str:
+def overview(references: References, cells: Sequence[PooledCell]) -> str:
     """The README's table: lift of the default and of a fresh LoRA on every pair and skill, and their means."""
     found = {(cell.pair, cell.skill, cell.regime, cell.method): cell for cell in cells}
     columns = [(regime, method) for regime in ("general", "format", "prompts") for method in OVERVIEW_METHODS]
@@ -26,7 +26,9 @@ def overview(references: References, cells: Sequence[Cell]) -> str:
         of_pair = [found.get((pair, skill, regime, method)) for regime, method in columns]
         if any(of_pair):
             bare, retrained = (references[pair, skill][name]["score"] for name in ("bare target", "retrained"))
-            lifts = " | ".join("–" if cell is None else f"{cell.lift.lift:.2f}" for cell in of_pair)
+            lifts = " | ".join(
+                f"{cell.lift.lift:.2f}" if cell is not None and cell.lift.countable else "–" for cell in of_pair
+            )
             rows.append(f"| {arrow(pair)} | {skill} | {bare:.3f} | {retrained:.3f} | {lifts} |")
     means = [
         [cell.lift.lift for cell in cells if (cell.regime, cell.method) == column and cell.lift.countable]
@@ -61,11 +63,9 @@ def main(
         page: Markdown file to write
         readme: Markdown file with a marked table to replace; null for none
     """
-    cells = write_page(results, page)
-    if readme is None:
-        return
-    references, _ = read_results(results)
-    readme.write_text(replace_marked(readme.read_text(), overview(references, cells)))
+    references, cells = write_page(results, page)
+    if readme is not None:
+        readme.write_text(replace_marked(readme.read_text(), overview(references, cells)))
 
 
 if __name__ == "__main__":

@@ -143,6 +143,8 @@ def test_the_bundle_is_a_benchmark_without_general_text():
         (["--pairs", "llama-s:gpt2"], "Pair 'llama-s:gpt2' is not SOURCE:TARGET of the models llama-s, mistral-s."),
         (["--skills", "cooking"], "Skill 'cooking' has no"),
         (["--regimes", "none,all"], "Regime 'all' is unknown; choose from none, general, format, prompts."),
+        (["--steps", "0"], "steps is 0; give a number above 0."),
+        (["--seeds", "0"], "seeds is 0; give 1 or more."),
         (["--methods", "magic"], "Method 'magic' is unknown; choose from ridge start; ridge start, maps;"),
     ],
 )

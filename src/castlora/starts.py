@@ -21,7 +21,7 @@ from castlora.solvers import random_semi_orthogonal, ridge_map
 from castlora.statistics import Moments
 
 _STATISTICS_BATCH = 16
-_ADAPTER = "default"
+ADAPTER_NAME = "default"
 """The name that PEFT gives an adapter unless told otherwise."""
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -207,7 +207,7 @@ def student_factors(student: PeftModel, modules: Iterable[str]) -> dict[str, Low
     factors = {}
     for name in modules:
         lora_a, lora_b = lora_maps(student, name)
-        scale = lora_layer(student, name).scaling[_ADAPTER]
+        scale = lora_layer(student, name).scaling[ADAPTER_NAME]
         factors[name] = LowRank(lora_a.weight.detach().cpu().clone(), scale * lora_b.weight.detach().cpu())
     return factors
 
@@ -215,7 +215,7 @@ def student_factors(student: PeftModel, modules: Iterable[str]) -> dict[str, Low
 def lora_maps(student: PeftModel, module_name: str) -> tuple[nn.Linear, nn.Linear]:
     """The linear maps A and B that PEFT put beside a module."""
     layer = lora_layer(student, module_name)
-    lora_a, lora_b = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
+    lora_a, lora_b = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
     assert isinstance(lora_a, nn.Linear) and isinstance(lora_b, nn.Linear)
     return lora_a, lora_b
 

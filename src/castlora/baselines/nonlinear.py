@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from castlora.adapters import LowRank
 from castlora.pairing import Pairing
-from castlora.starts import Maps, lora_layer
+from castlora.starts import ADAPTER_NAME, Maps, lora_layer
 
 NETWORK_WIDTH = 32
 """Hidden units of each network; the paper names no size."""
@@ -97,4 +97,5 @@ def attach_networks(
         rows = [branch.target_rows for branch in pair.branches]
         to_source = NonlinearA(source_as, [one.to_source for one in of_pair], width)
         from_source = NonlinearB(source_bs, [one.from_source for one in of_pair], rows, pair.target.d_out, width)
-        layer.lora_A["default"], layer.lora_B["default"] = to_source.to(device), from_source.to(device)
+        layer.lora_A[ADAPTER_NAME] = to_source.to(device)
+        layer.lora_B[ADAPTER_NAME] = from_source.to(device)

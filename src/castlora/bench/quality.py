@@ -15,6 +15,7 @@ from castlora.bench.methods import METHODS, Method
 from castlora.bench.spec import BenchmarkSpec
 from castlora.bench.trained import OtherSkill
 from castlora.bench.untrained import Constrained
+from castlora.config import Tuning, resolve_recipe
 from castlora.errors import UserError
 from castlora.evaluation import evaluate_model, load_adapter
 from castlora.models import load_model
@@ -48,11 +49,16 @@ def run_quality(
         running_length: tokens of a passage of running text, by default about as many as short prompts have
 
     Raises:
-        UserError: a method is unknown, something that it needs cannot be read, or the folder has runs of other length.
+        UserError: a method is unknown, a number is out of range, a file cannot be read, or the folder has runs of other
+            length.
     """
     unknown = [name for name in methods or () if name not in METHODS]
     if unknown:
         raise UserError(f"Method {unknown[0]!r} is unknown; choose from {'; '.join(METHODS)}.")
+    if seeds < 1:
+        raise UserError(f"seeds is {seeds}; give 1 or more.")
+    # A number out of range is refused before the folder is bound to it.
+    resolve_recipe("default", None, steps, batch_size, Tuning(passages=passages, max_length=max_length))
     settings = Settings(spec, steps, batch_size, passages, max_length, running_length)
     _keep_settings(settings, out)
     for pair, skill in product(spec.pairs, spec.skills):

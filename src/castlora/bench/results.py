@@ -21,7 +21,7 @@ References = dict[tuple[str, str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Cell:
+class PooledCell:
     """All seeds of one method on one pair, skill and text."""
 
     pair: str
@@ -46,7 +46,7 @@ def read_results(folder: Path) -> tuple[References, list[dict[str, Any]]]:
     return references, runs
 
 
-def make_cells(references: References, runs: Iterable[dict[str, Any]]) -> list[Cell]:
+def make_cells(references: References, runs: Iterable[dict[str, Any]]) -> list[PooledCell]:
     """Pools the seeds of every cell; the interval resamples items and seeds."""
     grouped: dict[tuple[str, str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
@@ -56,7 +56,7 @@ def make_cells(references: References, runs: Iterable[dict[str, Any]]) -> list[C
         reference = references[pair, skill]
         lift = lift_with_interval(_items([reference["bare target"]]), _items(group), _items([reference["retrained"]]))
         score, nll = (float(np.mean([run[field] for run in group])) for field in ("score", "nll"))
-        cells.append(Cell(pair, skill, regime, method, len(group), score, nll, lift))
+        cells.append(PooledCell(pair, skill, regime, method, len(group), score, nll, lift))
     return cells
 
 
@@ -76,7 +76,7 @@ class MeanLift:
     shared_cells: int
 
 
-def mean_lifts(cells: Sequence[Cell]) -> list[MeanLift]:
+def mean_lifts(cells: Sequence[PooledCell]) -> list[MeanLift]:
     """The means of all methods, by regime; cells where retraining gains too little are left out."""
     means = []
     for regime in REGIMES:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from castlora.bench.plots import lift_chart
-from castlora.bench.results import METHOD_ORDER, Cell, References, make_cells, mean_lifts, read_results
+from castlora.bench.results import METHOD_ORDER, PooledCell, References, make_cells, mean_lifts, read_results
 from castlora.config import Regime
 
 REGIME_TITLES: dict[Regime, str] = {
@@ -36,7 +36,7 @@ can do.
 """
 
 
-def render(references: References, runs: Sequence[dict[str, Any]], cells: Sequence[Cell], chart_name: str) -> str:
+def render(references: References, runs: Sequence[dict[str, Any]], cells: Sequence[PooledCell], chart_name: str) -> str:
     """The page: references, one table per text regime, means with their chart, and the environment."""
     sections = ["# Results", _introduction(runs), "## What the models can do", _reference_table(references)]
     for regime, title in REGIME_TITLES.items():
@@ -69,7 +69,7 @@ def _reference_table(references: References) -> str:
     return "\n".join(rows)
 
 
-def _regime_table(cells: Sequence[Cell]) -> str:
+def _regime_table(cells: Sequence[PooledCell]) -> str:
     methods = [method for method in METHOD_ORDER if any(cell.method == method for cell in cells)]
     if not methods:
         return ""
@@ -80,7 +80,7 @@ def _regime_table(cells: Sequence[Cell]) -> str:
     return "Each cell: lift [95 % interval] · ratio · number of seeds.\n\n" + "\n".join(rows)
 
 
-def _cell(cell: Cell | None) -> str:
+def _cell(cell: PooledCell | None) -> str:
     if cell is None:
         return "–"
     if not cell.lift.countable or math.isnan(cell.lift.lift):
@@ -89,7 +89,7 @@ def _cell(cell: Cell | None) -> str:
     return f"{cell.lift.lift:.2f} [{low:.2f}, {high:.2f}] · {cell.lift.ratio:.2f} · {cell.seeds}"
 
 
-def _mean_table(cells: Sequence[Cell]) -> str:
+def _mean_table(cells: Sequence[PooledCell]) -> str:
     rows = [
         "| text | method | cells | mean lift | mean ratio | lift above the default's on the same cells |",
         "|---|---|---|---|---|---|",
@@ -115,7 +115,7 @@ def _environment(runs: Sequence[dict[str, Any]]) -> str:
     return f"Commits {commits}; seeds {seeds}; {machines}; {_listed(sorted(packages))}."
 
 
-def _summary(cell: Cell) -> dict[str, Any]:
+def _summary(cell: PooledCell) -> dict[str, Any]:
     fields = ("pair", "skill", "regime", "method", "seeds", "score", "nll")
     lift = {"lift": cell.lift.lift, "lift_ci95": cell.lift.ci95, "ratio": cell.lift.ratio}
     return {**{field: vars(cell)[field] for field in fields}, **lift, "countable": cell.lift.countable}
@@ -130,7 +130,7 @@ def _listed(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
 
 
-def write_page(results: Path, page: Path) -> list[Cell]:
+def write_page(results: Path, page: Path) -> tuple[References, list[PooledCell]]:
     """Writes the tables and the chart of a folder of results, and beside the folder a summary of its cells as JSON.
 
     Args:
@@ -138,7 +138,7 @@ def write_page(results: Path, page: Path) -> list[Cell]:
         page: Markdown file to write
 
     Returns:
-        all cells
+        what methods are compared with, and all cells
     """
     references, runs = read_results(results)
     cells = make_cells(references, runs)
@@ -148,4 +148,4 @@ def write_page(results: Path, page: Path) -> list[Cell]:
     chart.write_text(lift_chart(mean_lifts(cells), REGIME_TITLES), encoding="utf-8")
     summary = [_summary(cell) for cell in cells]
     results.with_name(f"{results.name}-summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return cells
+    return references, cells
