@@ -12,7 +12,6 @@ from castlora.distill import (
     distillation_losses,
     measure_held_out,
     peak_learning_rate,
-    predict,
     read_batch,
     shared_mass,
     total_loss,
@@ -20,6 +19,7 @@ from castlora.distill import (
 from castlora.errors import UserError
 from castlora.positions import align_passages, collate
 from castlora.starts import attach_lora
+from castlora.teacher import LiveTeacher, predict
 from castlora.text import Passage
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
@@ -43,7 +43,8 @@ def aligned(source: str, target: str, count: int = 6):
 
 
 def losses_on(teacher, pupil, batch, shared, recipe):
-    return distillation_losses(*read_batch(teacher, pupil, batch), batch, pupil.hidden_head, shared, recipe)
+    live = LiveTeacher(teacher, pupil.hidden_head is not None)
+    return distillation_losses(*read_batch(live, pupil, batch), batch, pupil.hidden_head, shared, recipe)
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_temperature_keeps_the_scale_of_gradients(base_model, student):
 
 
 def test_held_out_measures_of_identical_models(base_model, student):
-    teacher = tiny.load(base_model("llama"))
+    teacher = LiveTeacher(tiny.load(base_model("llama")), with_hidden=False)
     measured = measure_held_out(teacher, student("llama"), aligned("llama", "llama"), vocabulary("llama", "llama"),
                                 replace(KL_ONLY, batch_size=2))  # fmt: skip
     assert isinstance(measured, HeldOut)
@@ -141,7 +142,8 @@ def test_held_out_measures_of_identical_models(base_model, student):
 
 
 def test_held_out_measures_of_different_models(base_model, student):
-    measured = measure_held_out(tiny.load(base_model("llama")), student("gpt2"), aligned("llama", "gpt2"),
+    teacher = LiveTeacher(tiny.load(base_model("llama")), with_hidden=False)
+    measured = measure_held_out(teacher, student("gpt2"), aligned("llama", "gpt2"),
                                 vocabulary("llama", "gpt2"), replace(KL_ONLY, batch_size=4))  # fmt: skip
     assert measured.kl > 0.1
     assert 0 <= measured.agreement < 1

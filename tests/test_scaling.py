@@ -11,6 +11,7 @@ from castlora.positions import align_passages
 from castlora.scaling import SOLVED_SCALES, TRAINED_SCALES, best_scale, keep_best_scale, losses_by_scale, scale_student
 from castlora.stages import plan_transfer
 from castlora.starts import attach_lora, start_from_factors, student_factors
+from castlora.teacher import LiveTeacher
 from castlora.text import Passage
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
@@ -29,7 +30,7 @@ def copied(base_model, adapter):
     shared = SharedVocabulary.of(tokenizer, tokenizer, *[tiny.family("llama")[0].vocab_size] * 2)
 
     def make(factor: float) -> tuple:
-        teacher = tiny.load_adapted(base_model("llama"), adapter("llama"))
+        teacher = LiveTeacher(tiny.load_adapted(base_model("llama"), adapter("llama")), with_hidden=False)
         model = attach_lora(tiny.load(base_model("llama")), plan.target_modules, 4)
         start_from_factors(model, plan.factors)
         student = Student(model, 32, 32, with_head=False).eval()

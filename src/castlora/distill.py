@@ -4,12 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel, PeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.data import SequentialSampler
 from transformers import ProgressCallback, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
@@ -24,10 +25,12 @@ from castlora.objective import (
     weighted_mean,
 )
 from castlora.positions import AlignedPassage, Batch, PassageDataset, batches, collate
+from castlora.teacher import Predictions, Side, Teacher, predict
 from castlora.vocabulary import SharedVocabulary
 
 TRAINABLE_FILE = "trainable.safetensors"
 _WARMUP_FRACTION = 0.05
+_HELD_OUT_BATCH = 16
 # With the usual 0.999 the huge gradients of the first steps would keep all later ones small.
 _ADAM_BETAS = (0.9, 0.98)
 
@@ -43,7 +46,8 @@ class Student(nn.Module):
 
     def train(self, mode: bool = True) -> "Student":
         """Keeps dropout off: the teacher's predictions are exact, and noise in the student would only blur them."""
-        return super().train(False)
+        # The Trainer calls this at every step, and walking through all modules takes longer than it looks.
+        return super().train(False) if self.training else self
 
     def causal_lm(self) -> PeftModelForCausalLM:
         """The student as the language model that it is."""
@@ -64,57 +68,12 @@ def check_objective(shared: SharedVocabulary, recipe: Recipe) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What a model predicts on a batch, from the first token on whose prediction counts in any passage.
-
-    Before it lie the prompts: their logits are never computed, which saves most of the memory of large vocabularies.
-    """
-
-    logits: Tensor
-    """Shape (batch, kept tokens, vocabulary)."""
-    ids: Tensor
-    """The tokens read, shape (batch, kept tokens)."""
-    positions: Tensor
-    """Aligned positions among the kept tokens, shape (batch, aligned); 0 for those that lie before."""
-    hidden: Tensor
-    """Final hidden states of all tokens, shape (batch, tokens, hidden); no tokens where not asked for."""
-
-    def aligned(self, counts: Tensor) -> Tensor:
-        """Logits at the aligned positions where `counts` (batch, aligned) is true: (positions, vocabulary), fp32."""
-        return gather_positions(self.logits, self.positions)[counts].float()
-
-
-def predict(
-    model: nn.Module, batch: Batch, side: Literal["source", "target"], with_hidden: bool = False
-) -> Predictions:
-    """Reads a batch with a model.
-
-    Args:
-        model: teacher or student
-        batch: aligned passages; some position has a weight
-        side: whose ids and positions to read
-        with_hidden: return hidden states too
-    """
-    ids, positions = batch[f"{side}_ids"], batch[f"{side}_positions"]
-    first = int(positions[batch["weights"] > 0].min())
-    output = model(
-        input_ids=ids,
-        attention_mask=batch[f"{side}_mask"],
-        output_hidden_states=with_hidden,
-        use_cache=False,
-        logits_to_keep=torch.arange(first, ids.shape[1], device=ids.device),
-    )
-    hidden = output.hidden_states[-1] if with_hidden else output.logits.new_empty(len(ids), 0, 0)
-    return Predictions(output.logits, ids[:, first:], (positions - first).clamp_min(0), hidden)
-
-
-def read_batch(teacher: nn.Module, student: Student, batch: Batch) -> tuple[Predictions, Predictions]:
+def read_batch(teacher: Teacher, student: Student, batch: Batch) -> tuple[Predictions, Predictions]:
     """What teacher and student predict on a batch; gradients flow into the student only."""
-    with_hidden = student.hidden_head is not None
-    with torch.no_grad():
-        taught = predict(teacher, batch, "source", with_hidden)
-    return taught, predict(student.model, batch, "target", with_hidden)
+    taught = teacher.predict(batch)
+    # PEFT looks at a weight more than once; maps need not be folded each time.
+    with parametrize.cached():
+        return taught, predict(student.model, batch, "target", student.hidden_head is not None)
 
 
 def distillation_losses(
@@ -174,13 +133,13 @@ class HeldOut:
 
 @torch.no_grad()
 def measure_held_out(
-    teacher: nn.Module, student: Student, examples: Sequence[AlignedPassage], shared: SharedVocabulary, recipe: Recipe
+    teacher: Teacher, student: Student, examples: Sequence[AlignedPassage], shared: SharedVocabulary, recipe: Recipe
 ) -> HeldOut:
     """Compares teacher and student on held-out passages; positions count as in training."""
     device = next(student.parameters()).device
     student.eval()
-    losses, divergences, agreements, weights = [], [], [], []
-    for batch in batches(examples, recipe.batch_size, device):
+    losses, divergences, agreements, weights, of_batch = [], [], [], [], []
+    for batch in batches(examples, _HELD_OUT_BATCH, device):
         counts = batch["weights"] > 0
         taught, learned = read_batch(teacher, student, batch)
         parts = distillation_losses(taught, learned, batch, student.hidden_head, shared, recipe)
@@ -190,9 +149,10 @@ def measure_held_out(
         divergences.append(kl_divergence(teacher_next, student_next))
         agreements.append(teacher_next.argmax(-1) == student_next.argmax(-1))
         weights.append(batch["weights"][counts])
+        of_batch.append(batch["weights"].sum())
     weight = torch.cat(weights)
     return HeldOut(
-        float(torch.stack(losses).mean()),
+        float(weighted_mean(torch.stack(losses), torch.stack(of_batch))),
         float(weighted_mean(torch.cat(divergences), weight)),
         float(weighted_mean(torch.cat(agreements).float(), weight)),
     )
@@ -202,7 +162,7 @@ def measure_held_out(
 def shared_mass(
     model: nn.Module,
     examples: Sequence[AlignedPassage],
-    side: Literal["source", "target"],
+    side: Side,
     shared_ids: Tensor,
 ) -> float:
     """Mean probability that a model gives to the shared tokens at the aligned positions."""
@@ -217,14 +177,16 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: Teacher,
         student: Student,
         examples: Sequence[AlignedPassage],
         shared: SharedVocabulary,
         recipe: Recipe,
         arguments: TrainingArguments,
     ) -> None:
-        optimizer = torch.optim.AdamW(_parameter_groups(student, recipe), betas=_ADAM_BETAS, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(student, recipe), betas=_ADAM_BETAS, weight_decay=0.0, fused=True
+        )
         warmup = max(1, round(_WARMUP_FRACTION * recipe.steps))
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, recipe.steps)
         super().__init__(

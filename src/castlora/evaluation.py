@@ -209,17 +209,24 @@ def completion_log_likelihoods(model: CausalLM, pairs: Sequence[CompletionTokens
     Raises:
         UserError: a log-likelihood is not finite.
     """
-    totals = np.empty(len(pairs))
-    for batch in _batches_by_length([len(pair.ids) for pair in pairs], batch_size):
-        ids, mask = _pad([pairs[i].ids for i in batch], "right", model.device)
-        starts = torch.tensor([pairs[i].start for i in batch], device=model.device)
-        kept = ids.shape[1] - int(starts.min()) + 1
+    # The last token is predicted, never read: choices of one token after the same prompt are one reading.
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        by_context.setdefault(tuple(pair.ids[:-1]), []).append(index)
+    contexts = list(by_context)
+    totals = np.zeros(len(pairs))
+    for batch in _batches_by_length([len(context) for context in contexts], batch_size):
+        ids, mask = _pad([list(contexts[i]) for i in batch], "right", model.device)
+        asked = [(row, index) for row, i in enumerate(batch) for index in by_context[contexts[i]]]
+        first = min(pairs[index].start for _, index in asked) - 1
+        kept = torch.arange(first, ids.shape[1], device=model.device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
-        logits, targets = logits[:, :-1].float(), ids[:, -kept + 1 :]
-        log_probs = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
-        positions = torch.arange(ids.shape[1] - kept + 1, ids.shape[1], device=model.device)
-        counted = (positions >= starts[:, None]) & mask[:, -kept + 1 :].bool()
-        totals[batch] = log_probs.where(counted, 0.0).double().sum(-1).cpu().numpy()
+        log_probabilities = logits.float().log_softmax(-1).cpu()
+        for row, index in asked:
+            tokens = torch.tensor(pairs[index].ids[pairs[index].start :])
+            begin = pairs[index].start - 1 - first
+            predicted = log_probabilities[row, begin : begin + len(tokens)]
+            totals[index] = float(predicted.gather(-1, tokens[:, None]).double().sum())
     if not np.isfinite(totals).all():
         raise UserError("The model gives log-likelihoods that are not finite; load it in float32 or bfloat16.")
     return totals

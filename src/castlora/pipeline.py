@@ -40,6 +40,7 @@ from castlora.stages import (
     answer_prompts,
     choose_prompts,
     draw_text,
+    hold_teacher,
     load_models,
     plan_transfer,
     start_student,
@@ -141,9 +142,12 @@ def transfer(
         raise
     masses = _report_shared_mass(models, held_out)
     student = start_student(models, plan, resolved, training, output_rank, seed)
-    measure = partial(measure_held_out, models.teacher, examples=held_out, shared=models.shared, recipe=resolved)
+    teacher = hold_teacher(models, training, held_out, resolved)
+    measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=resolved)
     before = measure(student)
-    log = train_student(models, student, training, resolved, seed, run.checkpoints, run.last_checkpoint())
+    log = train_student(
+        teacher, student, models.shared, training, resolved, seed, run.checkpoints, run.last_checkpoint()
+    )
     scale = keep_best_scale(student, measure, TRAINED_SCALES)
     after = measure(student)
     logger.info("Held-out KL to source + LoRA: %.4f before, %.4f after (nats per position)", before.kl, after.kl)

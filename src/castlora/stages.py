@@ -37,6 +37,7 @@ from castlora.starts import (
     ridge_maps,
     start_from_factors,
 )
+from castlora.teacher import RECORD_BYTES, LiveTeacher, RecordedTeacher, Teacher, record_bytes
 from castlora.text import (
     GENERIC_FORMATS,
     HUB_DEFAULT,
@@ -310,9 +311,22 @@ def start_student(
     return Student(peft_model, *widths, with_head=with_head).to(best_device())
 
 
+def hold_teacher(
+    models: Models, training: Sequence[AlignedPassage], held_out: Sequence[AlignedPassage], recipe: Recipe
+) -> Teacher:
+    """The teacher of a run: its predictions are kept where training reads passages again and memory allows."""
+    passages = [*training, *held_out]
+    with_hidden = recipe.mse_weight > 0
+    is_read_again = recipe.steps * recipe.batch_size > len(training)
+    if is_read_again and record_bytes(models.source.config, passages, with_hidden) <= RECORD_BYTES:
+        return RecordedTeacher(models.teacher, passages, with_hidden)
+    return LiveTeacher(models.teacher, with_hidden)
+
+
 def train_student(
-    models: Models,
+    teacher: Teacher,
     student: Student,
+    shared: SharedVocabulary,
     training: Sequence[AlignedPassage],
     recipe: Recipe,
     seed: int,
@@ -340,7 +354,7 @@ def train_student(
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     examples = reading_order(training, recipe.steps * recipe.batch_size, recipe.batch_size, seed)
-    trainer = DistillationTrainer(models.teacher, student, examples, models.shared, recipe, arguments)
+    trainer = DistillationTrainer(teacher, student, examples, shared, recipe, arguments)
     trainer.remove_callback(PrinterCallback if quiet else ProgressCallback)
     if not quiet:
         trainer.add_callback(LossProgress())

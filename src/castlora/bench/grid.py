@@ -81,7 +81,7 @@ def record_path(out: Path, cell: Cell, method: str) -> Path:
     return cell.folder(out) / f"{name}.{cell.regime}.seed{cell.seed}.json"
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def taught_passages(settings: Settings, cell: Cell, recipe: Recipe) -> list[Passage]:
     """The text of a run, answers included; all starts of a recipe learn from the same."""
     models = load_models(cell.plan(settings.spec))

@@ -20,8 +20,8 @@ def read_text(
     settings: Settings, cell: Cell, recipe: Recipe
 ) -> tuple[Plan, Models, list[AlignedPassage], list[AlignedPassage]]:
     """The cell's models, and its training and held-out passages."""
-    # Only the length of general text depends on the target; prompts serve all targets of a source.
-    reading = cell if cell.regime == "general" else replace(cell, pair=f"{cell.source}:{cell.source}")
+    # Only the length of running text depends on the target; prompts serve all targets of a source.
+    reading = replace(cell, pair=f"{cell.source}:{cell.source}") if recipe.write_answers else cell
     passages = taught_passages(settings, reading, replace(recipe, start="fresh", trained="maps"))
     plan = cell.plan(settings.spec)
     models = load_models(plan)

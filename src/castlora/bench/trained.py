@@ -20,7 +20,7 @@ from castlora.evaluation import evaluate_model
 from castlora.manifest import peak_memory_bytes
 from castlora.positions import AlignedPassage
 from castlora.scaling import TRAINED_SCALES, keep_best_scale
-from castlora.stages import Models, Plan, start_student, train_student
+from castlora.stages import Models, Plan, hold_teacher, start_student, train_student
 from castlora.starts import attach_lora, paper_maps
 
 WITH_TEXT: tuple[Regime, ...] = ("general", "format", "prompts")
@@ -47,10 +47,11 @@ class Distilled:
         plan, models, training, held_out = read_text(settings, cell, recipe)
         text_seconds = time.monotonic() - started
         student = self.start_student(models, plan, recipe, training, cell.seed)
-        measure = partial(measure_held_out, models.teacher, examples=held_out, shared=models.shared, recipe=recipe)
+        teacher = hold_teacher(models, training, held_out, recipe)
+        measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
         before = measure(student)
         with tempfile.TemporaryDirectory() as state:
-            log = train_student(models, student, training, recipe, cell.seed, Path(state), quiet=True)
+            log = train_student(teacher, student, models.shared, training, recipe, cell.seed, Path(state), quiet=True)
         scale = keep_best_scale(student, measure, TRAINED_SCALES)
         after = measure(student)
         train_seconds = time.monotonic() - started - text_seconds

@@ -35,6 +35,7 @@ from castlora.starts import (
     student_factors,
 )
 from castlora.tasks import TaskItem
+from castlora.teacher import RecordedTeacher
 
 _LABELLED_STEPS, _LABELLED_BATCH, _LABELLED_RATE = 400, 32, 4e-3
 """How the constrained adapter is trained on a task's labels: as the zoo's adapters are."""
@@ -55,7 +56,8 @@ class Solved:
         plan, models, training, held_out = read_text(settings, cell, recipe)
         update = self._solve(plan, models, training, recipe, cell.seed)
         student = _attach_update(models.target, update)
-        measure = partial(measure_held_out, models.teacher, examples=held_out, shared=models.shared, recipe=recipe)
+        teacher = RecordedTeacher(models.teacher, held_out, with_hidden=False)
+        measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
         scale = keep_best_scale(student, measure, SOLVED_SCALES)
         evaluation = evaluate_model(student.causal_lm(), models.target_tokenizer, settings.spec.test_items(cell.skill))
         return {
