@@ -12,8 +12,7 @@ def cell_recipe(settings: Settings, cell: Cell, name: RecipeName, start: Start, 
     """A recipe for as many steps and as much text as the benchmark gives every method."""
     tuning = replace(tuning, passages=settings.passages, max_length=settings.max_length)
     recipe = resolve_recipe(name, start, settings.steps, settings.batch_size, tuning)
-    reads_running_text = cell.regime == "general" and not recipe.write_answers
-    return replace(recipe, max_length=settings.running_length) if reads_running_text else recipe
+    return replace(recipe, max_length=settings.running_length) if _reads_running_text(cell, recipe) else recipe
 
 
 def read_text(
@@ -21,8 +20,12 @@ def read_text(
 ) -> tuple[Plan, Models, list[AlignedPassage], list[AlignedPassage]]:
     """The cell's models, and its training and held-out passages."""
     # Only the length of running text depends on the target; prompts serve all targets of a source.
-    reading = replace(cell, pair=f"{cell.source}:{cell.source}") if recipe.write_answers else cell
+    reading = cell if _reads_running_text(cell, recipe) else replace(cell, pair=f"{cell.source}:{cell.source}")
     passages = taught_passages(settings, reading, replace(recipe, start="fresh", trained="maps"))
     plan = cell.plan(settings.spec)
     models = load_models(plan)
     return plan, models, *align_text(models, passages, recipe)
+
+
+def _reads_running_text(cell: Cell, recipe: Recipe) -> bool:
+    return cell.regime == "general" and not recipe.write_answers
