@@ -1,6 +1,6 @@
 """How much of a skill arrives, on the zoo: pairs × skills × methods × text × seeds, one JSON file per run.
 
-    python -m benchmarks.quality --tasks TASKS --text CORPUS/train-05.jsonl.gz --out benchmarks/results/quality
+    python -m benchmarks.quality --tasks TASKS --text CORPUS/train-05.jsonl.gz --held_out_text CORPUS/valid.jsonl.gz
 
 Runs that are already there are skipped, so a stopped benchmark goes on where it was. TASKS is made by
 `python -m benchmarks.zoo.skills`. `python -m benchmarks.quality_report` renders the results into docs.
@@ -46,6 +46,7 @@ def zoo_models(zoo: Path, third_party: Path) -> dict[str, BenchmarkModel]:
 def main(
     tasks: Path,
     text: Path,
+    held_out_text: Path,
     out: Path = Path("benchmarks/results/quality"),
     zoo: Path = ZOO,
     third_party: Path = Path("../shared/data/models"),
@@ -63,6 +64,7 @@ def main(
     Args:
         tasks: folder of task files, one folder per skill
         text: general text
+        held_out_text: general text that nothing was trained on
         out: folder of the results
         zoo: folder of the zoo's models and adapters
         third_party: folder of models that the zoo does not hold
@@ -77,7 +79,9 @@ def main(
     """
     torch.set_num_threads(threads)
     disable_progress_bar()
-    spec = BenchmarkSpec(zoo_models(zoo, third_party), list(PAIRS), list(GRID_SKILLS), str(tasks), str(text))
+    spec = BenchmarkSpec(
+        zoo_models(zoo, third_party), list(PAIRS), list(GRID_SKILLS), str(tasks), str(text), str(held_out_text)
+    )
     run_quality(spec.narrowed(list(pairs), list(skills), list(regimes)), out, methods, seeds, steps, batch_size)
 
 

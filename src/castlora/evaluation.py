@@ -232,6 +232,29 @@ def completion_log_likelihoods(model: CausalLM, pairs: Sequence[CompletionTokens
     return totals
 
 
+def text_loss(
+    model: CausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], max_length: int = 128
+) -> float:
+    """Mean negative log-likelihood of the tokens of running text, in nats per token.
+
+    Compares what adapters do to the general ability of one base model; its exponential is the perplexity.
+
+    Args:
+        model: the model
+        tokenizer: its tokenizer
+        texts: passages; each has at least two tokens
+        max_length: tokens read of each passage
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        read = [CompletionTokens(_encode(tokenizer, text)[0][:max_length], 1) for text in texts]
+        total = completion_log_likelihoods(model, read, batch_size=32).sum()
+    finally:
+        model.train(was_training)
+    return float(-total / sum(len(tokens.ids) - 1 for tokens in read))
+
+
 @torch.inference_mode()
 def generate(
     model: CausalLM,

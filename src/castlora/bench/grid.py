@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from castlora.bench.spec import BenchmarkSpec
 from castlora.config import Recipe, Regime
-from castlora.evaluation import Evaluation
+from castlora.evaluation import CausalLM, Evaluation, evaluate_model, text_loss
 from castlora.manifest import versions
 from castlora.run_directory import write_whole
 from castlora.stages import Plan, TextSource, answer_prompts, choose_prompts, draw_text, load_models, plan_transfer
@@ -97,6 +98,15 @@ def write_missing(path: Path, run: Callable[[], dict[str, Any]]) -> bool:
     write_whole(path, json.dumps(result, indent=1) + "\n")
     tqdm.write(f"{path} {result.get('score', '')}")
     return True
+
+
+def score(spec: BenchmarkSpec, model: CausalLM, tokenizer: PreTrainedTokenizerFast, skill: str) -> dict[str, Any]:
+    """What a record keeps of a model: how it does on a skill's test items, and on held-out text."""
+    passages = spec.held_out_passages()
+    return {
+        **figures(evaluate_model(model, tokenizer, spec.test_items(skill))),
+        **({"text_loss": text_loss(model, tokenizer, passages)} if passages else {}),
+    }
 
 
 def figures(evaluation: Evaluation) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from castlora.bench.grid import Cell, Settings, figures, record_path, write_missing
+from castlora.bench.grid import Cell, Settings, record_path, score, write_missing
 from castlora.bench.methods import METHODS, Method
 from castlora.bench.spec import BenchmarkSpec
 from castlora.bench.trained import OtherSkill
 from castlora.bench.untrained import Constrained
 from castlora.config import Tuning, resolve_recipe
 from castlora.errors import UserError
-from castlora.evaluation import evaluate_model, load_adapter
+from castlora.evaluation import load_adapter
 from castlora.models import load_model
 from castlora.run_directory import write_whole
 
@@ -100,7 +100,7 @@ def reference_scores(spec: BenchmarkSpec, pair: str, skill: str) -> dict[str, An
     for name, (base, adapter) in models.items():
         model, tokenizer = load_model(spec.base(base))
         scored = load_adapter(model, adapter, base) if adapter else model
-        references[name] = figures(evaluate_model(scored, tokenizer, spec.test_items(skill)))
+        references[name] = score(spec, scored, tokenizer, skill)
     return {"pair": pair, "skill": skill, "references": references}
 
 

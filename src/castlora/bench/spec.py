@@ -12,8 +12,11 @@ from castlora.demonstration.bundle import demo_adapters_path, demo_models_path, 
 from castlora.errors import UserError
 from castlora.stages import TextSource
 from castlora.tasks import TaskItem, load_task
+from castlora.text import cut_passages, read_documents
 
 SKILL_SLOT = "{skill}"
+HELD_OUT_PASSAGES, HELD_OUT_BYTES = 128, 256
+"""How much of the held-out text is read."""
 _NEEDED: dict[Regime, str] = {"format": "skill.json", "prompts": "prompts.jsonl"}
 
 
@@ -42,6 +45,9 @@ class BenchmarkSpec:
     train.jsonl for methods that train on labels."""
     text: str | None = None
     """General text: a file or a hub data set; by default allenai/c4."""
+    held_out_text: str | None = None
+    """General text that nothing is trained on, which shows what an adapter does to other abilities; a file or a hub
+    data set. Without it, that is not measured."""
     regimes: list[Regime] = field(default_factory=lambda: list(REGIMES))
     """What methods may read; by default every one in turn."""
 
@@ -73,6 +79,13 @@ class BenchmarkSpec:
         """General text inside the prompt format of a skill."""
         description = json.loads(self._file(skill, "skill.json").read_text(encoding="utf-8"))
         return TextSource(text=self.text, prompt_format=description["prompt_format"])
+
+    def held_out_passages(self) -> list[str]:
+        """Passages of the held-out text; none where there is none."""
+        if self.held_out_text is None:
+            return []
+        documents = read_documents(self.held_out_text)
+        return [passage.text for passage in cut_passages(documents, HELD_OUT_PASSAGES, HELD_OUT_BYTES, seed=0)]
 
     def has_labels(self) -> bool:
         """Whether every skill has labelled items to train on."""
@@ -134,8 +147,8 @@ def _resolved(spec: BenchmarkSpec, folder: Path) -> BenchmarkSpec:
         return str(folder / name) if (folder / fixed).exists() else name
 
     models = {name: BenchmarkModel(beside(model.base), beside(model.adapters)) for name, model in spec.models.items()}
-    text = None if spec.text is None else beside(spec.text)
-    return replace(spec, models=models, tasks=beside(spec.tasks), text=text)
+    text, held_out = (None if name is None else beside(name) for name in (spec.text, spec.held_out_text))
+    return replace(spec, models=models, tasks=beside(spec.tasks), text=text, held_out_text=held_out)
 
 
 def _of_the_bundle() -> BenchmarkSpec:

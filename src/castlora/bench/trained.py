@@ -12,11 +12,10 @@ from transformers import set_seed
 
 from castlora.baselines.nonlinear import attach_networks
 from castlora.baselines.synthetic import contrastive_excess, label_by_excess, learn_labels
-from castlora.bench.grid import Cell, Settings, figures
+from castlora.bench.grid import Cell, Settings, score
 from castlora.bench.reading import cell_recipe, read_text
 from castlora.config import Recipe, RecipeName, Regime, Start, Tuning
 from castlora.distill import Student, measure_held_out, peak_learning_rate
-from castlora.evaluation import evaluate_model
 from castlora.manifest import peak_memory_bytes
 from castlora.positions import AlignedPassage
 from castlora.scaling import TRAINED_SCALES, keep_best_scale
@@ -55,11 +54,10 @@ class Distilled:
         scale = keep_best_scale(student, measure, TRAINED_SCALES)
         after = measure(student)
         train_seconds = time.monotonic() - started - text_seconds
-        evaluation = evaluate_model(student.causal_lm(), models.target_tokenizer, settings.spec.test_items(tested))
         return {
             "recipe": asdict(recipe),
             "training_passages": len(training),
-            **figures(evaluation),
+            **score(settings.spec, student.causal_lm(), models.target_tokenizer, tested),
             "held_out_kl": [before.kl, after.kl],
             "agreement": [before.agreement, after.agreement],
             "last_loss": log[-1]["loss"],
@@ -118,5 +116,5 @@ class Labelled:
         rate = peak_learning_rate(recipe, models.target.config.hidden_size)
         learn_labels(student, labelled, recipe.steps, recipe.batch_size, rate, cell.seed)
         assert isinstance(student, PeftModelForCausalLM)
-        evaluation = evaluate_model(student, models.target_tokenizer, settings.spec.test_items(cell.skill))
-        return {"recipe": asdict(recipe), "training_passages": len(labelled), **figures(evaluation)}
+        scored = score(settings.spec, student, models.target_tokenizer, cell.skill)
+        return {"recipe": asdict(recipe), "training_passages": len(labelled), **scored}

@@ -15,7 +15,7 @@ from castlora.baselines.logit_delta import evaluate_logit_delta
 from castlora.baselines.lora_x import attach_constrained, lora_x
 from castlora.baselines.synthetic import IGNORED_LABEL, LabelledPassage, learn_labels
 from castlora.baselines.theseus import theseus
-from castlora.bench.grid import Cell, Settings, figures
+from castlora.bench.grid import Cell, Settings, figures, score
 from castlora.bench.reading import cell_recipe, read_text
 from castlora.bench.trained import WITH_TEXT
 from castlora.config import Recipe, Regime, Tuning
@@ -59,11 +59,10 @@ class Solved:
         teacher = RecordedTeacher(models.teacher, held_out, with_hidden=False)
         measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
         scale = keep_best_scale(student, measure, SOLVED_SCALES)
-        evaluation = evaluate_model(student.causal_lm(), models.target_tokenizer, settings.spec.test_items(cell.skill))
         return {
             "training_passages": len(training),
             "scale": asdict(scale),
-            **figures(evaluation),
+            **score(settings.spec, student.causal_lm(), models.target_tokenizer, cell.skill),
         }
 
     def _solve(
@@ -92,8 +91,8 @@ class Weighed:
         models = load_models(plan)
         update = carry_weights(plan.pairing, plan.factors, plan.source_slots, models.source, models.target, self.carry)
         model = _attach_update(models.target, update).causal_lm() if update else models.target
-        evaluation = evaluate_model(model, models.target_tokenizer, settings.spec.test_items(cell.skill))
-        return {"carried_modules": [len(update), len(plan.target_modules)], **figures(evaluation)}
+        scored = score(settings.spec, model, models.target_tokenizer, cell.skill)
+        return {"carried_modules": [len(update), len(plan.target_modules)], **scored}
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,9 @@ class Constrained:
         models = load_models(plan)
         update = carry_weights(plan.pairing, factors, plan.source_slots, models.source, models.target, lora_x)
         model = _attach_update(models.target, update).causal_lm() if update else models.target
-        evaluation = evaluate_model(model, models.target_tokenizer, settings.spec.test_items(cell.skill))
+        scored = score(settings.spec, model, models.target_tokenizer, cell.skill)
         carried = [len(update), len(plan.target_modules)]
-        return {"carried_modules": carried, "source + constrained adapter": source_score, **figures(evaluation)}
+        return {"carried_modules": carried, "source + constrained adapter": source_score, **scored}
 
 
 @lru_cache(maxsize=4)
