@@ -40,7 +40,8 @@ def spec(base_model, adapter, text_file, tmp_path) -> BenchmarkSpec:
         (tmp_path / "adapters" / name).mkdir(parents=True)
         (tmp_path / "adapters" / name / "animals").symlink_to(adapter(name))
         models[name] = BenchmarkModel(str(base_model(name)), str(tmp_path / "adapters" / name / "{skill}"))
-    return BenchmarkSpec(models, ["llama:mistral"], ["animals"], str(tmp_path / "tasks"), str(text_file))
+    tasks, text = str(tmp_path / "tasks"), str(text_file)
+    return BenchmarkSpec(models, ["llama:mistral"], ["animals"], tasks, text, held_out_text=text)
 
 
 def records(out: Path) -> dict[tuple[str, str], dict[str, object]]:
@@ -62,9 +63,14 @@ def test_every_method_runs_and_the_page_shows_it(spec, tmp_path, monkeypatch):
     assert {name for name, _ in found} == set(METHODS) - {OTHER_SKILL}
     assert all(regime in METHODS[name].regimes for name, regime in found)
     assert all(0 <= run["score"] <= 1 and len(run["scores"]) == 9 for run in found.values())
+    assert {name for name, run in found.items() if "text_loss" not in run} == {("logit-delta oracle", "none")}
     write_page(out, tmp_path / "results.md")
     page = (tmp_path / "results.md").read_text()
-    assert "| llama → mistral | animals |" in page and "## Unlabelled task prompts" in page
+    assert (
+        "| llama → mistral | animals |" in page
+        and "## Unlabelled task prompts" in page
+        and "## General ability" in page
+    )
 
 
 def test_the_adapter_of_another_skill_is_moved_and_tested_on_this_one(spec, tmp_path, adapter):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from castlora.errors import UserError
-from castlora.evaluation import encode_completion, evaluate, evaluate_model
+from castlora.evaluation import encode_completion, evaluate, evaluate_model, text_loss
 from castlora.tasks import TaskItem
 
 ITEMS = [
@@ -293,3 +293,18 @@ def test_an_adapter_of_another_model_is_refused(saved: Path) -> None:
     tokenizer.save_pretrained(saved / "other")
     with pytest.raises(UserError, match=r"cannot be loaded as an adapter of .*other"):
         evaluate(str(saved / "other"), str(saved / "task.jsonl"), adapter=str(saved / "adapter"))
+
+
+@either_tokenizer
+def test_the_loss_on_text_is_the_mean_over_its_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model(tokenizer)
+    texts = ["Who stole the ring of the fox? the character", "the setting"]
+    losses, counts = [], []
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            losses.append(float(model(input_ids=ids, labels=ids).loss))
+        counts.append(ids.shape[1] - 1)
+    expected = np.average(losses, weights=counts)
+    assert text_loss(model, tokenizer, texts) == pytest.approx(expected, rel=1e-5)
+    assert text_loss(model, tokenizer, texts, max_length=2) != pytest.approx(expected, rel=1e-3)

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -66,6 +67,24 @@ def test_the_page_shows_what_was_run_and_nothing_else(results, tmp_path):
     assert "old" not in readme
     assert "| small → large | colours | 0.000 | 0.800 | – | – | – | – | 1.00 | 0.62 |\n" in readme
     assert "| mean (cells) | | | | – | – | – | – | 1.00 (1) | 0.62 (1) |" in readme
+
+
+def test_the_loss_on_held_out_text_is_compared_with_the_bare_and_the_retrained_target(results, tmp_path):
+    folder = results / "small--large" / "colours"
+    losses = {"fresh.prompts.seed0.json": 4.2, "fresh.prompts.seed1.json": 4.4}
+    for name, loss in losses.items():
+        record = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**record, "text_loss": loss}))
+    references = json.loads((folder / "references.json").read_text())
+    for name, loss in {"bare target": 4.0, "retrained": 4.5}.items():
+        references["references"][name]["text_loss"] = loss
+    (folder / "references.json").write_text(json.dumps(references))
+    main(results, tmp_path / "results.md", None)
+    page = (tmp_path / "results.md").read_text()
+    assert f"| Unlabelled task prompts | fresh | 1 | {math.exp(0.3):.2f} | {math.exp(0.5):.2f} |" in page
+    assert "ridge start" not in page.partition("## General ability")[2]
+    summary = json.loads((tmp_path / "quality-summary.json").read_text())
+    assert [cell["text_loss_added"] for cell in summary] == [pytest.approx(0.3), None]
 
 
 def test_a_page_without_marks_is_left_alone():

@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ class PooledCell:
     score: float
     nll: float
     lift: Lift
+    text_loss_added: float | None
+    """What the adapter adds to the bare target's loss on held-out text, in nats per token; None where not measured."""
 
 
 def read_results(folder: Path) -> tuple[References, list[dict[str, Any]]]:
@@ -56,8 +59,15 @@ def make_cells(references: References, runs: Iterable[dict[str, Any]]) -> list[P
         reference = references[pair, skill]
         lift = lift_with_interval(_items([reference["bare target"]]), _items(group), _items([reference["retrained"]]))
         score, nll = (float(np.mean([run[field] for run in group])) for field in ("score", "nll"))
-        cells.append(PooledCell(pair, skill, regime, method, len(group), score, nll, lift))
+        added = text_loss_added(reference["bare target"], group)
+        cells.append(PooledCell(pair, skill, regime, method, len(group), score, nll, lift, added))
     return cells
+
+
+def text_loss_added(bare: dict[str, Any], runs: Iterable[dict[str, Any]]) -> float | None:
+    """Mean difference to the bare target's loss on held-out text, in nats per token; None where not measured."""
+    losses = [run["text_loss"] for run in runs if "text_loss" in run]
+    return float(np.mean(losses)) - float(bare["text_loss"]) if losses and "text_loss" in bare else None
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,34 @@ def mean_lifts(cells: Sequence[PooledCell]) -> list[MeanLift]:
                 )
             )
     return means
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What a method does under one regime to the perplexity on held-out text, over the cells where it was measured."""
+
+    regime: Regime
+    method: str
+    cells: int
+    perplexity: float
+    """Geometric mean of perplexity / perplexity of the bare target."""
+    retrained: float
+    """The same of the retrained adapters of these cells."""
+
+
+def drifts(references: References, cells: Sequence[PooledCell]) -> list[Drift]:
+    """The drift of all methods, by regime."""
+    found = []
+    for regime, method in product(REGIMES, METHOD_ORDER):
+        group = [cell for cell in cells if (cell.regime, cell.method) == (regime, method)]
+        added = {(cell.pair, cell.skill): cell.text_loss_added for cell in group if cell.text_loss_added is not None}
+        of_retrained = [
+            text_loss_added(references[place]["bare target"], [references[place]["retrained"]]) for place in added
+        ]
+        if added:
+            means = (float(np.exp(np.mean(list(values)))) for values in (added.values(), of_retrained))
+            found.append(Drift(regime, method, len(added), *means))
+    return found
 
 
 def _items(group: Sequence[dict[str, Any]]) -> np.ndarray:

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from castlora.bench.plots import lift_chart
-from castlora.bench.results import METHOD_ORDER, PooledCell, References, make_cells, mean_lifts, read_results
+from castlora.bench.results import (
+    METHOD_ORDER,
+    Drift,
+    PooledCell,
+    References,
+    drifts,
+    make_cells,
+    mean_lifts,
+    read_results,
+)
 from castlora.config import Regime
 
 REGIME_TITLES: dict[Regime, str] = {
@@ -44,7 +53,10 @@ def render(references: References, runs: Sequence[dict[str, Any]], cells: Sequen
         if table:
             sections += [f"## {title}", table]
     chart = f"![Mean lift by method]({chart_name})"
-    sections += ["## Mean lift by method", chart, _mean_table(cells), "## Environment", _environment(runs)]
+    sections += ["## Mean lift by method", chart, _mean_table(cells)]
+    if measured := drifts(references, cells):
+        sections += ["## General ability", _drift_table(measured)]
+    sections += ["## Environment", _environment(runs)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -107,6 +119,21 @@ def _mean_table(cells: Sequence[PooledCell]) -> str:
     return "\n".join([note, "", *rows])
 
 
+def _drift_table(measured: Sequence[Drift]) -> str:
+    rows = [
+        "| text | method | cells | perplexity ÷ bare target's | retrained ÷ bare target's |",
+        "|---|---|---|---|---|",
+    ]
+    for drift in measured:
+        title = REGIME_TITLES[drift.regime]
+        rows.append(f"| {title} | {drift.method} | {drift.cells} | {drift.perplexity:.2f} | {drift.retrained:.2f} |")
+    note = (
+        "Perplexity on held-out general text, geometric means over cells: what an adapter does to all that it was not "
+        "made for, beside what retraining on the task does."
+    )
+    return "\n".join([note, "", *rows])
+
+
 def _environment(runs: Sequence[dict[str, Any]]) -> str:
     commits = _listed(sorted({run["environment"]["commit"][:10] for run in runs}))
     machines = _listed(sorted({run["environment"]["machine"] for run in runs}))
@@ -118,7 +145,8 @@ def _environment(runs: Sequence[dict[str, Any]]) -> str:
 def _summary(cell: PooledCell) -> dict[str, Any]:
     fields = ("pair", "skill", "regime", "method", "seeds", "score", "nll")
     lift = {"lift": cell.lift.lift, "lift_ci95": cell.lift.ci95, "ratio": cell.lift.ratio}
-    return {**{field: vars(cell)[field] for field in fields}, **lift, "countable": cell.lift.countable}
+    rest = {"countable": cell.lift.countable, "text_loss_added": cell.text_loss_added}
+    return {**{field: vars(cell)[field] for field in fields}, **lift, **rest}
 
 
 def arrow(pair: str) -> str:
