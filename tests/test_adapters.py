@@ -52,10 +52,19 @@ def copy(adapter, tmp_path) -> Path:
     return Path(shutil.copytree(adapter("llama", ("q_proj", "v_proj")), tmp_path / "damaged"))
 
 
+OPTIONS = {
+    "plain": {},
+    "another scale": {"lora_alpha": 3},
+    "rsLoRA": {"use_rslora": True},
+    "ranks that differ": {"rank_pattern": {"q_proj": 2, "c_fc": 7, r"layers\.1\..*[vo]_proj": 3, "down_proj": 1}},
+    "scales that differ": {"alpha_pattern": {"v_proj": 5, "c_proj": 9, "o_proj": 1}, "use_rslora": True},
+}
+
+
 @every_family
-@pytest.mark.parametrize("alpha", [16, 3])
-def test_factors_are_the_update_that_peft_applies(base_model, tmp_path, name, alpha):
-    live = tiny.save_adapter(tmp_path, base_model(name), tiny.LINEAR_MODULES[name], lora_alpha=alpha)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_factors_are_the_update_that_peft_applies(base_model, tmp_path, name, options):
+    live = tiny.save_adapter(tmp_path, base_model(name), tiny.LINEAR_MODULES[name], **options)
     factors = factors_of(tmp_path, base_model(name))
     slots = slots_of(base_model(name))
     assert list(factors) == list(slots)
@@ -185,9 +194,6 @@ def test_a_rank_that_no_engine_accepts_is_refused():
     ("field", "value"),
     [
         ("use_dora", True),
-        ("use_rslora", True),
-        ("rank_pattern", {"q_proj": 8}),
-        ("alpha_pattern", {"q_proj": 8}),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "olora"),
         ("modules_to_save", ["lm_head"]),

@@ -122,8 +122,6 @@ BAD_INPUTS = {
     "pickled adapter": (pickled_adapter, "only a pickled adapter_model.bin, which is never opened"),
     "adapter with NaN": (adapter_with_nan, "adapter_model.safetensors of "),
     "DoRA": (changed_adapter(use_dora=True), "use_dora=True cannot be carried yet"),
-    "rsLoRA": (changed_adapter(use_rslora=True), "use_rslora=True cannot be carried yet"),
-    "ranks that differ": (changed_adapter(rank_pattern={"q_proj": 2}), "rank_pattern={'q_proj': 2} cannot be carried"),
     "PiSSA": (changed_adapter(init_lora_weights="pissa"), "init_lora_weights='pissa' cannot be carried yet"),
     "trained embeddings": (changed_adapter(modules_to_save=["lm_head"]), "modules_to_save=['lm_head'] cannot be"),
     "another shape": (changed_adapter(r=8), "has shape (4, 32), the base needs (8, 32); name the base"),

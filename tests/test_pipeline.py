@@ -104,6 +104,17 @@ def test_an_adapter_on_q_and_v_changes_q_and_v_alone(base_model, quick_transfer)
     assert all(factor.b.abs().max() > 0 for factor in factors.values())
 
 
+@pytest.mark.parametrize("trained", ["maps", "factors"])
+def test_an_adapter_whose_modules_have_unlike_ranks_and_scales(base_model, tmp_path, quick_transfer, trained):
+    options = {"rank_pattern": {"q_proj": 2, "down_proj": 9}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}
+    tiny.save_adapter(tmp_path / "uneven", base_model("llama"), tiny.LINEAR_MODULES["llama"], **options)
+    tuning = replace(SHORT, trained=trained)
+    result = quick_transfer("llama", "mistral", adapter=str(tmp_path / "uneven"), start="ridge", tuning=tuning)
+    config = json.loads((result.folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["use_rslora"]) == (16, 16, {}, False)
+    assert result.manifest["logit_difference"] <= 1e-4
+
+
 def test_maps_leave_the_parts_of_a_fused_target_without_a_source_unchanged(base_model, quick_transfer):
     tuning = replace(SHORT, trained="maps")
     result = quick_transfer("llama", "gpt2", modules=("q_proj", "v_proj"), start="ridge", tuning=tuning)

@@ -27,7 +27,7 @@ PORTABLE_RANKS = (8, 16, 32, 64, 128)
 _CARRIED_FIELDS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "init_lora_weights",
-    "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
+    "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
 """Fields of a LoRA configuration that leave the update B·A·scale; any other may change what an adapter computes."""
