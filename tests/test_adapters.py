@@ -193,7 +193,7 @@ def test_a_rank_that_no_engine_accepts_is_refused():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
+        ("use_bdlora", {"nblocks": 2}),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "olora"),
         ("modules_to_save", ["lm_head"]),
@@ -210,14 +210,16 @@ def test_what_cannot_be_carried_is_refused_by_name(copy, field, value):
 
 
 def test_every_field_of_a_plain_configuration_is_accepted(copy):
-    edit_config(copy, modules_to_save=[], rank_pattern={}, bias="none", lora_dropout=0.1, use_dora=False)
+    edit_config(copy, modules_to_save=[], rank_pattern={}, bias="none", lora_dropout=0.1)
     assert open_adapter(str(copy)).config.r == 4
 
 
-@pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "IA3", None])
+@pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "LORA2", None])
 def test_other_kinds_of_adapter_are_refused(copy, peft_type):
     edit_config(copy, peft_type=peft_type)
-    with pytest.raises(UserError, match=rf"damaged': peft_type is {peft_type!r}, castlora carries 'LORA'"):
+    with pytest.raises(
+        UserError, match=rf"damaged': peft_type is {peft_type!r}; castlora carries adapters that change"
+    ):
         open_adapter(str(copy))
 
 
@@ -231,6 +233,15 @@ def test_a_corrupt_configuration_is_refused(copy, content):
 def test_a_folder_without_configuration_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no adapter_config\.json; give the folder that PEFT saved"):
         open_adapter(str(tmp_path))
+
+
+def test_of_several_adapters_in_a_folder_one_is_to_be_named(tmp_path, copy):
+    folder = copy.parent / "many"
+    for name in ("first", "second"):
+        shutil.copytree(copy, folder / name)
+    with pytest.raises(UserError, match="holds several adapters \\('first', 'second'\\); name the folder of one"):
+        open_adapter(str(folder))
+    assert open_adapter(str(folder / "second")).config.r == 4
 
 
 @pytest.mark.parametrize("name", ["/nowhere/adapter", "./nowhere", "nowhere", "owner/nowhere"])

@@ -12,8 +12,8 @@ from castlora.baselines.theseus import procrustes, theseus
 from castlora.errors import UserError
 from castlora.evaluation import evaluate_model
 from castlora.models import linear_slots
+from castlora.plan import plan_transfer
 from castlora.positions import align_passages
-from castlora.stages import plan_transfer
 from castlora.starts import attach_lora, collect_moments, start_from_factors, student_factors
 from castlora.statistics import Moments
 from castlora.tasks import TaskItem

@@ -121,7 +121,7 @@ BAD_INPUTS = {
     "truncated adapter": (truncated_adapter, "is damaged or cut short"),
     "pickled adapter": (pickled_adapter, "only a pickled adapter_model.bin, which is never opened"),
     "adapter with NaN": (adapter_with_nan, "adapter_model.safetensors of "),
-    "DoRA": (changed_adapter(use_dora=True), "use_dora=True cannot be carried yet"),
+    "DoRA without its magnitudes": (changed_adapter(use_dora=True), "it lacks 'base_model.model.model.layers.0."),
     "PiSSA": (changed_adapter(init_lora_weights="pissa"), "init_lora_weights='pissa' cannot be carried yet"),
     "trained embeddings": (changed_adapter(modules_to_save=["lm_head"]), "modules_to_save=['lm_head'] cannot be"),
     "another shape": (changed_adapter(r=8), "has shape (4, 32), the base needs (8, 32); name the base"),

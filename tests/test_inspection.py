@@ -7,7 +7,7 @@ from castlora import UserError, inspect
 from castlora.adapters import open_adapter, read_factors
 from castlora.inspection import parameter_count
 from castlora.models import load_config
-from castlora.stages import plan_transfer
+from castlora.plan import plan_transfer
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
 

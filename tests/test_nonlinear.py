@@ -5,7 +5,7 @@ import torch
 from castlora.baselines.nonlinear import NonlinearA, ResidualMap, attach_networks
 from castlora.config import DEFAULT
 from castlora.distill import Student, _parameter_groups
-from castlora.stages import plan_transfer
+from castlora.plan import plan_transfer
 from castlora.starts import attach_lora, fold_maps, paper_maps, start_from_factors
 
 PAIRS = [("llama", "mistral"), ("gpt2", "llama"), ("llama", "gpt2"), ("phi3", "gpt2-deep")]

@@ -115,6 +115,16 @@ def test_an_adapter_whose_modules_have_unlike_ranks_and_scales(base_model, tmp_p
     assert result.manifest["logit_difference"] <= 1e-4
 
 
+@pytest.mark.parametrize("start", ["fresh", "ridge", "paper"])
+def test_an_adapter_that_is_no_plain_lora(base_model, tmp_path, quick_transfer, start, caplog):
+    tiny.save_adapter(tmp_path / "dora", base_model("llama"), ("q_proj", "v_proj"), use_dora=True)
+    with caplog.at_level("INFO", logger="castlora"):
+        result = quick_transfer("llama", "mistral", adapter=str(tmp_path / "dora"), start=start)
+    assert result.manifest["adapter"] == {"name": "dora", "kind": "DoRA", "rank": 32}
+    assert ("The maps start from the DoRA adapter cut to low rank" in caplog.text) == (start != "fresh")
+    assert result.manifest["losses"]["kl_after"] < result.manifest["losses"]["kl_before"]
+
+
 def test_maps_leave_the_parts_of_a_fused_target_without_a_source_unchanged(base_model, quick_transfer):
     tuning = replace(SHORT, trained="maps")
     result = quick_transfer("llama", "gpt2", modules=("q_proj", "v_proj"), start="ridge", tuning=tuning)

@@ -7,9 +7,9 @@ import torch
 
 from castlora.config import DEFAULT
 from castlora.distill import Student, measure_held_out
+from castlora.plan import plan_transfer
 from castlora.positions import align_passages
 from castlora.scaling import SOLVED_SCALES, TRAINED_SCALES, best_scale, keep_best_scale, losses_by_scale, scale_student
-from castlora.stages import plan_transfer
 from castlora.starts import attach_lora, start_from_factors, student_factors
 from castlora.teacher import LiveTeacher
 from castlora.text import Passage

@@ -7,16 +7,9 @@ import tiny
 
 from castlora.config import DEFAULT
 from castlora.errors import UserError
+from castlora.plan import plan_transfer
 from castlora.positions import AlignedPassage
-from castlora.stages import (
-    HELD_OUT_PASSAGES,
-    TextSource,
-    choose_prompts,
-    draw_text,
-    load_models,
-    plan_transfer,
-    reading_order,
-)
+from castlora.stages import HELD_OUT_PASSAGES, TextSource, choose_prompts, draw_text, load_models, reading_order
 from castlora.text import GENERIC_FORMATS, SLOT, Passage
 
 LENGTHS = random.Random(0).choices(range(5, 60), k=96)

@@ -7,8 +7,9 @@ import torch
 from castlora.cli import main
 from castlora.errors import UserError
 from castlora.evaluation import evaluate_model
+from castlora.plan import plan_transfer
 from castlora.positions import align_passages
-from castlora.stages import load_models, plan_transfer
+from castlora.stages import load_models
 from castlora.statistics import Moments
 from castlora.steering import (
     CONTROL,

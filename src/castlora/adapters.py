@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,10 +29,15 @@ PORTABLE_RANKS = (8, 16, 32, 64, 128)
 _CARRIED_FIELDS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "init_lora_weights",
-    "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "layers_to_transform", "layers_pattern",
+    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
-"""Fields of a LoRA configuration that leave the update B·A·scale; any other may change what an adapter computes."""
+"""Fields of a LoRA configuration that do not keep it from being carried; any other may change what it computes."""
+_REFUSED_FIELDS = ("modules_to_save", "bias", "trainable_token_indices", "target_parameters")
+"""Fields that other kinds of adapters share with LoRA and that change more than the weights of linear maps."""
+EFFECTIVE_RANK = 32
+"""Rank to which the update of an adapter is cut that is no plain LoRA."""
 _HINT = "name the base it was trained on with --source"
 
 
@@ -56,7 +63,20 @@ class AdapterFiles:
     name: str
     """What the user called it: a folder or a hub id."""
     folder: Path
-    config: LoraConfig
+    config: PeftConfig
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its update is B·A·scale; that of any other adapter is found by merging it into its base model."""
+        return self.kind == "LoRA"
+
+    @property
+    def kind(self) -> str:
+        """What it is called: LoRA, DoRA, or PEFT's name of another kind."""
+        if self.config.peft_type != PeftType.LORA:
+            return str(PeftType(self.config.peft_type).value)
+        assert isinstance(self.config, LoraConfig)
+        return "DoRA" if self.config.use_dora else "LoRA"
 
     @property
     def base_model(self) -> str:
@@ -68,11 +88,15 @@ def open_adapter(name_or_path: str, revision: str | None = None) -> AdapterFiles
     """Finds an adapter and reads its configuration, without touching its weights.
 
     Raises:
-        UserError: it cannot be found, is not a LoRA, or uses a feature that cannot be carried.
+        UserError: it cannot be found, or uses a feature that cannot be carried.
     """
     folder = _adapter_folder(name_or_path, revision)
     config_path = folder / CONFIG_FILE
     if not config_path.is_file():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+        if inside:
+            names = ", ".join(map(repr, inside[:8]))
+            raise UserError(f"{name_or_path!r} holds several adapters ({names}); name the folder of one of them.")
         raise UserError(f"Adapter {name_or_path!r} has no {CONFIG_FILE}; give the folder that PEFT saved.")
     config = _read_config(name_or_path, config_path)
     _refuse_unsupported(name_or_path, config)
@@ -86,7 +110,8 @@ def open_adapter(name_or_path: str, revision: str | None = None) -> AdapterFiles
 def read_factors(files: AdapterFiles, base_config: PreTrainedConfig) -> dict[str, LowRank]:
     """Reads the factors of every adapted module of the base model, in fp32.
 
-    Ranks and scales are the ones PEFT itself resolves for this base model.
+    Ranks and scales are the ones PEFT itself resolves for this base model. The factors of an adapter that is no plain
+    LoRA are zero and stand for the rank that its update is cut to: what it adds depends on the base model's weights.
 
     Args:
         files: the adapter
@@ -104,11 +129,11 @@ def read_factors(files: AdapterFiles, base_config: PreTrainedConfig) -> dict[str
     try:
         with torch.device("meta"):
             model = PeftModel(base, files.config)
-    except (ValueError, TypeError, re.error) as error:
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, re.error) as error:
         raise UserError(
             f"Adapter {files.name!r} does not fit its base model ({first_line(error)}); {_HINT}."
         ) from error
-    layers = {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
+    layers = {n: layer for n, layer in model.get_base_model().named_modules() if isinstance(layer, BaseTunerLayer)}
     for name in layers:
         if name not in slots:
             raise UserError(
@@ -116,8 +141,11 @@ def read_factors(files: AdapterFiles, base_config: PreTrainedConfig) -> dict[str
                 "knows; retrain without it or add its name to castlora.models.MODULE_ROLES."
             )
     _check_against_base(files, tensors, get_peft_model_state_dict(model, save_embedding_layers=False))
+    if not files.is_plain:
+        return {name: _zeros(slots[name], min(EFFECTIVE_RANK, slots[name].d_in, slots[name].d_out)) for name in layers}
     factors = {}
     for name, layer in layers.items():
+        assert isinstance(layer, LoraLayer)
         a = tensors[f"{KEY_PREFIX}{name}.lora_A.weight"].float()
         b = tensors[f"{KEY_PREFIX}{name}.lora_B.weight"].float()
         factors[name] = LowRank(a, b * layer.scaling["default"])
@@ -221,27 +249,35 @@ def _adapter_folder(name_or_path: str, revision: str | None) -> Path:
         raise UserError(f"Adapter {name_or_path!r} is neither a folder here nor reachable on the hub.") from error
 
 
-def _read_config(name: str, path: Path) -> LoraConfig:
+def _read_config(name: str, path: Path) -> PeftConfig:
     try:
         peft_type = dict(json.loads(path.read_text(encoding="utf-8"))).get("peft_type")
-        config = PeftConfig.from_pretrained(str(path.parent)) if peft_type == "LORA" else None
+        config: PeftConfig | None = None
+        if peft_type in set(PeftType):
+            config = PeftConfig.from_pretrained(str(path.parent))
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
             f"{CONFIG_FILE} of {name!r} is not a PEFT configuration ({first_line(error)}); copy it again."
         ) from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"Adapter {name!r}: peft_type is {peft_type!r}, castlora carries 'LORA'; convert it first.")
+    if config is None or config.is_prompt_learning or peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+        raise UserError(
+            f"Adapter {name!r}: peft_type is {peft_type!r}; castlora carries adapters that change linear maps, as LORA."
+        )
     return config
 
 
-def _refuse_unsupported(name: str, config: LoraConfig) -> None:
+def _refuse_unsupported(name: str, config: PeftConfig) -> None:
     for field, value in _unsupported_fields(config):
         raise UserError(
             f"Adapter {name!r}: {field}={value!r} cannot be carried yet; retrain as a plain LoRA without it."
         )
 
 
-def _unsupported_fields(config: LoraConfig) -> Iterable[tuple[str, object]]:
+def _unsupported_fields(config: PeftConfig) -> Iterable[tuple[str, object]]:
+    if not isinstance(config, LoraConfig):
+        values = ((field.name, getattr(config, field.name)) for field in fields(config))
+        yield from ((name, value) for name, value in values if name in _REFUSED_FIELDS and value not in (None, "none"))
+        return
     plain_starts = (True, False, "gaussian", "orthogonal", "eva")
     if config.init_lora_weights not in plain_starts:
         yield "init_lora_weights", config.init_lora_weights

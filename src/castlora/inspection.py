@@ -9,7 +9,8 @@ from castlora.adapters import PORTABLE_RANKS
 from castlora.config import DEFAULT
 from castlora.models import load_tokenizer, public_name, skeleton
 from castlora.pairing import describe
-from castlora.stages import HELD_OUT_PASSAGES, Plan, plan_transfer
+from castlora.plan import Plan, plan_transfer
+from castlora.stages import HELD_OUT_PASSAGES
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
 
@@ -71,9 +72,11 @@ def _ranks(plan: Plan) -> str:
     ranks = Counter(factors.rank for factors in plan.factors.values())
     adapted = ", ".join(f"{count} modules of rank {rank}" for rank, count in sorted(ranks.items()))
     accepted = ", ".join(map(str, PORTABLE_RANKS))
+    kind = plan.adapter.kind
+    cut = "" if plan.adapter.is_plain else f" The update of a {kind} adapter is cut to this rank for the maps' start."
     return (
-        f"Adapter {public_name(plan.adapter.name)}: {adapted}. The folded maps need rank {plan.exact_rank}, a fresh "
-        f"start {plan.adapter_rank}; the rank that is written is the next one of {accepted}."
+        f"Adapter {public_name(plan.adapter.name)} ({kind}): {adapted}.{cut} The folded maps need rank "
+        f"{plan.exact_rank}, a fresh start {plan.adapter_rank}; the rank that is written is the next one of {accepted}."
     )
 
 

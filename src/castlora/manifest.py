@@ -12,7 +12,8 @@ from castlora import __version__
 from castlora.config import Recipe, RecipeName, recipe_differences
 from castlora.models import public_name
 from castlora.pairing import Pairing
-from castlora.stages import Models, Plan, TextSource
+from castlora.plan import Plan
+from castlora.stages import Models, TextSource
 
 MANIFEST_FILE = "castlora.json"
 _LOCATIONS = ("adapter", "target", "source", "text", "prompts", "out")
@@ -33,7 +34,7 @@ def describe_inputs(plan: Plan, models: Models, text: TextSource) -> dict[str, A
             "revision": None,
             "tokenizer_sha256": models.target_bytes.fingerprint,
         },
-        "adapter": {"name": public_name(plan.adapter.name), "rank": source_rank},
+        "adapter": {"name": public_name(plan.adapter.name), "kind": plan.adapter.kind, "rank": source_rank},
         "text": {
             "regime": text.regime,
             "text": public_name(text.text) if text.text else None,

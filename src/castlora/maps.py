@@ -101,11 +101,12 @@ def merge_branches(folded: Sequence[LowRank], target_rows: Sequence[slice], d_ou
 def balance(lora: LowRank) -> LowRank:
     """The same update with factors that share its singular values, B = U √S and A = √S Vᵀ.
 
-    The factors of a fold differ in size; balanced, both learn at the rate of a plain LoRA.
+    The factors of a fold differ in size; balanced, both learn at the rate of a plain LoRA. A rank above the smaller
+    side of the module shrinks to it.
     """
     q_b, r_b = torch.linalg.qr(lora.b.double())
     q_a, r_a = torch.linalg.qr(lora.a.double().T)
-    u, singular_values, v_t = torch.linalg.svd(r_b @ r_a.T)
+    u, singular_values, v_t = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     root = singular_values.sqrt()
     a, b = root.unsqueeze(-1) * (v_t @ q_a.T), (q_b @ u) * root
     return LowRank(a.to(lora.a.dtype), b.to(lora.b.dtype))

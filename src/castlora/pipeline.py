@@ -27,6 +27,7 @@ from castlora.manifest import (
     versions,
 )
 from castlora.pairing import Pairing, describe
+from castlora.plan import Plan, plan_transfer
 from castlora.positions import AlignedPassage, collate
 from castlora.report import Distillation, Report, SitePair, write_report
 from castlora.report import Pairing as ReportPairing
@@ -34,7 +35,6 @@ from castlora.run_directory import RunDirectory, check_output, open_run, write_w
 from castlora.scaling import TRAINED_SCALES, keep_best_scale
 from castlora.stages import (
     Models,
-    Plan,
     TextSource,
     align_text,
     answer_prompts,
@@ -42,7 +42,6 @@ from castlora.stages import (
     draw_text,
     hold_teacher,
     load_models,
-    plan_transfer,
     start_student,
     train_student,
 )

@@ -26,9 +26,10 @@ from castlora.manifest import versions
 from castlora.models import LinearSlot, context_length, number_of_layers, public_name
 from castlora.objective import chunk_log_probabilities, gather_positions
 from castlora.pairing import relative_depth
+from castlora.plan import Plan, plan_transfer
 from castlora.positions import AlignedPassage, Batch, align_passages, batches
 from castlora.solvers import ridge_map
-from castlora.stages import Models, Plan, TextSource, align_text, draw_text, load_models, plan_transfer
+from castlora.stages import Models, TextSource, align_text, draw_text, load_models
 from castlora.statistics import Moments
 from castlora.tasks import TaskItem, load_task
 from castlora.text import Passage

@@ -19,8 +19,9 @@ from castlora.bench.spec import BenchmarkSpec
 from castlora.config import Recipe, Regime
 from castlora.evaluation import CausalLM, Evaluation, evaluate_model, text_loss
 from castlora.manifest import versions
+from castlora.plan import Plan, plan_transfer
 from castlora.run_directory import write_whole
-from castlora.stages import Plan, TextSource, answer_prompts, choose_prompts, draw_text, load_models, plan_transfer
+from castlora.stages import TextSource, answer_prompts, choose_prompts, draw_text, load_models
 from castlora.text import Passage
 
 

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from castlora.bench.grid import Cell, Settings, taught_passages
 from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
+from castlora.plan import Plan
 from castlora.positions import AlignedPassage
-from castlora.stages import Models, Plan, align_text, load_models
+from castlora.stages import Models, align_text, load_models
 
 
 def cell_recipe(settings: Settings, cell: Cell, name: RecipeName, start: Start, tuning: Tuning) -> Recipe:

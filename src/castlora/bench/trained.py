@@ -17,9 +17,10 @@ from castlora.bench.reading import cell_recipe, read_text
 from castlora.config import Recipe, RecipeName, Regime, Start, Tuning
 from castlora.distill import Student, measure_held_out, peak_learning_rate
 from castlora.manifest import peak_memory_bytes
+from castlora.plan import Plan
 from castlora.positions import AlignedPassage
 from castlora.scaling import TRAINED_SCALES, keep_best_scale
-from castlora.stages import Models, Plan, hold_teacher, start_student, train_student
+from castlora.stages import Models, hold_teacher, start_student, train_student
 from castlora.starts import attach_lora, paper_maps
 
 WITH_TEXT: tuple[Regime, ...] = ("general", "format", "prompts")

@@ -22,9 +22,10 @@ from castlora.config import Recipe, Regime, Tuning
 from castlora.distill import Student, measure_held_out
 from castlora.evaluation import encode_completion, evaluate_model
 from castlora.models import context_length, linear_slots, load_model
+from castlora.plan import Plan
 from castlora.positions import AlignedPassage
 from castlora.scaling import SOLVED_SCALES, keep_best_scale
-from castlora.stages import Models, Plan, load_models
+from castlora.stages import Models, load_models
 from castlora.starts import (
     attach_lora,
     collect_moments,

@@ -1,0 +1,73 @@
+"""Adapters that are no plain LoRA: what they add to the weights, as low-rank factors."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from castlora.adapters import KEY_PREFIX, LowRank
+from castlora.models import LinearSlot
+
+_POWER_ITERATIONS = 4
+_OVERSAMPLING = 8
+
+
+@dataclass(frozen=True)
+class EffectiveUpdate:
+    """The update of an adapter of any kind, cut to low rank."""
+
+    factors: dict[str, LowRank]
+    """Module path → factors."""
+    lost: float
+    """Norm of what the factors leave out, as a share of the norm of the whole update (Frobenius, all modules)."""
+
+
+@torch.no_grad()
+def effective_update(
+    teacher: PeftModel, slots: Mapping[str, LinearSlot], factors: Mapping[str, LowRank]
+) -> EffectiveUpdate:
+    """Merges each adapted module by PEFT's own rule, and takes the best low-rank factors of what that changes.
+
+    Args:
+        teacher: source + adapter; its weights are the same afterwards
+        slots: linear modules of the source
+        factors: module path → factors of the ranks that are wanted; their values are not used
+    """
+    found, left_out, whole = {}, 0.0, 0.0
+    for name, wanted in factors.items():
+        layer = teacher.get_submodule(KEY_PREFIX + name)
+        assert isinstance(layer, BaseTunerLayer)
+        delta = _merged_change(layer).float()
+        if slots[name].is_conv1d:
+            delta = delta.T
+        found[name] = low_rank(delta, wanted.rank)
+        left_out += float((delta - found[name].b @ found[name].a).square().sum())
+        whole += float(delta.square().sum())
+    return EffectiveUpdate(found, math.sqrt(left_out / whole) if whole > 0 else 0.0)
+
+
+def low_rank(delta: Tensor, rank: int) -> LowRank:
+    """The best factors of an update, ΔW ≈ B·A with B = U √S and A = √S Vᵀ of its singular values.
+
+    Args:
+        delta: shape (d_out, d_in)
+        rank: at most the smaller side
+    """
+    oversampled = min(rank + _OVERSAMPLING, *delta.shape)
+    u, singular_values, v = torch.svd_lowrank(delta, q=oversampled, niter=_POWER_ITERATIONS)
+    root = singular_values[:rank].sqrt()
+    return LowRank((root.unsqueeze(-1) * v[:, :rank].T).cpu(), (u[:, :rank] * root).cpu())
+
+
+def _merged_change(layer: BaseTunerLayer) -> Tensor:
+    """What merging adds to the weight of a layer; unmerging rounds, so that the weight is put back by hand."""
+    before = layer.get_base_weight().clone()
+    layer.merge()
+    change: Tensor = layer.get_base_weight() - before
+    layer.unmerge()
+    layer.set_base_weight(before)
+    return change

@@ -1,0 +1,97 @@
+"""What is known of a transfer before any model is loaded: both architectures, the adapter, and which modules pair."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from castlora.adapters import PORTABLE_RANKS, AdapterFiles, LowRank, open_adapter, portable_rank, read_factors
+from castlora.config import Recipe
+from castlora.errors import UserError
+from castlora.models import LinearSlot, context_length, linear_slots, load_config, skeleton
+from castlora.pairing import Pairing, branch_ranks, pair_modules
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known from configurations and the adapter alone, before any model is loaded."""
+
+    adapter: AdapterFiles
+    source: str
+    source_revision: str | None
+    target: str
+    source_config: PreTrainedConfig
+    target_config: PreTrainedConfig
+    factors: dict[str, LowRank]
+    source_slots: dict[str, LinearSlot]
+    target_slots: dict[str, LinearSlot]
+    pairing: Pairing
+
+    @property
+    def exact_rank(self) -> int:
+        """Rank that holds every folded update: a fused target module adds the ranks of its branches."""
+        ranks = {name: factors.rank for name, factors in self.factors.items()}
+        return max(branch_ranks(pair, ranks) for pair in self.pairing.mapped)
+
+    @property
+    def adapter_rank(self) -> int:
+        """Largest rank in the source adapter."""
+        return max(factors.rank for factors in self.factors.values())
+
+    @property
+    def target_modules(self) -> list[str]:
+        """Target modules that receive an update."""
+        return [pair.target.name for pair in self.pairing.mapped]
+
+    def check_length(self, recipe: Recipe) -> None:
+        """Raises a UserError if the passages are longer than either model can read."""
+        for name, config in ((self.source, self.source_config), (self.target, self.target_config)):
+            if recipe.max_length > context_length(config):
+                raise UserError(
+                    f"max_length is {recipe.max_length}, but {name!r} reads {context_length(config)} tokens; "
+                    f"give --tuning.max-length {context_length(config)} or less."
+                )
+
+    def rank(self, recipe: Recipe, wanted: int | None) -> int:
+        """Rank of the adapter to write.
+
+        Raises:
+            UserError: the wanted rank cannot hold the folded updates, or no rank can that engines accept.
+        """
+        needed = self.adapter_rank if recipe.start == "fresh" else self.exact_rank
+        if recipe.start != "fresh" and needed > PORTABLE_RANKS[-1]:
+            raise UserError(
+                f"The folded maps need rank {needed}, serving engines accept {PORTABLE_RANKS[-1]}; give --start fresh."
+            )
+        if wanted is None:
+            return portable_rank(needed)
+        if recipe.start != "fresh" and wanted < needed:
+            raise UserError(f"--rank {wanted} cannot hold the folded update of rank {needed}; give {needed} or more.")
+        if portable_rank(wanted) != wanted:
+            raise UserError(f"--rank {wanted} is not a rank that serving engines accept; give {portable_rank(wanted)}.")
+        return wanted
+
+
+def plan_transfer(adapter: str, target: str, source: str | None) -> Plan:
+    """Reads the adapter and both configurations, and pairs the modules.
+
+    Raises:
+        UserError: something is missing, damaged or does not fit.
+    """
+    files = open_adapter(adapter)
+    source_name = source or files.base_model
+    if not source_name:
+        raise UserError(f"Adapter {adapter!r} names no base model; name it with --source.")
+    revision = None if source else files.config.revision
+    source_config, target_config = load_config(source_name, revision), load_config(target)
+    factors = read_factors(files, source_config)
+    source_slots = linear_slots(skeleton(source_config), source_config)
+    target_slots = linear_slots(skeleton(target_config), target_config)
+    if not target_slots:
+        raise UserError(
+            f"Target {target!r}: no linear module has a name that castlora knows; add its names to "
+            "castlora.models.MODULE_ROLES."
+        )
+    pairing = pair_modules(source_slots, target_slots, factors)
+    return Plan(
+        files, source_name, revision, target, source_config, target_config, factors, source_slots, target_slots, pairing
+    )
