@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from castlora.inspection import inspect
     from castlora.maps import CastLayer
     from castlora.pipeline import transfer
+    from castlora.portable import check_portable
     from castlora.steering import steer
 
-__all__ = ["CastLayer", "UserError", "__version__", "evaluate", "inspect", "steer", "transfer"]
+__all__ = ["CastLayer", "UserError", "__version__", "check_portable", "evaluate", "inspect", "steer", "transfer"]
 
 _HOMES = {
     "CastLayer": "castlora.maps",
     "UserError": "castlora.errors",
+    "check_portable": "castlora.portable",
     "evaluate": "castlora.evaluation",
     "inspect": "castlora.inspection",
     "steer": "castlora.steering",

@@ -1,4 +1,4 @@
-"""The command line: `castlora transfer | evaluate | inspect | steer | demo | bench`."""
+"""The command line: `castlora transfer | evaluate | inspect | check | steer | demo | bench`."""
 
 import logging
 import os
@@ -14,6 +14,7 @@ from castlora import __version__
 from castlora.config import RecipeName, Start, Tuning
 from castlora.errors import UserError
 
+NOT_PORTABLE = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -96,6 +97,20 @@ def _inspect(adapter: str, target: str, source: str | None = None, steps: int = 
     from castlora.inspection import inspect as run
 
     print(run(adapter, target, source, steps, batch_size))
+
+
+def _check(adapter: str) -> None:
+    """Tells which rules of serving engines an adapter breaks; exit code 1 if it breaks one.
+
+    Args:
+        adapter: folder of a PEFT LoRA
+    """
+    from castlora.portable import check_portable, describe
+
+    findings = check_portable(adapter)
+    print(describe(findings))
+    if findings:
+        sys.exit(NOT_PORTABLE)
 
 
 def _steer(
@@ -193,6 +208,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "transfer": _transfer,
     "evaluate": _evaluate,
     "inspect": _inspect,
+    "check": _check,
     "steer": _steer,
     "demo": _demo,
 }
