@@ -126,14 +126,16 @@ def test_written_adapter_keeps_the_portable_contract(base_model, tmp_path, name)
     assert isinstance(config["lora_alpha"], int)
     assert (config["peft_type"], config["task_type"], config["inference_mode"]) == ("LORA", "CAUSAL_LM", True)
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", "abc123")
-    assert config["target_modules"] == [modules[0].rsplit(".", 1)[-1]]
+    beside = [slot for slot in slots if slots[slot].roles in (("k",), ("v",))]
+    assert config["target_modules"] == sorted({name.rsplit(".", 1)[-1] for name in [*modules, *beside]})
     assert config["fan_in_fan_out"] is name.startswith("gpt2")
     assert config["bias"] == "none"
     assert not any(config[field] for field in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
                                                "modules_to_save", "layers_to_transform"))  # fmt: skip
 
     tensors = load_file(tmp_path / WEIGHTS_FILE)
-    assert set(tensors) == {f"base_model.model.{m}.lora_{side}.weight" for m in modules for side in "AB"}
+    written = [*modules, *beside]
+    assert set(tensors) == {f"base_model.model.{m}.lora_{side}.weight" for m in written for side in "AB"}
     for key, tensor in tensors.items():
         module = key.removeprefix("base_model.model.").rsplit(".", 2)[0]
         a_shape, b_shape = (16, slots[module].d_in), (slots[module].d_out, 16)
@@ -141,7 +143,7 @@ def test_written_adapter_keeps_the_portable_contract(base_model, tmp_path, name)
         assert tensor.dtype == torch.float32
         assert tensor.is_contiguous()
         filled = tensor[:3] if "lora_A" in key else tensor[:, :3]
-        assert (filled == (module != modules[0])).all()
+        assert (filled == (module in modules[1:])).all()
         assert tensor.sum() == filled.sum()
 
 

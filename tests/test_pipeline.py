@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from castlora import UserError, config, pipeline, transfer
+from castlora import UserError, check_portable, config, pipeline, transfer
 from castlora.adapters import LowRank, open_adapter, read_factors, write_portable
 from castlora.cli import main
 from castlora.config import Tuning
@@ -98,10 +98,11 @@ def test_training_brings_the_student_nearer_to_the_teacher(quick_transfer):
 def test_an_adapter_on_q_and_v_changes_q_and_v_alone(base_model, quick_transfer):
     result = quick_transfer("llama", "mistral", modules=("q_proj", "v_proj"), start="ridge")
     config = json.loads((result.folder / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert config["target_modules"] == ["k_proj", "q_proj", "v_proj"]
     factors = read_factors(open_adapter(str(result.folder)), load_config(str(base_model("mistral"))))
-    assert len(factors) == 2 * 4
-    assert all(factor.b.abs().max() > 0 for factor in factors.values())
+    assert len(factors) == 3 * 4
+    assert all((factor.b.abs().max() > 0) != ("k_proj" in name) for name, factor in factors.items())
+    assert {finding.rule for finding in check_portable(result.folder)} == {"base by name"}
 
 
 @pytest.mark.parametrize("trained", ["maps", "factors"])

@@ -38,6 +38,7 @@ _REFUSED_FIELDS = ("modules_to_save", "bias", "trainable_token_indices", "target
 """Fields that other kinds of adapters share with LoRA and that change more than the weights of linear maps."""
 EFFECTIVE_RANK = 32
 """Rank to which the update of an adapter is cut that is no plain LoRA."""
+_ATTENTION_INPUTS = (("q",), ("k",), ("v",))
 _HINT = "name the base it was trained on with --source"
 
 
@@ -175,7 +176,7 @@ def write_portable(
     """Writes the adapter form that every serving engine loads.
 
     One rank everywhere (zero-padded), `lora_alpha == r`, plain suffixes as targets, every layer
-    present (zeros where nothing is mapped), fp32 safetensors.
+    present (zeros where nothing is mapped), queries, keys and values together, fp32 safetensors.
 
     Args:
         folder: where `adapter_config.json` and `adapter_model.safetensors` go
@@ -186,11 +187,12 @@ def write_portable(
         revision: its revision, if it is known
     """
     adapted_types = {_type_of(name) for name in factors}
+    if any(slots[name].roles in _ATTENTION_INPUTS for name in factors):
+        adapted_types |= {_type_of(name) for name, slot in slots.items() if slot.roles in _ATTENTION_INPUTS}
     tensors = {}
-    for name, slot in slots.items():
-        if _type_of(name) not in adapted_types:
-            continue
-        padded = pad_rank(factors[name], rank) if name in factors else _zeros(slot, rank)
+    written = [name for name in slots if _type_of(name) in adapted_types]
+    for name in written:
+        padded = pad_rank(factors[name], rank) if name in factors else _zeros(slots[name], rank)
         tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = padded.a.float().contiguous()
         tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = padded.b.float().contiguous()
     config = LoraConfig(
@@ -204,7 +206,7 @@ def write_portable(
         fan_in_fan_out=any(slots[name].is_conv1d for name in factors),
     )
     # PEFT keeps a set here, whose order on disk would change from run to run.
-    config.target_modules = target_suffixes(factors, slots)
+    config.target_modules = target_suffixes(written, slots)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
