@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from castlora.errors import UserError, first_line
-from castlora.models import LinearSlot, linear_slots, skeleton
+from castlora.models import LinearSlot, linear_slots, module_type, skeleton
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -186,11 +186,11 @@ def write_portable(
         base: hub id of the base model
         revision: its revision, if it is known
     """
-    adapted_types = {_type_of(name) for name in factors}
+    adapted_types = {module_type(name) for name in factors}
     if any(slots[name].roles in _ATTENTION_INPUTS for name in factors):
-        adapted_types |= {_type_of(name) for name, slot in slots.items() if slot.roles in _ATTENTION_INPUTS}
+        adapted_types |= {module_type(name) for name, slot in slots.items() if slot.roles in _ATTENTION_INPUTS}
     tensors = {}
-    written = [name for name in slots if _type_of(name) in adapted_types]
+    written = [name for name in slots if module_type(name) in adapted_types]
     for name in written:
         padded = pad_rank(factors[name], rank) if name in factors else _zeros(slots[name], rank)
         tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = padded.a.float().contiguous()
@@ -217,8 +217,8 @@ def target_suffixes(adapted: Iterable[str], modules: Iterable[str]) -> list[str]
 
     `q_proj` where that is enough; `attn.c_proj` where `mlp.c_proj` stays unadapted.
     """
-    adapted_types = {_type_of(name) for name in adapted}
-    others = {_type_of(name).split(".")[-1] for name in modules if _type_of(name) not in adapted_types}
+    adapted_types = {module_type(name) for name in adapted}
+    others = {module_type(name).split(".")[-1] for name in modules if module_type(name) not in adapted_types}
     return sorted({end if (end := name.split(".")[-1]) not in others else name for name in adapted_types})
 
 
@@ -228,11 +228,6 @@ def pad_rank(factors: LowRank, rank: int) -> LowRank:
     a = torch.cat([factors.a, factors.a.new_zeros(missing, factors.a.shape[1])])
     b = torch.cat([factors.b, factors.b.new_zeros(factors.b.shape[0], missing)], dim=1)
     return LowRank(a, b)
-
-
-def _type_of(module_name: str) -> str:
-    """What names a module in every layer: `self_attn.q_proj`, `mlp.c_proj`."""
-    return ".".join(module_name.split(".")[-2:])
 
 
 def _zeros(slot: LinearSlot, rank: int) -> LowRank:

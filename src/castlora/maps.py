@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from castlora.adapters import LowRank
+from castlora.models import Rows
 
 
 def fold_to_source(a: Tensor, map_to_source: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class CastLayer(nn.Module):
             )
 
 
-def merge_branches(folded: Sequence[LowRank], target_rows: Sequence[slice], d_out: int) -> LowRank:
+def merge_branches(folded: Sequence[LowRank], target_rows: Sequence[Rows], d_out: int) -> LowRank:
     """Joins the folded branches of one target module; exact, and the ranks add up.
 
     Args:
@@ -140,7 +141,7 @@ class FoldedB(nn.Module):
     """Parametrization of a target's `lora_B` weight by the `map_from_source` of its branches."""
 
     def __init__(
-        self, lora_bs: Sequence[Tensor], maps: Sequence[Tensor], target_rows: Sequence[slice], shape: tuple[int, int]
+        self, lora_bs: Sequence[Tensor], maps: Sequence[Tensor], target_rows: Sequence[Rows], shape: tuple[int, int]
     ) -> None:
         super().__init__()
         self.initial_maps = tuple(maps)

@@ -1,8 +1,9 @@
 """Base models: loading them safely, and the table of which linear module plays which role."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,26 +28,43 @@ from castlora.errors import UserError, first_line
 Role = Literal["q", "k", "v", "o", "gate", "up", "down", "fc"]
 """The part a linear map plays in a decoder layer; `fc` is the first map of an ungated MLP."""
 
-MODULE_ROLES: Mapping[str, tuple[Role, ...]] = {
+MODULE_ROLES: dict[str, tuple[Role, ...]] = {
     "q_proj": ("q",),
     "k_proj": ("k",),
     "v_proj": ("v",),
     "o_proj": ("o",),
+    "out_proj": ("o",),
+    "self_attn.dense": ("o",),
+    "attention.dense": ("o",),
+    "self_attention.dense": ("o",),
+    "attn.c_proj": ("o",),
+    "attn.c_attn": ("q", "k", "v"),
+    "attn.Wqkv": ("q", "k", "v"),
+    "self_attn.qkv_proj": ("q", "k", "v"),
+    "attention.query_key_value": ("q", "k", "v"),
+    "self_attention.query_key_value": ("q", "k", "v"),
     "gate_proj": ("gate",),
     "up_proj": ("up",),
-    "down_proj": ("down",),
-    "attn.c_attn": ("q", "k", "v"),
-    "attn.c_proj": ("o",),
-    "mlp.c_fc": ("fc",),
-    "mlp.c_proj": ("down",),
-    "self_attn.qkv_proj": ("q", "k", "v"),
     "mlp.gate_up_proj": ("gate", "up"),
+    "fc1": ("fc",),
+    "mlp.fc_in": ("fc",),
+    "mlp.c_fc": ("fc",),
+    "mlp.dense_h_to_4h": ("fc",),
+    "ffn.up_proj": ("fc",),
+    "down_proj": ("down",),
+    "fc2": ("down",),
+    "mlp.fc_out": ("down",),
+    "mlp.c_proj": ("down",),
+    "mlp.dense_4h_to_h": ("down",),
 }
-"""Ends of module names and the roles they hold, in the order of their output rows.
+"""Ends of module names, the longer one first, and the roles they hold, in the order of their output rows.
 
 A family with other names needs a line here; a fused module whose rows are not laid out one role
-after the other (GPT-NeoX interleaves heads) needs its own case in `role_rows`.
+after the other needs a line in `head_groups` too.
 """
+
+Rows = slice | list[int]
+"""Output rows of a module, in the form that tensors are indexed by: a slice where they follow one another."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,7 @@ class LinearSlot:
     name: str
     """Module path inside the model, for example `model.layers.0.self_attn.q_proj`."""
     layer: int
-    rows: Mapping[Role, slice]
+    rows: Mapping[Role, Rows]
     """The output rows of each role, in order."""
     d_in: int
     d_out: int
@@ -183,14 +201,50 @@ def linear_slots(model: nn.Module, config: PreTrainedConfig) -> dict[str, Linear
     return slots
 
 
-def role_rows(roles: tuple[Role, ...], d_out: int, config: PreTrainedConfig) -> dict[Role, slice]:
-    """Output rows of each role in a module whose roles follow one another."""
-    sizes = [d_out // len(roles)] * len(roles)
-    if roles == ("q", "k", "v") and config.model_type != "gpt2":
-        head_dim = d_out // (config.num_attention_heads + 2 * config.num_key_value_heads)
-        sizes = [head_dim * n for n in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return {role: slice(start, start + size) for role, start, size in zip(roles, starts, sizes, strict=True)}
+def role_rows(roles: tuple[Role, ...], d_out: int, config: PreTrainedConfig) -> dict[Role, Rows]:
+    """Output rows of each role of a module.
+
+    Args:
+        roles: what the module holds, in order
+        d_out: its output rows
+        config: configuration of the model, which tells how a fused module is laid out
+    """
+    if len(roles) != 3:
+        size = d_out // len(roles)
+        return {role: slice(index * size, (index + 1) * size) for index, role in enumerate(roles)}
+    groups, queries, keys = head_groups(config)
+    head_dim = d_out // (groups * (queries + 2 * keys))
+    borders = [0, queries * head_dim, (queries + keys) * head_dim, (queries + 2 * keys) * head_dim]
+    found: dict[Role, Rows] = {}
+    for role, (start, stop) in zip(roles, pairwise(borders), strict=True):
+        numbers = [group * borders[-1] + row for group in range(groups) for row in range(start, stop)]
+        found[role] = slice(start, stop) if groups == 1 else numbers
+    return found
+
+
+def head_groups(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """How a fused map of queries, keys and values is laid out.
+
+    Most families put all queries before all keys and values: one group. GPT-NeoX puts each head's three parts side by
+    side, Falcon each key's and value's behind the queries that share them.
+
+    Returns:
+        number of groups, and in each of them the query heads and the key heads
+    """
+    described = config.to_dict()
+    heads = config.num_attention_heads
+    shared = 1 if described.get("multi_query") else heads
+    if config.model_type == "gpt_neox":
+        return heads, 1, 1
+    if config.model_type == "falcon":
+        groups = config.num_kv_heads if config.new_decoder_architecture else shared
+        return groups, heads // groups, 1
+    return 1, heads, described.get("num_key_value_heads") or shared
+
+
+def row_numbers(rows: Rows) -> Sequence[int]:
+    """The numbers of output rows."""
+    return range(rows.start, rows.stop) if isinstance(rows, slice) else rows
 
 
 def number_of_layers(slots: Mapping[str, LinearSlot]) -> int:
@@ -212,6 +266,11 @@ def public_name(name_or_path: str) -> str:
 def context_length(config: PreTrainedConfig) -> int:
     """Positions that the model was made for; transformers maps `n_positions` and its like to this name."""
     return int(config.max_position_embeddings)
+
+
+def module_type(module_name: str) -> str:
+    """What names a module in every layer: `self_attn.q_proj`, `mlp.c_proj`, `fc1`."""
+    return ".".join(part for part in module_name.split(".")[-2:] if not part.isdigit())
 
 
 def _roles_of(module_name: str) -> tuple[Role, ...] | None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from castlora.errors import UserError
-from castlora.models import LinearSlot, Role, number_of_layers
+from castlora.models import LinearSlot, Role, Rows, number_of_layers, row_numbers
 
 STAND_INS: Mapping[Role, Role] = {"fc": "up", "up": "fc"}
 """Roles that take each other's place between gated and ungated MLPs.
@@ -20,9 +20,9 @@ class Branch:
     source_module: str
     roles: tuple[Role, ...]
     """Roles of the target module that it feeds."""
-    source_rows: slice
+    source_rows: Rows
     """Output rows of the source module that it takes."""
-    target_rows: slice
+    target_rows: Rows
     """Output rows of the target module that it writes."""
 
 
@@ -130,7 +130,7 @@ def _unused_roles(slot: LinearSlot, branches: Iterable[Branch]) -> tuple[Role, .
     return tuple(
         role
         for role, rows in slot.rows.items()
-        if not any(part.start <= rows.start and rows.stop <= part.stop for part in taken)
+        if not any(set(row_numbers(rows)) <= set(row_numbers(part)) for part in taken)
     )
 
 

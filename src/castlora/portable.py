@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from castlora.adapters import CONFIG_FILE, PORTABLE_RANKS, WEIGHTS_FILE
 from castlora.errors import UserError, first_line
-from castlora.models import layer_index
+from castlora.models import layer_index, module_type
 
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _FLOATS = {"F32", "F16", "BF16"}
@@ -202,7 +202,7 @@ def _every_layer(adapter: _Contents) -> Iterator[str]:
     for module in adapter.modules():
         layer = layer_index(f"{module}.")
         if layer is not None:
-            layers[".".join(module.split(".")[-2:])].add(layer)
+            layers[module_type(module)].add(layer)
     depth = 1 + max((max(found) for found in layers.values()), default=-1)
     for kind, found in sorted(layers.items()):
         absent = sorted(set(range(depth)) - found)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from castlora.adapters import KEY_PREFIX, LowRank
 from castlora.capture import Activations, capture
 from castlora.maps import CastLayer, FoldedA, FoldedB, merge_branches
-from castlora.models import layer_index
+from castlora.models import Rows, layer_index, row_numbers
 from castlora.pairing import Branch, ModulePair, Pairing
 from castlora.positions import AlignedPassage, batches
 from castlora.solvers import random_semi_orthogonal, ridge_map
@@ -227,8 +227,8 @@ def lora_layer(student: PeftModel, module_name: str) -> LoraLayer:
     return layer
 
 
-def _length(rows: slice) -> int:
-    return int(rows.stop - rows.start)
+def _length(rows: Rows) -> int:
+    return len(row_numbers(rows))
 
 
 def _rows(activations: Activations, positions: Tensor, counts: Tensor, order: Tensor | None = None) -> Activations:
@@ -237,7 +237,12 @@ def _rows(activations: Activations, positions: Tensor, counts: Tensor, order: Te
     at = positions[counts]
     if order is not None:
         row, at = row[order], at[order]
-    return Activations(activations.inputs[row, at], activations.outputs[row, at])
+    # OPT's MLP reads the tokens of all passages as one long row.
+    inputs, outputs = (
+        all_rows.reshape(len(positions), -1, all_rows.shape[-1])
+        for all_rows in (activations.inputs, activations.outputs)
+    )
+    return Activations(inputs[row, at], outputs[row, at])
 
 
 def _add(moments: dict[_Key, Moments], key: _Key, x: Tensor, y: Tensor) -> None:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from castlora.adapters import LowRank
+from castlora.models import Rows
 from castlora.pairing import Pairing
 from castlora.starts import ADAPTER_NAME, Maps, lora_layer
 
@@ -58,7 +59,7 @@ class NonlinearB(nn.Module):
     weight: Tensor
 
     def __init__(
-        self, lora_bs: Sequence[Tensor], maps: Sequence[Tensor], target_rows: Sequence[slice], d_out: int, width: int
+        self, lora_bs: Sequence[Tensor], maps: Sequence[Tensor], target_rows: Sequence[Rows], d_out: int, width: int
     ) -> None:
         super().__init__()
         self.maps = nn.ModuleList(ResidualMap(one_map, width) for one_map in maps)
