@@ -19,7 +19,8 @@ def write(base_model, adapter):
         if not eos:
             tokenizer.eos_token = None
         limits = {"max_new_tokens": 8, "max_prompt_tokens": 60} | lengths
-        return list(write_answers(loaded[name], tokenizer, prompts, batch_size=batch_size, seed=seed, **limits))
+        asked = [Passage(prompt, len(prompt.encode())) for prompt in prompts]
+        return list(write_answers(loaded[name], tokenizer, asked, batch_size=batch_size, seed=seed, **limits))
 
     return run
 
@@ -55,9 +56,11 @@ def test_answers_have_at_most_the_given_number_of_tokens(write):
         assert 0 < len(answer) <= 27
 
 
-def test_a_prompt_that_does_not_come_back_whole_stands_alone(write):
-    prompt = "Who says </s> here?"
-    assert write("llama", prompts=[prompt]) == [Passage(prompt, len(prompt))]
+def test_a_prompt_that_does_not_come_back_whole_gets_its_answer_all_the_same(write):
+    prompts = [f"Who says </s> {noun}?" for noun in tiny.NOUNS]
+    passages = write("llama", prompts=prompts)
+    assert all(passage.text[: passage.answer_start] in prompts for passage in passages)
+    assert any(len(passage.text) > passage.answer_start for passage in passages)
 
 
 def test_a_tokenizer_without_an_end_token_will_do(write):

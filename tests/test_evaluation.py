@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from castlora.completions import encode_completion, text_loss
 from castlora.errors import UserError
-from castlora.evaluation import encode_completion, evaluate, evaluate_model, text_loss
+from castlora.evaluation import evaluate, evaluate_model
 from castlora.tasks import TaskItem
 
 ITEMS = [

@@ -15,13 +15,15 @@ from castlora.selection import (
     mutual_information,
     predict_first_tokens,
 )
+from castlora.text import Passage
 
-PROMPTS = [f"Who {verb} the {noun}? Answer:" for verb in tiny.VERBS for noun in tiny.NOUNS[:3]]
+QUESTIONS = [f"Who {verb} the {noun}? Answer:" for verb in tiny.VERBS for noun in tiny.NOUNS[:3]]
+PROMPTS = [Passage(question, len(question)) for question in QUESTIONS]
 
 
 def first_tokens(distributions: Tensor, likeliest: int) -> FirstTokens:
     top = distributions.topk(likeliest)
-    prompts = [f"prompt {row}" for row in range(len(distributions))]
+    prompts = [Passage(f"prompt {row}", 8) for row in range(len(distributions))]
     return FirstTokens(prompts, top.indices, top.values, distributions.mean(0))
 
 
@@ -109,10 +111,10 @@ def test_predictions_are_those_of_the_model_whatever_the_batch(base_model, adapt
     model = PeftModel.from_pretrained(tiny.load(base_model(name)), adapter(name)).eval()
     tokenizer = tiny.tokenizer_of(base_model(name))
     found = predict_first_tokens(model, tokenizer, PROMPTS, max_prompt_tokens=60, batch_size=5)
-    assert sorted(found.prompts) == sorted(PROMPTS)
+    assert set(found.prompts) == set(PROMPTS) and len(found.prompts) == len(PROMPTS)
     with torch.no_grad():
         alone = torch.stack(
-            [model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1].softmax(-1) for prompt in found.prompts]
+            [model(**tokenizer(prompt.text, return_tensors="pt")).logits[0, -1].softmax(-1) for prompt in found.prompts]
         )
     torch.testing.assert_close(found.mean, alone.mean(0), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.probabilities, alone.gather(1, found.ids), rtol=1e-4, atol=1e-6)
@@ -124,6 +126,7 @@ def test_a_prompt_that_is_too_long_is_left_out(base_model, adapter):
     tokenizer = tiny.tokenizer_of(base_model("gpt2"))
     long = "Who finds the hen? " * 4
     limit = len(tokenizer(long)["input_ids"]) - 1
-    assert predict_first_tokens(model, tokenizer, [*PROMPTS, long], limit, 8).prompts == sorted(
-        PROMPTS, key=lambda prompt: -len(tokenizer(prompt)["input_ids"])
+    prompts = [*PROMPTS, Passage(long, len(long))]
+    assert predict_first_tokens(model, tokenizer, prompts, limit, 8).prompts == sorted(
+        PROMPTS, key=lambda prompt: -len(tokenizer(prompt.text)["input_ids"])
     )

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from castlora.baselines.synthetic import contrastive_excess, label_by_excess, learn_labels
-from castlora.evaluation import CompletionTokens, completion_log_likelihoods
+from castlora.completions import CompletionTokens, completion_log_likelihoods
 from castlora.positions import AlignedPassage, align_passages
 from castlora.starts import attach_lora
 from castlora.text import Passage

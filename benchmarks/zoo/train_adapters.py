@@ -19,7 +19,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from benchmarks.zoo.specs import ADAPTER_STEPS
-from castlora.evaluation import Evaluation, encode_completion, evaluate_model
+from castlora.completions import encode_completion
+from castlora.evaluation import Evaluation, evaluate_model
 from castlora.models import load_model
 from castlora.tasks import TaskItem, load_task
 

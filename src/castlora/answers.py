@@ -1,7 +1,7 @@
 """Answers that the teacher writes after each prompt, so that every token of an answer is taught."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
@@ -16,7 +16,8 @@ from castlora.text import Passage
 class PromptBatch:
     """Prompts padded on the left, ready to be continued."""
 
-    prompts: list[str]
+    passages: list[Passage]
+    """The prompts, without answers."""
     ids: Tensor
     """Shape (prompts, tokens)."""
     mask: Tensor
@@ -25,7 +26,7 @@ class PromptBatch:
 
 def prompt_batches(
     tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[str],
+    prompts: Sequence[Passage],
     max_prompt_tokens: int,
     batch_size: int,
     device: torch.device,
@@ -34,7 +35,9 @@ def prompt_batches(
 
     A prompt longer than `max_prompt_tokens` is left out.
     """
-    encoded = [(tokenizer(prompt)["input_ids"], prompt) for prompt in prompts]
+    encoded = [
+        (tokenizer(prompt.text, add_special_tokens=not prompt.is_chat)["input_ids"], prompt) for prompt in prompts
+    ]
     kept = sorted((pair for pair in encoded if len(pair[0]) <= max_prompt_tokens), key=lambda pair: -len(pair[0]))
     pad = tokenizer.eos_token_id or 0
     groups = []
@@ -51,7 +54,7 @@ def prompt_batches(
 def write_answers(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[str],
+    prompts: Sequence[Passage],
     max_new_tokens: int,
     max_prompt_tokens: int,
     batch_size: int,
@@ -59,13 +62,13 @@ def write_answers(
 ) -> Iterator[Passage]:
     """Continues each prompt by sampling from the model until it ends the text.
 
-    Where decoding does not give back the prompt as it was, the passage is the prompt alone: what follows it is
-    still taught once.
+    Where the answer cannot be told from the prompt, because the tokens of both together spell another beginning, the
+    passage is the prompt alone: what follows it is still taught once.
 
     Args:
         model: source + LoRA
         tokenizer: its tokenizer
-        prompts: what to continue
+        prompts: what to continue, without answers
         max_new_tokens: longest answer, in tokens
         max_prompt_tokens: longest prompt, in tokens; longer ones are left out
         batch_size: prompts per batch
@@ -88,6 +91,7 @@ def write_answers(
             pad_token_id=tokenizer.eos_token_id or 0,
             eos_token_id=tokenizer.eos_token_id,
         )
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        for text, prompt in zip(texts, group.prompts, strict=True):
-            yield Passage(text if text.startswith(prompt) else prompt, len(prompt.encode()))
+        read, texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (group.ids, written))
+        for before, text, prompt in zip(read, texts, group.passages, strict=True):
+            answer = text[len(before) :] if text.startswith(before) else ""
+            yield replace(prompt, text=prompt.text + answer)

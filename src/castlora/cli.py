@@ -27,6 +27,7 @@ def _transfer(
     text: str | None = None,
     prompt_format: str = "",  # were it optional, jsonargparse would read "### {text}" as a YAML comment: None
     prompts: str | None = None,
+    chat: bool = False,
     recipe: RecipeName = "default",
     start: Start | None = None,
     steps: int | None = None,
@@ -47,6 +48,7 @@ def _transfer(
         text: general text: .txt or .jsonl, gzipped or not, or a hub data set; by default allenai/c4
         prompt_format: the adapter's prompt format with a {text} slot, filled from the general text; \n is a new line
         prompts: file of unlabelled prompts of the task, instead of general text
+        chat: whether prompts are messages of a user, which each model reads in its own chat template
         recipe: castlora's default, or the paper as far as it is stated
         start: random maps (paper), closed-form maps (ridge) or a plain LoRA (fresh), instead of the recipe's
         steps: optimizer steps, instead of the recipe's
@@ -62,12 +64,19 @@ def _transfer(
     disable_progress_bar()
     prompt_format_or_none = prompt_format.replace("\\n", "\n") if prompt_format else None
     run(
-        adapter, target, out, source, text, prompt_format_or_none, prompts, recipe, start, steps, batch_size, seed,
-        rank, tuning,
+        adapter, target, out, source, text, prompt_format_or_none, prompts, chat, recipe, start, steps, batch_size,
+        seed, rank, tuning,
     )  # fmt: skip
 
 
-def _evaluate(model: str, task: str, adapter: str | None = None, out: str | None = None, batch_size: int = 32) -> None:
+def _evaluate(
+    model: str,
+    task: str,
+    adapter: str | None = None,
+    out: str | None = None,
+    batch_size: int = 32,
+    chat: bool = False,
+) -> None:
     """Scores a model, with or without an adapter, on a task file.
 
     Args:
@@ -76,10 +85,11 @@ def _evaluate(model: str, task: str, adapter: str | None = None, out: str | None
         adapter: folder or hub id of a PEFT LoRA for it
         out: JSON file for the result
         batch_size: items per forward pass
+        chat: whether prompts are messages of a user, in the model's chat template
     """
     from castlora.evaluation import evaluate as run
 
-    result = run(model=model, adapter=adapter, task=task, out=out, batch_size=batch_size)
+    result = run(model=model, adapter=adapter, task=task, out=out, batch_size=batch_size, chat=chat)
     low, high = result["ci95"]
     print(f"{result['metric']} {result['score']:.3f} [{low:.3f}, {high:.3f}]  nll {result['nll']:.3f}  n {result['n']}")
 

@@ -1,38 +1,33 @@
 """Scores a model on a task file: accuracy among choices, or exact match of what it writes."""
 
 import hashlib
-import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from peft import PeftModel, PeftModelForCausalLM
-from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from castlora import __version__
+from castlora.chat import TEMPLATE_FILE, chat_items, chat_template, without_special_tokens
+from castlora.completions import (
+    CausalLM,
+    completion_log_likelihoods,
+    encode_completion,
+    generate,
+    readable_tokens,
+)
 from castlora.errors import UserError
 from castlora.lift import bootstrap_interval
 from castlora.models import load_model, public_name
 from castlora.tasks import TaskItem, load_task
 
-CausalLM = PreTrainedModel | PeftModelForCausalLM
-
 GENERATION_MARGIN = 8
 """New tokens allowed beyond the longest expected completion, so that an answer that runs on is seen to."""
-
-
-@dataclass(frozen=True)
-class CompletionTokens:
-    """A prompt and its completion, tokenised together."""
-
-    ids: list[int]
-    start: int
-    """Index of the first token of the completion; at least 1."""
 
 
 @dataclass(frozen=True)
@@ -51,55 +46,6 @@ class Evaluation:
     """Negative log-likelihood of each right completion in nats, shape (n,)."""
     predictions: list[str]
     """The picked choice, or the generated text, of each item."""
-
-
-def encode_completion(
-    tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str, max_length: int
-) -> CompletionTokens:
-    """Tokenises prompt and completion as one text; the first token that ends past the prompt begins the completion.
-
-    Neither an end-of-text token nor anything else is added after the completion. A prompt that is too long
-    loses its left end but not its begin-of-text token.
-
-    Raises:
-        UserError: the completion leaves no room for any prompt.
-    """
-    ids, ends = _encode(tokenizer, prompt + completion)
-    start = next(i for i, end in enumerate(ends) if end > len(prompt))
-    if start == 0:
-        ids, start = [_begin_token(tokenizer), *ids], 1
-        ends = [0, *ends]
-    kept = _drop_left(ids, ends, max_length)
-    start -= len(ids) - len(kept)
-    if start < 1:
-        raise UserError(
-            f"The completion {completion[:40]!r} is longer than the {max_length} tokens that the model can read."
-        )
-    return CompletionTokens(kept, start)
-
-
-def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[int]]:
-    """Token ids and the character at which each token ends (0 for special tokens in front of the text)."""
-    encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    ids, ends = list(encoding["input_ids"]), [end for _, end in encoding["offset_mapping"]]
-    while ends and ends[-1] == 0:  # an end-of-text token that the tokenizer appends
-        ids, ends = ids[:-1], ends[:-1]
-    return ids, ends
-
-
-def _begin_token(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The token that stands in front of a text, for a completion that has no token before it."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no begin-of-text token; use a longer prompt.")
-
-
-def _drop_left(ids: list[int], ends: list[int], max_length: int) -> list[int]:
-    """At most `max_length` tokens: the special tokens in front, then the right end of the text."""
-    specials = sum(end == 0 for end in ends)
-    surplus = max(len(ids) - max_length, 0)
-    return ids[:specials] + ids[specials + surplus :]
 
 
 def evaluate_model(
@@ -138,7 +84,7 @@ def choice_log_likelihoods(
     model: CausalLM, tokenizer: PreTrainedTokenizerFast, items: Sequence[TaskItem], batch_size: int = 32
 ) -> list[np.ndarray]:
     """Log-likelihood of each choice of each item after its prompt, in nats, summed over tokens: (choices,) per item."""
-    max_length = _max_length(model, tokenizer)
+    max_length = readable_tokens(model, tokenizer)
     pairs = [
         encode_completion(tokenizer, item.prompt, choice, max_length) for item in items for choice in item.choices or ()
     ]
@@ -167,7 +113,7 @@ def judge_choices(items: Sequence[TaskItem], log_likelihoods: Sequence[np.ndarra
 def _evaluate_generation(
     model: CausalLM, tokenizer: PreTrainedTokenizerFast, items: Sequence[TaskItem], batch_size: int
 ) -> Evaluation:
-    max_length = _max_length(model, tokenizer)
+    max_length = readable_tokens(model, tokenizer)
     pairs = [encode_completion(tokenizer, item.prompt, item.completion, max_length) for item in items]
     nlls = -completion_log_likelihoods(model, pairs, batch_size)
     longest = max(len(pair.ids) - pair.start for pair in pairs)
@@ -196,129 +142,6 @@ def _summarise(
     )
 
 
-def _max_length(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> int:
-    """Tokens that the model can read; architectures without position limits leave it to the tokenizer."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
-    return int(min(limit, tokenizer.model_max_length))
-
-
-@torch.inference_mode()
-def completion_log_likelihoods(model: CausalLM, pairs: Sequence[CompletionTokens], batch_size: int) -> np.ndarray:
-    """Log-likelihood of each completion after its prompt, in nats, summed over its tokens; shape (len(pairs),).
-
-    Raises:
-        UserError: a log-likelihood is not finite.
-    """
-    # The last token is predicted, never read: choices of one token after the same prompt are one reading.
-    by_context: dict[tuple[int, ...], list[int]] = {}
-    for index, pair in enumerate(pairs):
-        by_context.setdefault(tuple(pair.ids[:-1]), []).append(index)
-    contexts = list(by_context)
-    totals = np.zeros(len(pairs))
-    for batch in _batches_by_length([len(context) for context in contexts], batch_size):
-        ids, mask = _pad([list(contexts[i]) for i in batch], "right", model.device)
-        asked = [(row, index) for row, i in enumerate(batch) for index in by_context[contexts[i]]]
-        first = min(pairs[index].start for _, index in asked) - 1
-        kept = torch.arange(first, ids.shape[1], device=model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
-        log_probabilities = logits.float().log_softmax(-1).cpu()
-        for row, index in asked:
-            tokens = torch.tensor(pairs[index].ids[pairs[index].start :])
-            begin = pairs[index].start - 1 - first
-            predicted = log_probabilities[row, begin : begin + len(tokens)]
-            totals[index] = float(predicted.gather(-1, tokens[:, None]).double().sum())
-    if not np.isfinite(totals).all():
-        raise UserError("The model gives log-likelihoods that are not finite; load it in float32 or bfloat16.")
-    return totals
-
-
-def text_loss(
-    model: CausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], max_length: int = 128
-) -> float:
-    """Mean negative log-likelihood of the tokens of running text, in nats per token.
-
-    Compares what adapters do to the general ability of one base model; its exponential is the perplexity.
-
-    Args:
-        model: the model
-        tokenizer: its tokenizer
-        texts: passages; each has at least two tokens
-        max_length: tokens read of each passage
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        read = [CompletionTokens(_encode(tokenizer, text)[0][:max_length], 1) for text in texts]
-        total = completion_log_likelihoods(model, read, batch_size=32).sum()
-    finally:
-        model.train(was_training)
-    return float(-total / sum(len(tokens.ids) - 1 for tokens in read))
-
-
-@torch.inference_mode()
-def generate(
-    model: CausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    batch_size: int,
-) -> list[str]:
-    """Greedy continuations of the prompts, up to an end-of-text token; prompts are cut from the left to fit.
-
-    Raises:
-        UserError: the model cannot generate.
-    """
-    if not isinstance(model, GenerationMixin | PeftModelForCausalLM):
-        raise UserError(f"{type(model).__name__} cannot generate; use a causal language model, or give `choices`.")
-    room = _max_length(model, tokenizer) - max_new_tokens
-    encoded = [_drop_left(*_encode(tokenizer, prompt), room) for prompt in prompts]
-    ends = _end_tokens(model, tokenizer)
-    texts = [""] * len(prompts)
-    for batch in _batches_by_length([len(ids) for ids in encoded], batch_size):
-        ids, mask = _pad([encoded[i] for i in batch], "left", model.device)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
-        )
-        for i, new in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-            answer = list(itertools.takewhile(lambda token: token not in ends, new))
-            texts[i] = str(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return texts
-
-
-def _end_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """End-of-text tokens of the tokenizer and of the model's generation configuration."""
-    configured = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    return sorted(ends - {None})
-
-
-def _batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, longest first, so that a batch too large for memory fails at once."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
-
-
-def _pad(
-    rows: Sequence[list[int]], side: Literal["left", "right"], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both of shape (len(rows), longest row)."""
-    width = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        ids[i, place] = torch.tensor(row)
-        mask[i, place] = 1
-    return ids.to(device), mask.to(device)
-
-
 def evaluate(
     model: str,
     task: str,
@@ -326,6 +149,7 @@ def evaluate(
     out: str | None = None,
     batch_size: int = 32,
     revision: str | None = None,
+    chat: bool = False,
 ) -> dict[str, Any]:
     """Scores a model, with or without an adapter, on a task file.
 
@@ -336,15 +160,20 @@ def evaluate(
         out: JSON file to write; beside the result it holds `items`: score, nll and prediction of each item.
         batch_size: sequences read at once.
         revision: revision of the model on the hub.
+        chat: whether prompts are messages of a user, in the chat template of the model, or of the adapter's folder
+            where the model has none.
 
     Returns:
-        metric, score, n, ci95, nll, and what was scored: model, revision, adapter, task, task_sha256, versions.
+        metric, score, n, ci95, nll, and what was scored: model, revision, adapter, task, chat, task_sha256, versions.
 
     Raises:
         UserError: the task file is malformed, or the adapter does not fit the model.
     """
     items = load_task(task)
     loaded, tokenizer = load_model(model, revision=revision)
+    if chat:
+        items = chat_items(items, tokenizer, _template(tokenizer, adapter))
+        tokenizer = without_special_tokens(tokenizer)
     scored: CausalLM = loaded if adapter is None else load_adapter(loaded, adapter, model)
     result = evaluate_model(scored, tokenizer, items, batch_size)
     record = {
@@ -357,6 +186,7 @@ def evaluate(
         "revision": revision,
         "adapter": adapter and public_name(adapter),
         "task": Path(task).name,
+        "chat": chat,
         "task_sha256": hashlib.sha256(Path(task).read_bytes()).hexdigest(),
         "versions": _versions(),
     }
@@ -366,6 +196,13 @@ def evaluate(
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(json.dumps({**record, "items": per_item}, indent=1) + "\n", encoding="utf-8")
     return record
+
+
+def _template(tokenizer: PreTrainedTokenizerFast, adapter: str | None) -> str:
+    beside = Path(adapter or "") / TEMPLATE_FILE
+    if tokenizer.chat_template is None and adapter is not None and beside.is_file():
+        return beside.read_text(encoding="utf-8")
+    return chat_template(tokenizer)
 
 
 def load_adapter(base: PreTrainedModel, adapter: str, model: str) -> PeftModelForCausalLM:

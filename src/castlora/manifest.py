@@ -40,6 +40,7 @@ def describe_inputs(plan: Plan, models: Models, text: TextSource) -> dict[str, A
             "text": public_name(text.text) if text.text else None,
             "prompt_format": text.prompt_format,
             "prompts": public_name(text.prompts) if text.prompts else None,
+            "chat": text.chat,
         },
     }
 
@@ -76,13 +77,14 @@ def command_line(request: Mapping[str, Any]) -> str:
     """The command that repeats a run; local inputs appear by their last component."""
     words = ["castlora", "transfer"]
     for field, value in request.items():
-        if value is None or isinstance(value, dict):
+        if value is None or value is False or isinstance(value, dict):
             continue
-        words += [f"--{field.replace('_', '-')}", public_name(value) if field in _LOCATIONS else str(value)]
+        words += [f"--{field.replace('_', '-')}", public_name(value) if field in _LOCATIONS else _word(value)]
     for field, value in request["tuning"].items():
         if value is not None:
-            words += [
-                f"--tuning.{field.replace('_', '-')}",
-                str(value).lower() if isinstance(value, bool) else str(value),
-            ]
+            words += [f"--tuning.{field.replace('_', '-')}", _word(value)]
     return shlex.join(words)
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

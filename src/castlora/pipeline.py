@@ -14,6 +14,7 @@ from transformers import set_seed
 from castlora import __version__
 from castlora.adapters import LowRank, write_portable
 from castlora.card import write_card
+from castlora.chat import TEMPLATE_FILE, target_template
 from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
 from castlora.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
 from castlora.errors import UserError
@@ -74,6 +75,7 @@ def transfer(
     text: str | None = None,
     prompt_format: str | None = None,
     prompts: str | None = None,
+    chat: bool = False,
     recipe: RecipeName = "default",
     start: Start | None = None,
     steps: int | None = None,
@@ -94,6 +96,8 @@ def transfer(
         text: general text, a .txt or .jsonl file (may be gzipped) or a hub data set; by default allenai/c4
         prompt_format: the adapter's prompt format with a `{text}` slot, filled from the general text
         prompts: file of unlabelled prompts of the task, instead of general text
+        chat: whether prompts are messages of a user, which each model reads in its own chat template; a target without
+            one reads them in the source's, which is then written beside the adapter
         recipe: `default`, or `paper`, the paper as far as it is stated
         start: `paper`, `ridge` or `fresh`, instead of the recipe's
         steps: optimizer steps, instead of the recipe's
@@ -112,7 +116,7 @@ def transfer(
     tuning = tuning or Tuning()
     request = {
         "adapter": adapter, "target": target, "source": source, "text": text, "prompt_format": prompt_format,
-        "prompts": prompts, "recipe": recipe, "start": start, "steps": steps, "batch_size": batch_size,
+        "prompts": prompts, "chat": chat, "recipe": recipe, "start": start, "steps": steps, "batch_size": batch_size,
         "seed": seed, "rank": rank, "tuning": asdict(tuning),
     }  # fmt: skip
     resolved = resolve_recipe(recipe, start, steps, batch_size, tuning)
@@ -126,7 +130,7 @@ def transfer(
     output_rank = plan.rank(resolved, rank)
     plan.check_length(resolved)
     logger.info(describe(plan.pairing))
-    text_source = TextSource(text, prompt_format, prompts)
+    text_source = TextSource(text, prompt_format, prompts, chat)
     text_source.check()
     models = load_models(plan)
     check_objective(models.shared, resolved)
@@ -168,6 +172,8 @@ def transfer(
     manifest["logit_difference"] = _write_adapter(run, plan, student, output_rank, held_out)
     manifest["seconds"] = round(time.monotonic() - started, 1)
     manifest["peak_memory_bytes"] = peak_memory_bytes()
+    if chat and models.target_tokenizer.chat_template is None:
+        write_whole(run.finished / TEMPLATE_FILE, target_template(models.source_tokenizer, models.target_tokenizer))
     _write_record(run, manifest, log, plan.pairing)
     run.publish()
     logger.info("Wrote %s", out)

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -68,19 +69,20 @@ def align_passages(
         context_weight: weight of positions before the answer begins
     """
     for group in _groups(passages):
-        texts = [passage.text for passage in group]
-        encoded = zip(group, source.encode_batch(texts), target.encode_batch(texts), strict=True)
-        for passage, in_source, in_target in encoded:
-            aligned = _align(passage, in_source, in_target, max_length, context_weight)
+        special = not group[0].is_chat
+        in_source = source.encode_batch([passage.text for passage in group], add_special_tokens=special)
+        in_target = target.encode_batch([passage.target_text for passage in group], add_special_tokens=special)
+        for passage, source_text, target_text in zip(group, in_source, in_target, strict=True):
+            aligned = _align(passage, source_text, target_text, max_length, context_weight)
             if sum(aligned.weights) > 0:
                 yield aligned
 
 
 def _groups(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
     """Groups of passages that are encoded together."""
-    remaining = iter(passages)
-    while group := list(islice(remaining, _ENCODE_BATCH)):
-        yield group
+    for _, alike in groupby(passages, key=lambda passage: passage.is_chat):
+        while group := list(islice(alike, _ENCODE_BATCH)):
+            yield group
 
 
 def batches(passages: Sequence[AlignedPassage], batch_size: int, device: torch.device) -> Iterator[Batch]:
@@ -118,11 +120,16 @@ def bytes_per_token(passages: Sequence[Passage], tokenizer: ByteTokenizer) -> fl
 def _align(
     passage: Passage, source: EncodedText, target: EncodedText, max_length: int, context_weight: float
 ) -> AlignedPassage:
+    answer_start = passage.answer_start
+    if passage.target_prompt is not None:
+        source = _from_end_of_prompt(source, answer_start)
+        target = _from_end_of_prompt(target, len(passage.target_prompt.encode()))
+        answer_start = 1
     in_source, in_target = aligned_positions(source.ends, target.ends)
     # Before the first byte the models predict different things where only one spells a leading space.
     kept = (in_source < max_length) & (in_target < max_length) & (source.ends[in_source] > 0)
     in_source, in_target = in_source[kept], in_target[kept]
-    is_answer = source.ends[in_source] >= passage.answer_start
+    is_answer = source.ends[in_source] >= answer_start
     return AlignedPassage(
         source.ids[:max_length].tolist(),
         target.ids[:max_length].tolist(),
@@ -130,3 +137,11 @@ def _align(
         in_target.tolist(),
         [1.0 if answer else context_weight for answer in is_answer.tolist()],
     )
+
+
+def _from_end_of_prompt(text: EncodedText, prompt_bytes: int) -> EncodedText:
+    """Ends that are 1 where the prompt has been read and count on from there; 0 inside the prompt.
+
+    Prompts in unlike chat templates have nothing in common before their ends.
+    """
+    return EncodedText(text.ids, np.maximum(text.ends - prompt_bytes + 1, 0))

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from castlora.answers import prompt_batches
+from castlora.text import Passage
 
 _LIKELIEST = 64
 _OUTCOMES = 256
@@ -26,7 +27,7 @@ _ITERATIONS = 100
 class FirstTokens:
     """What a model predicts after each of many prompts."""
 
-    prompts: list[str]
+    prompts: list[Passage]
     ids: Tensor
     """The likeliest next tokens of each prompt, shape (prompts, likeliest)."""
     probabilities: Tensor
@@ -106,7 +107,7 @@ def mutual_information(distributions: Tensor) -> float:
 def predict_first_tokens(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[str],
+    prompts: Sequence[Passage],
     max_prompt_tokens: int,
     batch_size: int,
 ) -> FirstTokens:
@@ -115,7 +116,7 @@ def predict_first_tokens(
     Args:
         model: source + LoRA
         tokenizer: its tokenizer
-        prompts: the prompts
+        prompts: the prompts, without answers
         max_prompt_tokens: longest prompt, in tokens; longer ones are left out
         batch_size: prompts per batch
     """
@@ -133,7 +134,7 @@ def predict_first_tokens(
         )
         distribution = answer.logits[0].float().softmax(-1).cpu()
         likeliest = distribution.topk(min(_LIKELIEST, distribution.shape[-1]))
-        kept += group.prompts
+        kept += group.passages
         ids.append(likeliest.indices)
         probabilities.append(likeliest.values)
         sums.append(distribution.sum(0))

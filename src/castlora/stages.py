@@ -18,6 +18,7 @@ from transformers import (
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from castlora.answers import write_answers
+from castlora.chat import Conversation, ask, chat_passages, read_conversations
 from castlora.config import Recipe
 from castlora.distill import DistillationTrainer, LossProgress, Student
 from castlora.effective import effective_update
@@ -40,6 +41,7 @@ from castlora.teacher import RECORD_BYTES, LiveTeacher, RecordedTeacher, Teacher
 from castlora.text import (
     GENERIC_FORMATS,
     HUB_DEFAULT,
+    SLOT,
     Passage,
     check_prompt_format,
     cut_passages,
@@ -82,13 +84,24 @@ class TextSource:
     text: str | None = None
     prompt_format: str | None = None
     prompts: str | None = None
+    chat: bool = False
+    """Whether prompts are messages, which both models read in their own chat templates."""
 
     @property
     def regime(self) -> str:
         """What is known about the task: nothing, the format of its prompts, or prompts themselves."""
         if self.prompts is not None:
             return "unlabelled prompts"
-        return "prompt format" if self.prompt_format is not None else "general text"
+        if self.prompt_format is not None:
+            return "prompt format"
+        return "chat template" if self.chat else "general text"
+
+    @property
+    def formats(self) -> Sequence[str]:
+        """What general text is put into; a chat template needs nothing around the text."""
+        if self.prompt_format is not None:
+            return (self.prompt_format,)
+        return (SLOT,) if self.chat else GENERIC_FORMATS
 
     def check(self) -> None:
         """Raises a UserError if the text cannot be read, before anything slow begins."""
@@ -98,7 +111,9 @@ class TextSource:
             logger.warning("--text %r is not read: --prompts are given.", self.text)
         if self.prompt_format is not None:
             check_prompt_format(self.prompt_format)
-        if self.prompts is not None:
+        if self.prompts is not None and self.chat:
+            read_conversations(self.prompts, 1, seed=0)
+        elif self.prompts is not None:
             read_prompts(self.prompts, 1, seed=0)
         else:
             next(read_documents(self.text or HUB_DEFAULT))
@@ -125,14 +140,14 @@ def draw_text(models: Models, text: TextSource, recipe: Recipe, seed: int) -> li
         UserError: the text cannot be read or is too little.
     """
     count = _wanted(recipe)
-    if text.prompts is not None:
-        prompts = read_prompts(text.prompts, count, seed)
-        passages = [Passage(prompt, len(prompt.encode())) for prompt in prompts]
-    elif recipe.write_answers or text.prompt_format is not None:
-        formats = GENERIC_FORMATS if text.prompt_format is None else (text.prompt_format,)
+    if text.prompts is not None and text.chat:
+        passages = _in_templates(models, read_conversations(text.prompts, count, seed))
+    elif text.prompts is not None:
+        passages = _unanswered(read_prompts(text.prompts, count, seed))
+    elif recipe.write_answers or text.prompt_format is not None or text.chat:
         fillings = draw_fillings(read_documents(text.text or HUB_DEFAULT), count * recipe.candidates, seed)
-        prompts = fill_formats(fillings, formats)
-        passages = [Passage(prompt, len(prompt.encode())) for prompt in prompts]
+        prompts = fill_formats(fillings, text.formats)
+        passages = _in_templates(models, [ask(prompt) for prompt in prompts]) if text.chat else _unanswered(prompts)
     else:
         max_bytes = _passage_bytes(models, text.text or HUB_DEFAULT, recipe.max_length)
         passages = cut_passages(read_documents(text.text or HUB_DEFAULT), count, max_bytes, seed)
@@ -148,7 +163,7 @@ def choose_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe) 
     first_tokens = predict_first_tokens(
         models.teacher,
         models.source_tokenizer,
-        [passage.text for passage in passages],
+        passages,
         _longest_prompt(models, recipe),
         _PROMPT_BATCH,
     )
@@ -159,12 +174,12 @@ def choose_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe) 
         len(indices), len(distributions), mutual_information(distributions[indices]), mutual_information(distributions),
     )  # fmt: skip
     chosen = {first_tokens.prompts[index] for index in indices.tolist()}
-    return [passage for passage in passages if passage.text in chosen]
+    return [passage for passage in passages if passage in chosen]
 
 
 def answer_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe, seed: int) -> list[Passage]:
     """Prompts with the answers that source + LoRA writes, in shuffled order; plain text as it is."""
-    prompts = [passage.text for passage in passages if passage.answer_start]
+    prompts = [passage for passage in passages if passage.answer_start]
     if not prompts or not recipe.write_answers:
         return list(passages)
     answered = write_answers(
@@ -296,6 +311,14 @@ def reading_order(training: Sequence[AlignedPassage], count: int, batch_size: in
         indices = get_length_grouped_indices(lengths, batch_size, _BATCHES_SORTED_TOGETHER, generator)
         order += [training[index] for index in indices]
     return order[:count]
+
+
+def _unanswered(prompts: Sequence[str]) -> list[Passage]:
+    return [Passage(prompt, len(prompt.encode())) for prompt in prompts]
+
+
+def _in_templates(models: Models, conversations: Sequence[Conversation]) -> list[Passage]:
+    return chat_passages(conversations, models.source_tokenizer, models.target_tokenizer)
 
 
 def _wanted(recipe: Recipe) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 from datasets import load_dataset
 from datasets.exceptions import DatasetNotFoundError
@@ -38,6 +39,21 @@ class Passage:
     text: str
     answer_start: int = 0
     """Bytes before the answer; 0 for plain text, all of which counts."""
+    target_prompt: str | None = None
+    """What the target reads before the answer, where chat templates have each model asked in its own words. Both
+    prompts then have their special tokens written out."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its prompts come from chat templates."""
+        return self.target_prompt is not None
+
+    @property
+    def target_text(self) -> str:
+        """The whole text as the target reads it."""
+        if self.target_prompt is None:
+            return self.text
+        return self.target_prompt + self.text.encode()[self.answer_start :].decode()
 
 
 def read_documents(path_or_id: str) -> Iterator[str]:
@@ -107,16 +123,45 @@ def read_prompts(path: str, count: int, seed: int) -> list[str]:
     Raises:
         UserError: the file cannot be read or holds no prompt.
     """
-    if not Path(path).is_file():
-        raise UserError(f"--prompts {path!r} is not a file; give JSON lines with a 'prompt' field, or plain lines.")
-    lines = list(_read_lines(Path(path)))
-    is_json = any(suffix in {".jsonl", ".json"} for suffix in Path(path).suffixes)
+    lines, is_json = prompt_lines(path)
     prompts = [_field(line, path, number, ("prompt",)) if is_json else line for number, line in enumerate(lines, 1)]
     prompts = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
     if not prompts:
         raise UserError(f"--prompts {path!r} holds no prompt; give at least one line.")
     random.Random(seed).shuffle(prompts)
     return prompts[:count]
+
+
+def prompt_lines(path: str) -> tuple[list[str], bool]:
+    """The lines of a file of prompts that are not blank, and whether they are JSON.
+
+    Raises:
+        UserError: the file cannot be read or is empty.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--prompts {path!r} is not a file; give JSON lines with a 'prompt' field, or plain lines.")
+    lines = list(_read_lines(Path(path)))
+    if not lines:
+        raise UserError(f"--prompts {path!r} holds no prompt; give at least one line.")
+    return lines, any(suffix in {".jsonl", ".json"} for suffix in Path(path).suffixes)
+
+
+def parse_line(line: str, path: str, number: int) -> Any:
+    """The JSON value of a line.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deeply nested"
+        raise UserError(f"{path!r} line {number} is not JSON ({reason}); write one object per line.") from error
+
+
+def well_formed(text: str) -> str:
+    """A text from JSON without halves of surrogate pairs, which JSON can escape and no tokenizer can read."""
+    return text.encode(errors="replace").decode()
 
 
 def _read_file(path: Path) -> Iterator[str]:
@@ -150,14 +195,12 @@ def _read_lines(path: Path, keep_blank: bool = False) -> Iterator[str]:
 
 
 def _field(line: str, path: str, number: int, names: tuple[str, ...]) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path!r} line {number} is not JSON ({error.msg}); write one object per line.") from error
+    record = parse_line(line, path, number)
     for name in names:
         if isinstance(record, dict) and isinstance(record.get(name), str):
-            # JSON can escape halves of surrogate pairs, which no tokenizer can read.
-            return str(record[name]).encode(errors="replace").decode()
+            return well_formed(record[name])
+    if isinstance(record, dict) and "prompt" in names and "messages" in record:
+        raise UserError(f"{path!r} line {number} has 'messages' instead of a text 'prompt'; give --chat true.")
     raise UserError(f"{path!r} line {number} has no text field {names[0]!r}; write one object per line with it.")
 
 

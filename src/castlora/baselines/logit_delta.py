@@ -10,8 +10,9 @@ import numpy as np
 from peft import PeftModelForCausalLM
 from transformers import PreTrainedTokenizerFast
 
+from castlora.completions import CausalLM
 from castlora.errors import UserError
-from castlora.evaluation import CausalLM, Evaluation, choice_log_likelihoods, judge_choices
+from castlora.evaluation import Evaluation, choice_log_likelihoods, judge_choices
 from castlora.tasks import TaskItem
 
 

@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from castlora.bench.spec import BenchmarkSpec
+from castlora.completions import CausalLM, text_loss
 from castlora.config import Recipe, Regime
-from castlora.evaluation import CausalLM, Evaluation, evaluate_model, text_loss
+from castlora.evaluation import Evaluation, evaluate_model
 from castlora.manifest import versions
 from castlora.plan import Plan, plan_transfer
 from castlora.run_directory import write_whole

@@ -18,9 +18,10 @@ from castlora.baselines.theseus import theseus
 from castlora.bench.grid import Cell, Settings, figures, score
 from castlora.bench.reading import cell_recipe, read_text
 from castlora.bench.trained import WITH_TEXT
+from castlora.completions import encode_completion
 from castlora.config import Recipe, Regime, Tuning
 from castlora.distill import Student, measure_held_out
-from castlora.evaluation import encode_completion, evaluate_model
+from castlora.evaluation import evaluate_model
 from castlora.models import context_length, linear_slots, load_model
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage

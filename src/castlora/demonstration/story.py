@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from castlora.completions import generate
 from castlora.config import Tuning
 from castlora.demonstration.bundle import SOURCE, TARGET, DemoSkill, demo_models_path, demo_skill
 from castlora.errors import UserError
-from castlora.evaluation import Evaluation, evaluate_model, generate, load_adapter
+from castlora.evaluation import Evaluation, evaluate_model, load_adapter
 from castlora.lift import Lift, lift_with_interval
 from castlora.models import best_device, load_model
 from castlora.pipeline import REPORT_FILE, TransferResult, report_distillation, report_pairing, transfer
