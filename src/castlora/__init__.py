@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from castlora.conversion import convert
     from castlora.errors import UserError
     from castlora.evaluation import evaluate
     from castlora.inspection import inspect
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
     from castlora.portable import check_portable
     from castlora.steering import steer
 
-__all__ = ["CastLayer", "UserError", "__version__", "check_portable", "evaluate", "inspect", "steer", "transfer"]
+__all__ = [
+    "CastLayer", "UserError", "__version__", "check_portable", "convert", "evaluate", "inspect", "steer", "transfer",
+]  # fmt: skip
 
 _HOMES = {
     "CastLayer": "castlora.maps",
     "UserError": "castlora.errors",
     "check_portable": "castlora.portable",
+    "convert": "castlora.conversion",
     "evaluate": "castlora.evaluation",
     "inspect": "castlora.inspection",
     "steer": "castlora.steering",

@@ -248,7 +248,8 @@ def _adapter_folder(name_or_path: str, revision: str | None) -> Path:
 
 def _read_config(name: str, path: Path) -> PeftConfig:
     try:
-        peft_type = dict(json.loads(path.read_text(encoding="utf-8"))).get("peft_type")
+        written = dict(json.loads(path.read_text(encoding="utf-8")))
+        peft_type = written.get("peft_type")
         config: PeftConfig | None = None
         if peft_type in set(PeftType):
             config = PeftConfig.from_pretrained(str(path.parent))
@@ -256,11 +257,21 @@ def _read_config(name: str, path: Path) -> PeftConfig:
         raise UserError(
             f"{CONFIG_FILE} of {name!r} is not a PEFT configuration ({first_line(error)}); copy it again."
         ) from error
+    if is_mlx_config(written):
+        raise UserError(
+            f"Adapter {name!r} is one of MLX-LM; make a PEFT adapter of it first: castlora convert --adapter "
+            "FOLDER --to peft --base MODEL --out NEW."
+        )
     if config is None or config.is_prompt_learning or peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
         raise UserError(
             f"Adapter {name!r}: peft_type is {peft_type!r}; castlora carries adapters that change linear maps, as LORA."
         )
     return config
+
+
+def is_mlx_config(config: object) -> bool:
+    """Whether a configuration is one that MLX-LM writes beside its adapters."""
+    return isinstance(config, dict) and "lora_parameters" in config and "peft_type" not in config
 
 
 def _refuse_unsupported(name: str, config: PeftConfig) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `castlora transfer | evaluate | inspect | check | steer | demo | bench`."""
+"""The command line: `castlora transfer | evaluate | inspect | check | convert | steer | demo | bench`."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from castlora import __version__
-from castlora.config import RecipeName, Start, Tuning
+from castlora.config import Form, RecipeName, Start, Tuning
 from castlora.errors import UserError
 
 NOT_PORTABLE = 1
@@ -123,6 +123,21 @@ def _check(adapter: str) -> None:
         sys.exit(NOT_PORTABLE)
 
 
+def _convert(adapter: str, to: Form, out: str, base: str | None = None, llama_cpp: str | None = None) -> None:
+    """Writes an adapter in another form: portable PEFT, MLX-LM, merged into its base model, or GGUF.
+
+    Args:
+        adapter: folder or hub id of a PEFT adapter, or folder of an MLX-LM adapter
+        to: peft (the plain LoRA that engines load), mlx, merged (the base model with the adapter in it), or gguf
+        out: folder to write, new or empty; a new file for gguf
+        base: base model of the adapter, if not the one that its configuration names
+        llama_cpp: folder of llama.cpp's sources, whose converter makes the gguf
+    """
+    from castlora.conversion import convert as run
+
+    run(adapter, to, out, base, llama_cpp)
+
+
 def _steer(
     adapter: str,
     target: str,
@@ -219,6 +234,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": _evaluate,
     "inspect": _inspect,
     "check": _check,
+    "convert": _convert,
     "steer": _steer,
     "demo": _demo,
 }

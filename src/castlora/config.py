@@ -11,6 +11,8 @@ Trained = Literal["maps", "factors"]
 RecipeName = Literal["default", "paper"]
 Regime = Literal["none", "general", "format", "prompts"]
 """What a method may read: weights alone, general text, text in the adapter's prompt format, or unlabelled prompts."""
+Form = Literal["peft", "mlx", "merged", "gguf"]
+"""Forms that an adapter can be written in."""
 REGIMES: tuple[Regime, ...] = ("none", "general", "format", "prompts")
 
 

@@ -1,0 +1,127 @@
+"""The same adapter in other forms: portable PEFT, MLX-LM, merged into its base model, GGUF for llama.cpp."""
+
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from castlora.adapters import LowRank, open_adapter, portable_rank, read_factors, write_portable
+from castlora.chat import TEMPLATE_FILE
+from castlora.config import Form
+from castlora.errors import UserError
+from castlora.evaluation import load_adapter
+from castlora.mlx import is_mlx_adapter, mlx_base, read_mlx, write_mlx
+from castlora.models import LinearSlot, linear_slots, load_config, load_model, number_of_layers, skeleton
+
+GGUF_SCRIPT = "convert_lora_to_gguf.py"
+
+logger = logging.getLogger("castlora")
+
+
+def convert(adapter: str, to: Form, out: str, base: str | None = None, llama_cpp: str | None = None) -> Path:
+    """Writes an adapter in another form.
+
+    Args:
+        adapter: folder or hub id of a PEFT adapter, or folder of an MLX-LM adapter
+        to: `peft`, the plain LoRA that serving engines load, from any other LoRA; `mlx`, an adapter for MLX-LM;
+            `merged`, the base model with the adapter in its weights, in the base's own precision; `gguf`, a file for
+            llama.cpp, made by its own converter
+        out: folder to write, new or empty; a new file for `gguf`
+        base: the adapter's base model, if not the one that its configuration names
+        llama_cpp: folder of llama.cpp's sources, for `gguf`
+
+    Returns:
+        what was written
+
+    Raises:
+        UserError: bad input; nothing has been written.
+    """
+    place = Path(out)
+    if place.exists() and (to == "gguf" or not place.is_dir() or any(place.iterdir())):
+        raise UserError(f"--out {out!r} exists; give a new one, nothing is ever overwritten.")
+    if (to == "gguf") != (llama_cpp is not None):
+        raise UserError("--llama-cpp names the folder of llama.cpp's sources for --to gguf; give both or neither.")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".castlora-", dir=place.parent) as scratch:
+            part = Path(scratch) / place.name
+            if to == "merged":
+                _write_merged(adapter, base, part)
+            elif llama_cpp is not None:
+                _write_gguf(adapter, base, part, Path(llama_cpp))
+            else:
+                _write_adapter(adapter, base, part, to)
+            part.replace(place)
+    except OSError as error:
+        raise UserError(f"--out {out!r} cannot be written ({error.strerror}); give another place.") from error
+    logger.info("Wrote %s", out)
+    return place
+
+
+def _write_adapter(adapter: str, base: str | None, part: Path, to: Form) -> None:
+    factors, slots, base_name = _plain_factors(adapter, base)
+    if to == "mlx":
+        write_mlx(part, factors, number_of_layers(slots), base_name)
+    else:
+        rank = portable_rank(max(lora.rank for lora in factors.values()))
+        write_portable(part, factors, slots, rank, base_name, None)
+    _copy_template(adapter, part)
+
+
+def _plain_factors(adapter: str, base: str | None) -> tuple[dict[str, LowRank], dict[str, LinearSlot], str]:
+    """The factors of a LoRA, the linear modules of its base model, and the base model's name."""
+    if is_mlx_adapter(Path(adapter)):
+        name = _base_of(adapter, base, mlx_base(Path(adapter)))
+        config = load_config(name)
+        slots = linear_slots(skeleton(config), config)
+        return read_mlx(Path(adapter), slots), slots, name
+    files = open_adapter(adapter)
+    if not files.is_plain:
+        raise UserError(
+            f"Adapter {adapter!r} is of kind {files.kind}, which has no exact low-rank form; give --to merged."
+        )
+    name = _base_of(adapter, base, files.base_model)
+    config = load_config(name)
+    return read_factors(files, config), linear_slots(skeleton(config), config), name
+
+
+def _write_merged(adapter: str, base: str | None, part: Path) -> None:
+    if is_mlx_adapter(Path(adapter)):
+        raise UserError(f"Adapter {adapter!r} is one of MLX-LM; convert it with --to peft first.")
+    name = _base_of(adapter, base, open_adapter(adapter).base_model)
+    model, tokenizer = load_model(name)
+    # Merged in fp32: bf16 would round away what is small beside the weight.
+    merged = load_adapter(model, adapter, name).merge_and_unload()
+    merged.to(load_config(name).dtype or merged.dtype).save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    _copy_template(adapter, part)
+
+
+def _write_gguf(adapter: str, base: str | None, part: Path, llama_cpp: Path) -> None:
+    script = llama_cpp / GGUF_SCRIPT
+    if not script.is_file():
+        raise UserError(f"--llama-cpp {str(llama_cpp)!r} has no {GGUF_SCRIPT}; give the folder of llama.cpp's sources.")
+    files = open_adapter(adapter)
+    name = _base_of(adapter, base, files.base_model)
+    base_option = "--base" if Path(name).is_dir() else "--base-model-id"
+    command = [sys.executable, str(script), base_option, name, "--outfile", str(part), "--outtype", "f32"]
+    done = subprocess.run([*command, str(files.folder)], capture_output=True, text=True)
+    if done.returncode or not part.is_file():
+        lines = done.stderr.strip().splitlines() or ["it wrote nothing"]
+        raise UserError(
+            f"{GGUF_SCRIPT} cannot convert {adapter!r}: {lines[-1][:300].rstrip('.')}; see its requirements."
+        )
+
+
+def _base_of(adapter: str, given: str | None, named: str) -> str:
+    if not (given or named):
+        raise UserError(f"Adapter {adapter!r} does not name its base model; give it with --base.")
+    return given or named
+
+
+def _copy_template(adapter: str, part: Path) -> None:
+    template = Path(adapter) / TEMPLATE_FILE
+    if template.is_file() and not (part / TEMPLATE_FILE).exists():
+        shutil.copyfile(template, part / TEMPLATE_FILE)

@@ -1,0 +1,120 @@
+"""What castlora writes, loaded by real engines: each computes what PEFT computes.
+
+`tests/engines.sh` installs the engines beside castlora and runs these tests; llama.cpp is built from its sources there.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from castlora import convert
+from castlora.adapters import LowRank, write_portable
+from castlora.models import linear_slots, load_config, skeleton
+
+pytestmark = pytest.mark.engine
+IDS = [5, 6, 7, 8, 9, 10]
+
+
+@pytest.fixture(scope="module")
+def portable(base_model, tmp_path_factory):
+    """An adapter in the form that `transfer` writes, on all linear modules of a tiny model."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("portable") / name
+        config = load_config(str(base_model(name)))
+        slots = linear_slots(skeleton(config), config)
+        torch.manual_seed(0)
+        factors = {
+            name: LowRank(torch.randn(5, slot.d_in) / slot.d_in, torch.randn(slot.d_out, 5))
+            for name, slot in slots.items()
+        }
+        write_portable(folder, factors, slots, 8, str(base_model(name)), None)
+        return folder
+
+    return make
+
+
+def log_probabilities(base: Path, adapter: Path | None) -> np.ndarray:
+    """PEFT's prediction at every position."""
+    model = tiny.load(base) if adapter is None else PeftModel.from_pretrained(tiny.load(base), adapter).eval()
+    return tiny.logits(model, torch.tensor([IDS]))[0].log_softmax(-1).numpy()
+
+
+def assert_same(found: np.ndarray, base: Path, adapter: Path, tolerance: float = 1e-3) -> None:
+    expected, bare = log_probabilities(base, adapter), log_probabilities(base, None)
+    assert np.abs(expected - bare).max() > 100 * tolerance
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "phi3"])
+def test_transformers_loads_the_adapter_itself(base_model, portable, name):
+    adapter = portable(name)
+    model = AutoModelForCausalLM.from_pretrained(base_model(name)).eval()
+    model.load_adapter(str(adapter))
+    found = tiny.logits(model, torch.tensor([IDS]))[0].log_softmax(-1).numpy()
+    assert_same(found, base_model(name), adapter)
+
+
+def as_published(base: Path, folder: Path) -> Path:
+    """GPT-2 with the names and the field of the checkpoints on the hub, which MLX-LM relies on; others as they are."""
+    config = json.loads((base / "config.json").read_text())
+    if config["model_type"] != "gpt2":
+        return base
+    copy = folder / "published"
+    shutil.copytree(base, copy)
+    (copy / "config.json").write_text(json.dumps(config | {"n_ctx": config["n_positions"]}))
+    tensors = load_file(base / "model.safetensors")
+    published = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(published, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "phi3"])
+def test_mlx_lm(base_model, portable, tmp_path, name):
+    mx = pytest.importorskip("mlx.core", reason="mlx is not installed; tests/engines.sh installs it")
+    mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed; tests/engines.sh installs it")
+    adapter = portable(name)
+    convert(str(adapter), "mlx", str(tmp_path / "mlx"))
+    model, _ = mlx_lm.load(str(as_published(base_model(name), tmp_path)), adapter_path=str(tmp_path / "mlx"))
+    logits = model(mx.array([IDS])).astype(mx.float32)
+    found = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
+    assert_same(found, base_model(name), adapter)
+
+
+@pytest.fixture(scope="module")
+def llama_cpp_sources() -> Path:
+    if "CASTLORA_LLAMA_CPP" not in os.environ:
+        pytest.skip("CASTLORA_LLAMA_CPP does not name llama.cpp's sources; tests/engines.sh fetches them")
+    return Path(os.environ["CASTLORA_LLAMA_CPP"])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_llama_cpp(base_model, portable, tmp_path, llama_cpp_sources, name):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; tests/engines.sh does it")
+    adapter, base = portable(name), tmp_path / "base.gguf"
+    to_gguf = llama_cpp_sources / "convert_hf_to_gguf.py"
+    command = [sys.executable, to_gguf, base_model(name), "--outfile", base, "--outtype", "f32"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    convert(str(adapter), "gguf", str(tmp_path / "adapter.gguf"), llama_cpp=str(llama_cpp_sources))
+    engine = llama_cpp.Llama(
+        str(base),
+        lora_path=str(tmp_path / "adapter.gguf"),
+        logits_all=True,
+        n_ctx=len(IDS) + 1,
+        n_threads=1,
+        verbose=False,
+    )
+    engine.eval(IDS)
+    found = torch.tensor(np.array(engine.scores[: len(IDS)])).log_softmax(-1).numpy()
+    assert_same(found, base_model(name), adapter)
