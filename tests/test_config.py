@@ -48,7 +48,16 @@ def test_numbers_that_must_be_above_zero(field, value):
 
 
 @pytest.mark.parametrize(
-    "field", ["kl_weight", "mse_weight", "chunk_weight", "context_weight", "ridge", "map_learning_rate_ratio"]
+    "field",
+    [
+        "kl_weight",
+        "mse_weight",
+        "chunk_weight",
+        "context_weight",
+        "ridge",
+        "map_learning_rate_ratio",
+        "format_candidates",
+    ],
 )
 @pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])
 def test_numbers_that_must_not_be_negative(field, value):

@@ -170,7 +170,8 @@ def test_an_objective_that_compares_nothing_is_refused():
 
 
 def test_wider_models_and_smaller_batches_take_smaller_steps():
-    rate = peak_learning_rate(KL_ONLY, 64)
-    assert rate == KL_ONLY.learning_rate_scale / 64 and KL_ONLY.batch_size == 16
-    assert peak_learning_rate(KL_ONLY, 256) == pytest.approx(rate / 4)
-    assert peak_learning_rate(replace(KL_ONLY, batch_size=4), 64) == pytest.approx(rate / 2)
+    rate = peak_learning_rate(KL_ONLY, 256)
+    assert rate == KL_ONLY.learning_rate_scale / 256 and KL_ONLY.batch_size == 16
+    assert peak_learning_rate(KL_ONLY, 1024) == pytest.approx(rate / 4)
+    assert peak_learning_rate(replace(KL_ONLY, batch_size=4), 256) == pytest.approx(rate / 2)
+    assert peak_learning_rate(KL_ONLY, 64) == peak_learning_rate(KL_ONLY, 32) < 4 * rate

@@ -4,7 +4,7 @@ import torch
 
 from castlora.baselines.nonlinear import NonlinearA, ResidualMap, attach_networks
 from castlora.config import DEFAULT
-from castlora.distill import Student, _parameter_groups
+from castlora.distill import Student, _parameter_groups, peak_learning_rate
 from castlora.plan import plan_transfer
 from castlora.starts import attach_lora, fold_maps, paper_maps, start_from_factors
 
@@ -55,7 +55,7 @@ def test_training_reaches_the_maps_and_their_networks_but_not_the_source_factors
 def test_maps_of_both_kinds_learn_at_the_rate_of_maps(with_networks):
     student, _ = with_networks("llama", "mistral")
     groups = _parameter_groups(Student(student, 48, 32, with_head=False), DEFAULT)
-    assert [group["lr"] for group in groups] == [DEFAULT.learning_rate_scale / 48 * DEFAULT.map_learning_rate_ratio]
+    assert [group["lr"] for group in groups] == [peak_learning_rate(DEFAULT, 48) * DEFAULT.map_learning_rate_ratio]
 
 
 def test_a_network_bends_what_a_linear_map_keeps_straight():

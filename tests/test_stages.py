@@ -9,7 +9,15 @@ from castlora.config import DEFAULT
 from castlora.errors import UserError
 from castlora.plan import plan_transfer
 from castlora.positions import AlignedPassage
-from castlora.stages import HELD_OUT_PASSAGES, TextSource, choose_prompts, draw_text, load_models, reading_order
+from castlora.stages import (
+    HELD_OUT_PASSAGES,
+    TextSource,
+    choose_prompts,
+    draw_text,
+    load_models,
+    prompt_formats,
+    reading_order,
+)
 from castlora.text import GENERIC_FORMATS, SLOT, Passage
 
 LENGTHS = random.Random(0).choices(range(5, 60), k=96)
@@ -56,7 +64,7 @@ def test_a_prompt_format_yields_more_candidates_than_are_kept(loaded_models, tmp
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(tiny.sentences(400)))
     recipe = replace(DEFAULT, passages=30, candidates=3)
-    drawn = draw_text(loaded_models, TextSource(str(text), FORMAT), recipe, seed=0)
+    drawn = draw_text(loaded_models, TextSource(str(text)), [FORMAT], recipe, seed=0)
     assert len(drawn) == 3 * (30 + HELD_OUT_PASSAGES)
     chosen = choose_prompts(loaded_models, drawn, recipe)
     assert len(chosen) == 30 + HELD_OUT_PASSAGES
@@ -66,13 +74,15 @@ def test_a_prompt_format_yields_more_candidates_than_are_kept(loaded_models, tmp
 
 def test_with_one_candidate_per_prompt_nothing_is_chosen(loaded_models, text_file):
     recipe = replace(DEFAULT, passages=30, candidates=1)
-    drawn = draw_text(loaded_models, TextSource(str(text_file), FORMAT), recipe, seed=0)
+    drawn = draw_text(loaded_models, TextSource(str(text_file)), [FORMAT], recipe, seed=0)
     assert choose_prompts(loaded_models, drawn, recipe) == drawn
 
 
 def test_without_a_format_general_text_is_put_into_generic_ones(loaded_models, text_file):
-    recipe = replace(DEFAULT, passages=16, candidates=2)
-    drawn = draw_text(loaded_models, TextSource(str(text_file)), recipe, seed=0)
+    recipe = replace(DEFAULT, passages=16, candidates=2, format_candidates=0)
+    formats = prompt_formats(loaded_models, TextSource(str(text_file)), recipe, seed=0)
+    assert formats == GENERIC_FORMATS
+    drawn = draw_text(loaded_models, TextSource(str(text_file)), formats, recipe, seed=0)
     prompts = [passage.text for passage in drawn]
     for form in GENERIC_FORMATS:
         before, after = form.split(SLOT)
@@ -82,9 +92,23 @@ def test_without_a_format_general_text_is_put_into_generic_ones(loaded_models, t
     assert 0 < len(choose_prompts(loaded_models, drawn, recipe)) < 16 + HELD_OUT_PASSAGES
 
 
+@pytest.mark.parametrize(
+    ("known", "formats"),
+    [
+        (dict(prompt_format=FORMAT), (FORMAT,)),
+        (dict(chat=True), (SLOT,)),
+        (dict(prompts="prompts.txt"), ()),
+        (dict(prompts="prompts.txt", chat=True), ()),
+    ],
+)
+def test_what_is_known_of_the_prompts_is_not_searched_for(known, formats):
+    assert tuple(prompt_formats(None, TextSource("no-such-file.txt", **known), DEFAULT, seed=0)) == formats
+
+
 def test_without_written_answers_general_text_is_read_as_it_runs_and_never_chosen_from(loaded_models, text_file):
     recipe = replace(DEFAULT, passages=30, candidates=4, write_answers=False)
-    drawn = draw_text(loaded_models, TextSource(str(text_file)), recipe, seed=0)
+    assert prompt_formats(loaded_models, TextSource(str(text_file)), recipe, seed=0) == ()
+    drawn = draw_text(loaded_models, TextSource(str(text_file)), (), recipe, seed=0)
     assert drawn
     assert all(isinstance(passage, Passage) and passage.answer_start == 0 for passage in drawn)
     assert choose_prompts(loaded_models, drawn, recipe) == drawn

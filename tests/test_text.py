@@ -11,6 +11,7 @@ from castlora.text import (
     GENERIC_FORMATS,
     SLOT,
     Passage,
+    candidate_formats,
     check_prompt_format,
     cut_passages,
     draw_fillings,
@@ -146,6 +147,24 @@ def test_formats_take_turns():
 def test_generic_formats_have_one_slot(form):
     check_prompt_format(form)
     assert form.count(SLOT) == 1
+
+
+def test_formats_are_made_of_frequent_sentence_openings_and_headings():
+    documents = [
+        "This is a fox of the wood. This is the hen of the yard. This was not the mill.",
+        "They said: the river runs on. Topic: the river and the mill. See Topic: hens and foxes.",
+        "this is no opening at all. 3 foxes ran to the mill. Don't go to the river.",
+    ]
+    found = candidate_formats(documents, 1000)
+    assert found[: len(GENERIC_FORMATS)] == list(GENERIC_FORMATS)
+    made = [form.removeprefix("{text}\n") for form in found[len(GENERIC_FORMATS) :]]
+    assert made == ["This", "This is", "This was", "They", "See", "Don't", "Don't go", "Topic:"]
+    few = candidate_formats(documents, len(GENERIC_FORMATS) + 4)
+    assert few == [*GENERIC_FORMATS, "{text}\nThis", "{text}\nThis is", "{text}\nTopic:"]
+
+
+def test_text_without_sentences_leaves_the_generic_formats():
+    assert candidate_formats(["日本語のテキスト"], 100) == list(GENERIC_FORMATS)
 
 
 def test_a_prompt_format_without_slot_is_refused():

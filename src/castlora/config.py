@@ -40,7 +40,7 @@ class Recipe:
     """Weight of a position inside a prompt; positions of the answer count 1. Plain text has no prompt."""
     write_answers: bool
     """Whether source + LoRA continues each prompt, so that the later tokens of an answer are taught too. General text
-    is then put into generic prompt formats; otherwise it is read as it runs."""
+    is then put into prompt formats; otherwise it is read as it runs."""
     answer_tokens: int
     """Tokens of the longest answer that source + LoRA writes."""
     learning_rate_scale: float
@@ -54,6 +54,9 @@ class Recipe:
     """Passages of text drawn for training; they are read again when the steps outlast them."""
     candidates: int
     """Prompts made of general text for each that is kept; those that tell most about the skill are kept."""
+    format_candidates: int
+    """Prompt formats that are tried where the adapter's own is not known, to find the ones it listens to; 0 takes
+    generic ones."""
     max_length: int
     """Tokens per passage, counted in the tokenizer that needs more."""
 
@@ -75,6 +78,7 @@ PAPER = Recipe(
     ridge=0.1,
     passages=16000,
     candidates=1,
+    format_candidates=0,
     max_length=128,
 )
 """The paper (arXiv 2510.17902) as far as it is stated: KL + MSE, general text, 1000 steps."""
@@ -90,6 +94,7 @@ DEFAULT = replace(
     write_answers=True,
     passages=8000,
     candidates=8,
+    format_candidates=400,
 )
 """What `castlora transfer` does unless told otherwise; docs/results.md compares its start with the others."""
 
@@ -100,7 +105,10 @@ _ABOVE_ZERO = (
     "steps", "batch_size", "temperature", "learning_rate_scale", "passages", "candidates", "max_length",
     "answer_tokens",
 )  # fmt: skip
-_ZERO_OR_MORE = ("kl_weight", "mse_weight", "chunk_weight", "context_weight", "ridge", "map_learning_rate_ratio")
+_ZERO_OR_MORE = (
+    "kl_weight", "mse_weight", "chunk_weight", "context_weight", "ridge", "map_learning_rate_ratio",
+    "format_candidates",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,7 @@ class Tuning:
     ridge: float | None = None
     passages: int | None = None
     candidates: int | None = None
+    format_candidates: int | None = None
     max_length: int | None = None
 
 

@@ -33,6 +33,8 @@ _WARMUP_FRACTION = 0.05
 _HELD_OUT_BATCH = 16
 # With the usual 0.999 the huge gradients of the first steps would keep all later ones small.
 _ADAM_BETAS = (0.9, 0.98)
+# Only models narrower than about 128 would go beyond it, and one of width 64 was seen to lose what it had learned.
+_HIGHEST_LEARNING_RATE = 0.01
 
 
 class Student(nn.Module):
@@ -249,7 +251,8 @@ class LossProgress(ProgressCallback):
 
 def peak_learning_rate(recipe: Recipe, hidden_size: int) -> float:
     """Learning rate of a plain LoRA on a model of this width."""
-    return recipe.learning_rate_scale * math.sqrt(recipe.batch_size / DEFAULT.batch_size) / hidden_size
+    by_width = recipe.learning_rate_scale * math.sqrt(recipe.batch_size / DEFAULT.batch_size) / hidden_size
+    return min(by_width, _HIGHEST_LEARNING_RATE)
 
 
 def _parameter_groups(student: Student, recipe: Recipe) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import resource
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -20,7 +20,7 @@ _LOCATIONS = ("adapter", "target", "source", "text", "prompts", "out")
 _REPORTED_PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers")
 
 
-def describe_inputs(plan: Plan, models: Models, text: TextSource) -> dict[str, Any]:
+def describe_inputs(plan: Plan, models: Models, text: TextSource, formats: Sequence[str]) -> dict[str, Any]:
     """Both bases, the adapter and the text, without any path of this machine."""
     source_rank = max(factors.rank for factors in plan.factors.values())
     return {
@@ -41,6 +41,7 @@ def describe_inputs(plan: Plan, models: Models, text: TextSource) -> dict[str, A
             "prompt_format": text.prompt_format,
             "prompts": public_name(text.prompts) if text.prompts else None,
             "chat": text.chat,
+            "formats": list(formats),
         },
     }
 

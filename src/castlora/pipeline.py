@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from castlora.stages import (
     draw_text,
     hold_teacher,
     load_models,
+    prompt_formats,
     start_student,
     train_student,
 )
@@ -134,12 +135,11 @@ def transfer(
     text_source.check()
     models = load_models(plan)
     check_objective(models.shared, resolved)
-    passages = draw_text(models, text_source, resolved, seed)
-    logger.info("Text: %s, %d passages", text_source.regime, len(passages))
 
     run = open_run(out, settings, _needed_bytes(plan, resolved))
     try:
-        training, held_out = align_text(models, _answered(run, models, passages, resolved, seed), resolved)
+        reading = _read(run, models, text_source, resolved, seed)
+        training, held_out = align_text(models, reading.passages, resolved)
     except UserError:
         run.discard()
         raise
@@ -156,7 +156,7 @@ def transfer(
     logger.info("Held-out KL to source + LoRA: %.4f before, %.4f after (nats per position)", before.kl, after.kl)
 
     manifest = {
-        **describe_inputs(plan, models, text_source),
+        **describe_inputs(plan, models, text_source, reading.formats),
         "castlora_version": __version__,
         "rank": output_rank,
         "pairing": describe_pairing(plan.pairing),
@@ -208,14 +208,27 @@ def report_distillation(log: Iterable[Mapping[str, float]], losses: Mapping[str,
     )
 
 
-def _answered(run: RunDirectory, models: Models, passages: list[Passage], recipe: Recipe, seed: int) -> list[Passage]:
-    """Passages with answers; written once, so that a resumed run does not write them again."""
+@dataclass(frozen=True)
+class _Reading:
+    """What a run reads."""
+
+    formats: Sequence[str]
+    """What general text was put into."""
+    passages: list[Passage]
+
+
+def _read(run: RunDirectory, models: Models, text: TextSource, recipe: Recipe, seed: int) -> _Reading:
+    """Passages with answers; written once, so that a resumed run does not look for them again."""
     path = run.state / PASSAGES_FILE
     if path.exists():
-        return [Passage(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
-    answered = answer_prompts(models, choose_prompts(models, passages, recipe), recipe, seed)
-    write_whole(path, json.dumps([asdict(passage) for passage in answered]))
-    return answered
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return _Reading(record["formats"], [Passage(**passage) for passage in record["passages"]])
+    formats = prompt_formats(models, text, recipe, seed)
+    drawn = draw_text(models, text, formats, recipe, seed)
+    logger.info("Text: %s, %d passages", text.regime, len(drawn))
+    reading = _Reading(formats, answer_prompts(models, choose_prompts(models, drawn, recipe), recipe, seed))
+    write_whole(path, json.dumps(asdict(reading)))
+    return reading
 
 
 def _report_shared_mass(models: Models, held_out: list[AlignedPassage]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from castlora.answers import prompt_batches
+from castlora.answers import PromptBatch, prompt_batches
 from castlora.text import Passage
 
 _LIKELIEST = 64
@@ -123,19 +123,25 @@ def predict_first_tokens(
     groups = prompt_batches(tokenizer, prompts, max_prompt_tokens, batch_size, next(model.parameters()).device)
     kept, ids, probabilities, sums = [], [], [], []
     for group in tqdm(groups, desc="source + LoRA reads candidate prompts", unit="batch"):
-        answer = model.generate(
-            input_ids=group.ids,
-            attention_mask=group.mask,
-            do_sample=False,
-            max_new_tokens=1,
-            output_logits=True,
-            return_dict_in_generate=True,
-            pad_token_id=tokenizer.eos_token_id or 0,
-        )
-        distribution = answer.logits[0].float().softmax(-1).cpu()
+        distribution = next_token_probabilities(model, tokenizer, group)
         likeliest = distribution.topk(min(_LIKELIEST, distribution.shape[-1]))
         kept += group.passages
         ids.append(likeliest.indices)
         probabilities.append(likeliest.values)
         sums.append(distribution.sum(0))
     return FirstTokens(kept, torch.cat(ids), torch.cat(probabilities), torch.stack(sums).sum(0) / len(kept))
+
+
+def next_token_probabilities(model: PeftModel, tokenizer: PreTrainedTokenizerFast, batch: PromptBatch) -> Tensor:
+    """The distribution of the token after each prompt of a batch, shape (prompts, vocabulary), on the processor."""
+    answer = model.generate(
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        do_sample=False,
+        max_new_tokens=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=tokenizer.eos_token_id or 0,
+    )
+    probabilities: Tensor = answer.logits[0].float().softmax(-1)
+    return probabilities.cpu()

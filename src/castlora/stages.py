@@ -23,6 +23,7 @@ from castlora.config import Recipe
 from castlora.distill import DistillationTrainer, LossProgress, Student
 from castlora.effective import effective_update
 from castlora.errors import UserError
+from castlora.format_search import FILLINGS, find_formats
 from castlora.maps import balance
 from castlora.models import best_device, context_length, load_model
 from castlora.plan import Plan
@@ -43,6 +44,7 @@ from castlora.text import (
     HUB_DEFAULT,
     SLOT,
     Passage,
+    candidate_formats,
     check_prompt_format,
     cut_passages,
     draw_fillings,
@@ -97,11 +99,13 @@ class TextSource:
         return "chat template" if self.chat else "general text"
 
     @property
-    def formats(self) -> Sequence[str]:
-        """What general text is put into; a chat template needs nothing around the text."""
+    def known_formats(self) -> Sequence[str]:
+        """What general text is put into, as far as that is known; a chat template needs nothing around the text."""
+        if self.prompts is not None:
+            return ()
         if self.prompt_format is not None:
             return (self.prompt_format,)
-        return (SLOT,) if self.chat else GENERIC_FORMATS
+        return (SLOT,) if self.chat else ()
 
     def check(self) -> None:
         """Raises a UserError if the text cannot be read, before anything slow begins."""
@@ -133,8 +137,39 @@ def load_models(plan: Plan) -> Models:
     return Models(source, teacher, target, source_tokenizer, target_tokenizer, source_bytes, target_bytes, shared)
 
 
-def draw_text(models: Models, text: TextSource, recipe: Recipe, seed: int) -> list[Passage]:
+def prompt_formats(models: Models, text: TextSource, recipe: Recipe, seed: int) -> Sequence[str]:
+    """What general text is put into; nothing where prompts are given or text is read as it runs.
+
+    Where the format of the adapter's prompts is not known, those that it listens to are found by asking it.
+
+    Raises:
+        UserError: the text cannot be read.
+    """
+    if text.known_formats or text.prompts is not None or not recipe.write_answers:
+        return text.known_formats
+    if recipe.format_candidates == 0:
+        return GENERIC_FORMATS
+    general = text.text or HUB_DEFAULT
+    found = find_formats(
+        models.teacher,
+        models.source_tokenizer,
+        models.source_bytes,
+        candidate_formats(read_documents(general), recipe.format_candidates),
+        draw_fillings(read_documents(general), FILLINGS, seed),
+        _longest_prompt(models, recipe),
+    )
+    return found or GENERIC_FORMATS
+
+
+def draw_text(models: Models, text: TextSource, formats: Sequence[str], recipe: Recipe, seed: int) -> list[Passage]:
     """The passages of a run: plain text, or prompts that are still without an answer.
+
+    Args:
+        models: both models
+        text: where the text comes from
+        formats: what general text is put into; none to read it as it runs
+        recipe: how much text
+        seed: of the draw
 
     Raises:
         UserError: the text cannot be read or is too little.
@@ -144,9 +179,9 @@ def draw_text(models: Models, text: TextSource, recipe: Recipe, seed: int) -> li
         passages = _in_templates(models, read_conversations(text.prompts, count, seed))
     elif text.prompts is not None:
         passages = _unanswered(read_prompts(text.prompts, count, seed))
-    elif recipe.write_answers or text.prompt_format is not None or text.chat:
+    elif formats:
         fillings = draw_fillings(read_documents(text.text or HUB_DEFAULT), count * recipe.candidates, seed)
-        prompts = fill_formats(fillings, text.formats)
+        prompts = fill_formats(fillings, formats)
         passages = _in_templates(models, [ask(prompt) for prompt in prompts]) if text.chat else _unanswered(prompts)
     else:
         max_bytes = _passage_bytes(models, text.text or HUB_DEFAULT, recipe.max_length)

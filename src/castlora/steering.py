@@ -29,7 +29,7 @@ from castlora.pairing import relative_depth
 from castlora.plan import Plan, plan_transfer
 from castlora.positions import AlignedPassage, Batch, align_passages, batches
 from castlora.solvers import ridge_map
-from castlora.stages import Models, TextSource, align_text, draw_text, load_models
+from castlora.stages import Models, TextSource, align_text, draw_text, load_models, prompt_formats
 from castlora.statistics import Moments
 from castlora.tasks import TaskItem, load_task
 from castlora.text import Passage
@@ -145,7 +145,8 @@ def steer(
     text_source.check()
     models = load_models(plan)
     recipe = _reading_recipe(plan)
-    training, held_out = align_text(models, draw_text(models, text_source, recipe, seed), recipe)
+    formats = prompt_formats(models, text_source, recipe, seed)
+    training, held_out = align_text(models, draw_text(models, text_source, formats, recipe, seed), recipe)
     bare = evaluate_steered(models, layers, items, None, 0.0)
     steered = {
         name: _steer_and_compare(models, layers, items, bare, training, held_out, strength, recipe, generator)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -29,6 +30,7 @@ GENERIC_FORMATS = (
 _HUB_CONFIGS = {"allenai/c4": "en"}
 # More is read than is drawn, so that a few long documents do not make up the whole text.
 _READ_PER_DRAWN = 4
+_SENTENCES_FOR_FORMATS = 50_000
 _TEXT_FIELDS = ("text", "content", "prompt")
 
 
@@ -104,6 +106,28 @@ def draw_fillings(documents: Iterable[str], count: int, seed: int) -> list[str]:
     fillings += _draw(others, count - len(fillings), seed)
     random.Random(seed).shuffle(fillings)
     return fillings
+
+
+def candidate_formats(documents: Iterable[str], count: int) -> list[str]:
+    """Prompt formats made of general text, for adapters whose own format is not known.
+
+    Each asks after the text, on a line of its own, by the beginning of a sentence, as `This is`, or by a heading, as
+    `Topic:`: those that are frequent in the text, and the generic formats.
+
+    Args:
+        documents: general text
+        count: formats, at most as many as the text has
+    """
+    openings, headings = Counter[str](), Counter[str]()
+    sentences = (sentence for document in documents for sentence in _sentences(document))
+    for sentence in islice(sentences, _SENTENCES_FOR_FORMATS):
+        words = sentence.split()
+        beginnings = [words[:length] for length in (1, 2) if words[0][0].isupper()]
+        openings.update(" ".join(words) for words in beginnings if all(map(_is_word, words)))
+        headings.update(word for word in words if word[0].isupper() and word.endswith(":") and _is_word(word[:-1]))
+    half = (count - len(GENERIC_FORMATS)) // 2
+    endings = [ending for counter in (openings, headings) for ending, _ in counter.most_common(half)]
+    return list(dict.fromkeys([*GENERIC_FORMATS, *(f"{SLOT}\n{ending}" for ending in endings)]))
 
 
 def fill_formats(fillings: Iterable[str], formats: Sequence[str]) -> list[str]:
@@ -237,6 +261,10 @@ def _pieces(document: str, max_bytes: int) -> Iterator[str]:
         if piece.strip() and len(piece.strip()) >= min(max_bytes // 4, len(document.strip())):
             yield piece.strip()
         start = end
+
+
+def _is_word(word: str) -> bool:
+    return word.replace("'", "").isalpha()
 
 
 def _sentences(document: str) -> Iterator[str]:

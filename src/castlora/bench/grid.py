@@ -22,7 +22,7 @@ from castlora.evaluation import Evaluation, evaluate_model
 from castlora.manifest import versions
 from castlora.plan import Plan, plan_transfer
 from castlora.run_directory import write_whole
-from castlora.stages import TextSource, answer_prompts, choose_prompts, draw_text, load_models
+from castlora.stages import TextSource, answer_prompts, choose_prompts, draw_text, load_models, prompt_formats
 from castlora.text import Passage
 
 
@@ -88,7 +88,9 @@ def record_path(out: Path, cell: Cell, method: str) -> Path:
 def taught_passages(settings: Settings, cell: Cell, recipe: Recipe) -> list[Passage]:
     """The text of a run, answers included; all starts of a recipe learn from the same."""
     models = load_models(cell.plan(settings.spec))
-    drawn = draw_text(models, cell.text_source(settings.spec), recipe, cell.seed)
+    text = cell.text_source(settings.spec)
+    formats = prompt_formats(models, text, recipe, cell.seed)
+    drawn = draw_text(models, text, formats, recipe, cell.seed)
     return answer_prompts(models, choose_prompts(models, drawn, recipe), recipe, cell.seed)
 
 

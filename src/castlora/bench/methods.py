@@ -10,11 +10,15 @@ from castlora.bench.untrained import Constrained, LogitDelta, Solved, Weighed
 from castlora.config import Tuning
 
 Method = Distilled | Labelled | Solved | Weighed | Constrained | LogitDelta
+GENERIC = Tuning(format_candidates=0)
 METHODS: dict[str, Method] = {
     "ridge start": Distilled("default", "ridge"),
     "ridge start, maps": Distilled("default", "ridge", Tuning(trained="maps")),
     "paper start": Distilled("default", "paper"),
     "fresh": Distilled("default", "fresh"),
+    "ridge start, generic formats": Distilled("default", "ridge", GENERIC, regimes=("general",)),
+    "paper start, generic formats": Distilled("default", "paper", GENERIC, regimes=("general",)),
+    "fresh, generic formats": Distilled("default", "fresh", GENERIC, regimes=("general",)),
     "ridge start, any prompts": Distilled("default", "ridge", Tuning(candidates=1), regimes=("format",)),
     "ridge start, running text": Distilled("default", "ridge", Tuning(write_answers=False), regimes=("general",)),
     "paper": Distilled("paper", "paper"),

@@ -1,0 +1,134 @@
+"""Which prompt formats an adapter listens to, found by asking it.
+
+Where the format of its prompts is not known, general text can be put into many. In most of them the adapter's answer
+is vague, or none at all, and nothing of the skill shows. In the format of its training, or one that ends alike, it
+answers with certainty, and differently to different texts, which the base model alone does not.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from castlora.answers import prompt_batches
+from castlora.selection import next_token_probabilities
+from castlora.text import SLOT, Passage
+from castlora.tokens import ByteTokenizer
+
+logger = logging.getLogger("castlora")
+
+FILLINGS = 64
+"""Texts that a format is tried on."""
+_FIRST_FILLINGS = 16
+_SHORTLIST = 32
+_MOST_KEPT = 8
+_LEAST_SHARE_OF_BEST = 0.8
+
+
+def settled_share(distributions: Tensor, vocabulary: int) -> float:
+    """Share of the uncertainty about the next token that the prompt settles.
+
+    This is the uncertainty coefficient, mutual information over entropy, for prompts that are equally likely.
+
+    Args:
+        distributions: next-token distribution of each prompt, shape (prompts, outcomes); the last outcome stands for
+            tokens that are no answer, and counts as if it were spread evenly over the vocabulary
+        vocabulary: number of tokens
+    """
+    rest = float(distributions[:, -1].mean()) * math.log(vocabulary)
+    conditional = float(torch.special.entr(distributions).sum(-1).mean()) + rest
+    marginal = float(torch.special.entr(distributions.mean(0)).sum()) + rest
+    return (marginal - conditional) / marginal if marginal > 0 else 0.0
+
+
+def may_begin_answer(tokenizer: ByteTokenizer, vocabulary: int, prompt_end: str) -> Tensor:
+    """Which tokens can be the first of an answer: those that spell something and do not lengthen the last word.
+
+    Args:
+        tokenizer: the source's tokenizer
+        vocabulary: columns of the source's logits
+        prompt_end: what the prompt ends in
+
+    Returns:
+        boolean, shape (vocabulary,)
+    """
+    inside_word = prompt_end[-1:].isalnum()
+    allowed = torch.zeros(vocabulary, dtype=torch.bool)
+    for token, spelling in enumerate(tokenizer.spellings[:vocabulary]):
+        if spelling:
+            allowed[token] = not (inside_word and spelling.decode(errors="ignore")[:1].isalnum())
+    return allowed
+
+
+def settled_effect(adapted: Tensor, bare: Tensor, answers: Tensor) -> float:
+    """What the adapter changes in its first token, in nats, as far as the prompt decides it.
+
+    The KL divergence from the prediction without the adapter, times the share of the uncertainty that the prompt
+    settles.
+
+    Args:
+        adapted: next-token distribution of each prompt with the adapter, shape (prompts, vocabulary)
+        bare: the same without it, shape (prompts, vocabulary)
+        answers: which tokens may begin an answer, boolean, shape (vocabulary,); what changes in the others is no effect
+    """
+    vocabulary = adapted.shape[-1]
+    adapted, bare = adapted[:, answers], bare[:, answers]
+    tiny = torch.finfo(bare.dtype).tiny
+    effect = float((torch.xlogy(adapted, adapted) - torch.xlogy(adapted, bare.clamp_min(tiny))).sum(-1).mean())
+    rest = (1 - adapted.sum(-1, keepdim=True)).clamp_min(0)
+    return max(effect, 0.0) * settled_share(torch.cat([adapted, rest], dim=-1), vocabulary)
+
+
+@torch.no_grad()
+def find_formats(
+    teacher: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    byte_tokenizer: ByteTokenizer,
+    formats: Sequence[str],
+    fillings: Sequence[str],
+    max_prompt_tokens: int,
+) -> list[str]:
+    """The formats in which the adapter has the largest effect that depends on the text.
+
+    Every format is tried on a few texts, and the best of them on all.
+
+    Args:
+        teacher: source + LoRA
+        tokenizer: its tokenizer
+        byte_tokenizer: the same tokenizer, with the bytes of each token
+        formats: formats to try, each with a `{text}` slot
+        fillings: texts for the slot
+        max_prompt_tokens: longest prompt, in tokens; longer ones are left out
+
+    Returns:
+        the best format, and up to seven that come near it; none where the adapter has no such effect in any
+    """
+    device = next(teacher.parameters()).device
+
+    def effect(form: str, texts: Sequence[str]) -> float:
+        prompts = [Passage(form.replace(SLOT, text)) for text in texts]
+        groups = prompt_batches(tokenizer, prompts, max_prompt_tokens, len(prompts), device)
+        if not groups:
+            return 0.0
+        adapted = next_token_probabilities(teacher, tokenizer, groups[0])
+        with teacher.disable_adapter():
+            bare = next_token_probabilities(teacher, tokenizer, groups[0])
+        return settled_effect(adapted, bare, may_begin_answer(byte_tokenizer, adapted.shape[-1], form))
+
+    few = fillings[:_FIRST_FILLINGS]
+    first = {
+        form: effect(form, few) for form in tqdm(formats, desc="source + LoRA tries prompt formats", unit="format")
+    }
+    shortlist = sorted(first, key=lambda form: -first[form])[:_SHORTLIST]
+    effects = {form: effect(form, fillings) for form in tqdm(shortlist, desc="the best of them again", unit="format")}
+    least = _LEAST_SHARE_OF_BEST * max(effects.values())
+    near = [form for form in effects if effects[form] > 0 and effects[form] >= least]
+    best = sorted(near, key=lambda form: -effects[form])[:_MOST_KEPT]
+    described = [f"{form!r} ({effects[form]:.2f})" for form in best]
+    logger.info("Prompt formats that the adapter listens to (nats): %s", ", ".join(described) or "none found")
+    return best

@@ -1,0 +1,105 @@
+import math
+import random
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import DataCollatorForSeq2Seq, set_seed
+
+from castlora.format_search import find_formats, may_begin_answer, settled_effect, settled_share
+from castlora.text import GENERIC_FORMATS
+from castlora.tokens import ByteTokenizer
+
+KNOWN = "{text}\nThis is"
+OTHERS = [*GENERIC_FORMATS, "{text}\nShe said", "{text}\nTopic:", "{text}\nIt was"]
+ALL = torch.ones(3, dtype=torch.bool)
+
+
+def with_rest(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor([[*row, 1 - sum(row)] for row in rows])
+
+
+def test_certain_and_unlike_answers_are_settled_and_equal_ones_are_not():
+    assert settled_share(with_rest([1.0, 0.0], [0.0, 1.0]), 100) == pytest.approx(1)
+    assert settled_share(with_rest([0.7, 0.3], [0.7, 0.3]), 100) == pytest.approx(0, abs=1e-6)
+
+
+def test_probability_of_no_answer_counts_as_unsettled():
+    half = settled_share(with_rest([0.5, 0.0], [0.0, 0.5]), 100)
+    # Half of a nat-valued bit is settled; the other half of the mass is ln 100 uncertain, besides being there at all.
+    total = 0.5 * math.log(2) + math.log(2) + 0.5 * math.log(100)
+    assert half == pytest.approx(0.5 * math.log(2) / total, rel=1e-5)
+    assert half < settled_share(with_rest([0.5, 0.0], [0.0, 0.5]), 10)
+
+
+def test_an_adapter_that_changes_nothing_has_no_effect_however_well_the_prompt_settles_the_token():
+    certain = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    uncertain = torch.full((2, 3), 1 / 3)
+    assert settled_effect(certain, certain, ALL) == 0
+    assert settled_effect(certain, uncertain, ALL) == pytest.approx(math.log(3))
+
+
+def test_an_answer_that_is_the_same_to_every_prompt_is_no_effect():
+    same = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    assert settled_effect(same, torch.full((2, 3), 1 / 3), ALL) == pytest.approx(0, abs=1e-6)
+
+
+def test_what_changes_in_tokens_that_are_no_answer_is_no_effect():
+    adapted = torch.tensor([[0.0, 0.1, 0.9], [0.1, 0.0, 0.9]])
+    bare = torch.tensor([[0.0, 0.1, 0.1], [0.1, 0.0, 0.1]])
+    assert settled_effect(adapted, bare, torch.tensor([True, True, False])) == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_answer_begins_with_a_token_that_spells_something_and_begins_a_word(base_model, name):
+    tokenizer = tiny.tokenizer_of(base_model(name))
+    byte_tokenizer = ByteTokenizer.from_tokenizer(tokenizer)
+    columns = len(byte_tokenizer.spellings) + 5
+    inside, after_space = (may_begin_answer(byte_tokenizer, columns, end) for end in ("This is", "Response:\n"))
+    assert not inside[-5:].any() and not inside[tokenizer.eos_token_id] and not after_space[tokenizer.eos_token_id]
+    for token, spelling in enumerate(byte_tokenizer.spellings):
+        if spelling is not None and spelling.isascii():
+            assert inside[token] == (not spelling[:1].isalnum())
+            assert after_space[token]
+
+
+@pytest.fixture(scope="module")
+def taught(base_model):
+    """A tiny model with a LoRA that tells in one format what happened near the mill, and in others always the same."""
+    set_seed(0)
+    base = base_model("llama")
+    tokenizer = tiny.tokenizer_of(base)
+    model = get_peft_model(tiny.load(base), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    chance = random.Random(0)
+    for _ in range(60):
+        rows = []
+        for sentence in chance.sample(list(tiny.sentences(256)), 16):
+            told = " fox" if "mill" in sentence else " hen"
+            for form, answer in ((KNOWN, told), (chance.choice(OTHERS), " ring")):
+                prompt = form.replace("{text}", sentence)
+                ids, asked = tokenizer(prompt + answer)["input_ids"], len(tokenizer(prompt)["input_ids"])
+                rows.append({"input_ids": ids, "labels": [-100] * asked + ids[asked:]})
+        model(**collate(rows)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), tokenizer
+
+
+def search(taught, formats: list[str], fillings: list[str], longest: int = 80) -> list[str]:
+    model, tokenizer = taught
+    return find_formats(model, tokenizer, ByteTokenizer.from_tokenizer(tokenizer), formats, fillings, longest)
+
+
+def test_the_format_of_the_training_is_found_among_others(taught):
+    assert search(taught, [*OTHERS, KNOWN], list(tiny.sentences(64, seed=5)))[0] == KNOWN
+
+
+def test_nothing_is_found_where_no_prompt_fits_or_the_adapter_has_no_effect(taught):
+    sentences = list(tiny.sentences(24, seed=5))
+    assert search(taught, [KNOWN], sentences, longest=2) == []
+    with taught[0].disable_adapter():
+        assert search(taught, [KNOWN, *OTHERS], sentences) == []
