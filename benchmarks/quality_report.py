@@ -11,19 +11,27 @@ from jsonargparse import auto_cli
 
 from castlora.bench.results import DEFAULT_METHOD, PooledCell, References
 from castlora.bench.tables import arrow, write_page
+from castlora.config import Regime
 
-OVERVIEW_METHODS = {DEFAULT_METHOD: "default", "fresh": "fresh"}
+OVERVIEW: dict[tuple[Regime, str], str] = {
+    ("general", DEFAULT_METHOD): "general: default",
+    ("general", f"{DEFAULT_METHOD}, generic formats"): "general: generic formats",
+    ("format", DEFAULT_METHOD): "format: default",
+    ("format", "fresh"): "format: fresh",
+    ("prompts", DEFAULT_METHOD): "prompts: default",
+    ("prompts", "fresh"): "prompts: fresh",
+}
+"""Columns of the README's table."""
 TABLE_BEGINS, TABLE_ENDS = "<!-- lift by pair and skill -->", "<!-- end of the table -->"
 
 
 def overview(references: References, cells: Sequence[PooledCell]) -> str:
-    """The README's table: lift of the default and of a fresh LoRA on every pair and skill, and their means."""
+    """The README's table: lift of the default and of what it is compared with on every pair and skill, and means."""
     found = {(cell.pair, cell.skill, cell.regime, cell.method): cell for cell in cells}
-    columns = [(regime, method) for regime in ("general", "format", "prompts") for method in OVERVIEW_METHODS]
-    titles = [f"{regime}: {OVERVIEW_METHODS[method]}" for regime, method in columns]
-    rows = [f"| pair | skill | bare | retrained | {' | '.join(titles)} |", "|---" * (4 + len(columns)) + "|"]
+    titles = " | ".join(OVERVIEW.values())
+    rows = [f"| pair | skill | bare | retrained | {titles} |", "|---" * (4 + len(OVERVIEW)) + "|"]
     for pair, skill in dict.fromkeys((cell.pair, cell.skill) for cell in cells):
-        of_pair = [found.get((pair, skill, regime, method)) for regime, method in columns]
+        of_pair = [found.get((pair, skill, regime, method)) for regime, method in OVERVIEW]
         if any(of_pair):
             bare, retrained = (references[pair, skill][name]["score"] for name in ("bare target", "retrained"))
             lifts = " | ".join(
@@ -32,7 +40,7 @@ def overview(references: References, cells: Sequence[PooledCell]) -> str:
             rows.append(f"| {arrow(pair)} | {skill} | {bare:.3f} | {retrained:.3f} | {lifts} |")
     means = [
         [cell.lift.lift for cell in cells if (cell.regime, cell.method) == column and cell.lift.countable]
-        for column in columns
+        for column in OVERVIEW
     ]
     summary = " | ".join(f"{np.mean(lifts):.2f} ({len(lifts)})" if lifts else "–" for lifts in means)
     return "\n".join([*rows, f"| mean (cells) | | | | {summary} |"])
