@@ -56,12 +56,12 @@ def test_an_answer_begins_with_a_token_that_spells_something_and_begins_a_word(b
     tokenizer = tiny.tokenizer_of(base_model(name))
     byte_tokenizer = ByteTokenizer.from_tokenizer(tokenizer)
     columns = len(byte_tokenizer.spellings) + 5
-    inside, after_space = (may_begin_answer(byte_tokenizer, columns, end) for end in ("This is", "Response:\n"))
-    assert not inside[-5:].any() and not inside[tokenizer.eos_token_id] and not after_space[tokenizer.eos_token_id]
+    inside, elsewhere = (may_begin_answer(byte_tokenizer, columns, inside) for inside in (True, False))
+    assert not inside[-5:].any() and not inside[tokenizer.eos_token_id] and not elsewhere[tokenizer.eos_token_id]
     for token, spelling in enumerate(byte_tokenizer.spellings):
         if spelling is not None and spelling.isascii():
             assert inside[token] == (not spelling[:1].isalnum())
-            assert after_space[token]
+            assert elsewhere[token]
 
 
 @pytest.fixture(scope="module")

@@ -46,18 +46,17 @@ def settled_share(distributions: Tensor, vocabulary: int) -> float:
     return (marginal - conditional) / marginal if marginal > 0 else 0.0
 
 
-def may_begin_answer(tokenizer: ByteTokenizer, vocabulary: int, prompt_end: str) -> Tensor:
+def may_begin_answer(tokenizer: ByteTokenizer, vocabulary: int, inside_word: bool) -> Tensor:
     """Which tokens can be the first of an answer: those that spell something and do not lengthen the last word.
 
     Args:
         tokenizer: the source's tokenizer
         vocabulary: columns of the source's logits
-        prompt_end: what the prompt ends in
+        inside_word: whether the prompt ends in a letter or digit
 
     Returns:
         boolean, shape (vocabulary,)
     """
-    inside_word = prompt_end[-1:].isalnum()
     allowed = torch.zeros(vocabulary, dtype=torch.bool)
     for token, spelling in enumerate(tokenizer.spellings[:vocabulary]):
         if spelling:
@@ -109,6 +108,8 @@ def find_formats(
         the best format, and up to seven that come near it; none where the adapter has no such effect in any
     """
     device = next(teacher.parameters()).device
+    vocabulary = teacher.config.vocab_size
+    answers = {inside_word: may_begin_answer(byte_tokenizer, vocabulary, inside_word) for inside_word in (True, False)}
 
     def effect(form: str, texts: Sequence[str]) -> float:
         prompts = [Passage(form.replace(SLOT, text)) for text in texts]
@@ -118,7 +119,7 @@ def find_formats(
         adapted = next_token_probabilities(teacher, tokenizer, groups[0])
         with teacher.disable_adapter():
             bare = next_token_probabilities(teacher, tokenizer, groups[0])
-        return settled_effect(adapted, bare, may_begin_answer(byte_tokenizer, adapted.shape[-1], form))
+        return settled_effect(adapted, bare, answers[form[-1].isalnum()])
 
     few = fillings[:_FIRST_FILLINGS]
     first = {
