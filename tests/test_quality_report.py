@@ -56,7 +56,8 @@ def test_the_page_shows_what_was_run_and_nothing_else(results, tmp_path):
     main(results, tmp_path / "results.md", tmp_path / "README.md")
     page = (tmp_path / "results.md").read_text()
     assert "3 transfers of 7 steps × 2 passages" in page
-    assert "| small → large | colours | 0.000 | 1.000 | 0.800 | 80 points |" in page
+    assert "| small → large | colours | 0.000 | 1.000 | 0.800 | 80 points | 1.25 |" in page
+    assert "a perfect copy of source + LoRA would have; its mean is 1.25." in page
     assert "## Unlabelled task prompts" in page and "## General text only" not in page
     assert "| fresh | 1 | 0.62 | 0.62 | -0.38 (1) |" in page
     assert "| small → large | colours | 1.00 [" in page and "| 0.62 [" in page

@@ -71,14 +71,22 @@ def _introduction(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def _reference_table(references: References) -> str:
-    rows = ["| pair | skill | bare target | source + LoRA | retrained | to gain |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| pair | skill | bare target | source + LoRA | retrained | to gain | lift of source + LoRA |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lifts = []
     for (pair, skill), scores in references.items():
-        values = [scores[name]["score"] for name in ("bare target", "source + LoRA", "retrained")]
-        gain = 100 * (values[2] - values[0])
-        note = "" if gain >= COUNTABLE_POINTS else " (under 20)"
-        cells = " | ".join(f"{value:.3f}" for value in values)
-        rows.append(f"| {arrow(pair)} | {skill} | {cells} | {gain:.0f} points{note} |")
-    return "\n".join(rows)
+        bare, teacher, retrained = (scores[name]["score"] for name in ("bare target", "source + LoRA", "retrained"))
+        gain = retrained - bare
+        note, written = " (under 20)", "–"
+        if 100 * gain >= COUNTABLE_POINTS:
+            lifts.append((teacher - bare) / gain)
+            note, written = "", f"{lifts[-1]:.2f}"
+        scores_written = f"{bare:.3f} | {teacher:.3f} | {retrained:.3f}"
+        rows.append(f"| {arrow(pair)} | {skill} | {scores_written} | {100 * gain:.0f} points{note} | {written} |")
+    mean = f"; its mean is {sum(lifts) / len(lifts):.2f}" if lifts else ""
+    return "\n".join([f"The last column is the lift that a perfect copy of source + LoRA would have{mean}.", "", *rows])
 
 
 def _regime_table(cells: Sequence[PooledCell]) -> str:
