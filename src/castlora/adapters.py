@@ -1,7 +1,6 @@
 """Adapters: reading a PEFT LoRA into factors, and writing the portable PEFT form."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from castlora.errors import UserError, first_line
-from castlora.models import LinearSlot, linear_slots, module_type, skeleton
+from castlora.models import LIBRARY_ERRORS, LinearSlot, linear_slots, module_type, skeleton
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -130,7 +129,7 @@ def read_factors(files: AdapterFiles, base_config: PreTrainedConfig) -> dict[str
     try:
         with torch.device("meta"):
             model = PeftModel(base, files.config)
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, re.error) as error:
+    except LIBRARY_ERRORS as error:
         raise UserError(
             f"Adapter {files.name!r} does not fit its base model ({first_line(error)}); {_HINT}."
         ) from error
@@ -253,7 +252,7 @@ def _read_config(name: str, path: Path) -> PeftConfig:
         config: PeftConfig | None = None
         if peft_type in set(PeftType):
             config = PeftConfig.from_pretrained(str(path.parent))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except LIBRARY_ERRORS as error:
         raise UserError(
             f"{CONFIG_FILE} of {name!r} is not a PEFT configuration ({first_line(error)}); copy it again."
         ) from error

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from castlora.answers import prompt_batches
 from castlora.selection import next_token_probabilities
-from castlora.text import SLOT, Passage
+from castlora.text import GENERIC_FORMATS, SLOT, Passage
 from castlora.tokens import ByteTokenizer
 
 logger = logging.getLogger("castlora")
@@ -28,6 +28,8 @@ _FIRST_FILLINGS = 16
 _SHORTLIST = 32
 _MOST_KEPT = 8
 _LEAST_SHARE_OF_BEST = 0.8
+# People ask in the generic formats more often than the text ends a line in any other way.
+_LEAST_SHARE_OF_BEST_IF_GENERIC = 0.5
 
 
 def settled_share(distributions: Tensor, vocabulary: int) -> float:
@@ -94,7 +96,7 @@ def find_formats(
 ) -> list[str]:
     """The formats in which the adapter has the largest effect that depends on the text.
 
-    Every format is tried on a few texts, and the best of them on all.
+    Every format is tried on a few texts, and the best of them and the generic ones on all.
 
     Args:
         teacher: source + LoRA
@@ -105,7 +107,8 @@ def find_formats(
         max_prompt_tokens: longest prompt, in tokens; longer ones are left out
 
     Returns:
-        the best format, and up to seven that come near it; none where the adapter has no such effect in any
+        the best format, up to seven that come near it, and the generic ones that come half as near; none where the
+        adapter has no such effect in any
     """
     device = next(teacher.parameters()).device
     vocabulary = teacher.config.vocab_size
@@ -126,10 +129,16 @@ def find_formats(
         form: effect(form, few) for form in tqdm(formats, desc="source + LoRA tries prompt formats", unit="format")
     }
     shortlist = sorted(first, key=lambda form: -first[form])[:_SHORTLIST]
-    effects = {form: effect(form, fillings) for form in tqdm(shortlist, desc="the best of them again", unit="format")}
-    least = _LEAST_SHARE_OF_BEST * max(effects.values())
-    near = [form for form in effects if effects[form] > 0 and effects[form] >= least]
-    best = sorted(near, key=lambda form: -effects[form])[:_MOST_KEPT]
-    described = [f"{form!r} ({effects[form]:.2f})" for form in best]
-    logger.info("Prompt formats that the adapter listens to (nats): %s", ", ".join(described) or "none found")
-    return best
+    again = list(dict.fromkeys([*shortlist, *(form for form in formats if form in GENERIC_FORMATS)]))
+    effects = {form: effect(form, fillings) for form in tqdm(again, desc="the best of them again", unit="format")}
+    best = sorted((form for form in effects if effects[form] > 0), key=lambda form: -effects[form])
+    if not best:
+        logger.info("The adapter listens to none of %d prompt formats", len(formats))
+        return []
+    most = effects[best[0]]
+    near = [form for form in best if effects[form] >= _LEAST_SHARE_OF_BEST * most][:_MOST_KEPT]
+    generic = (form for form in best if form in GENERIC_FORMATS)
+    near += [form for form in generic if effects[form] >= _LEAST_SHARE_OF_BEST_IF_GENERIC * most and form not in near]
+    described = ", ".join(f"{form!r} ({effects[form]:.2f})" for form in near)
+    logger.info("Prompt formats that the adapter listens to, with its effect there in nats: %s", described)
+    return near

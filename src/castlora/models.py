@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -25,6 +25,12 @@ from transformers.pytorch_utils import Conv1D
 
 from castlora.errors import UserError, first_line
 
+LIBRARY_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+    re.error, HFValidationError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers and PEFT raise on values that they do not expect in a file."""
+_MOST_LAYERS = 10_000
 Role = Literal["q", "k", "v", "o", "gate", "up", "down", "fc"]
 """The part a linear map plays in a decoder layer; `fc` is the first map of an ungated MLP."""
 
@@ -97,12 +103,14 @@ def load_config(name_or_path: str, revision: str | None = None) -> PreTrainedCon
         raise UserError(f"Model {name_or_path!r} is not a folder; give a model folder or a hub id.")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, HFValidationError) as error:
+    except LIBRARY_ERRORS as error:
         raise UserError(
             f"Model {name_or_path!r}: cannot read a config.json that transformers knows ({first_line(error)}); "
             "give a model folder or a hub id."
         ) from error
-    architectures = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")]
+    architectures: Any = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")]
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise UserError(f"Model {name_or_path!r}: architectures in config.json is no list of names; copy it again.")
     is_decoder = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     if config.is_encoder_decoder or not is_decoder:
         raise UserError(
@@ -176,9 +184,22 @@ def best_device() -> torch.device:
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model on the meta device: every module and shape, no weights."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    """The model on the meta device: every module and shape, no weights.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    layers = config.num_hidden_layers
+    if layers > _MOST_LAYERS:
+        raise UserError(f"num_hidden_layers of {config.name_or_path!r} is {layers}; check its config.json.")
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except LIBRARY_ERRORS as error:
+        raise UserError(
+            f"config.json of {config.name_or_path!r} describes no model that can be built ({first_line(error)}); "
+            "copy it again."
+        ) from error
     return model
 
 

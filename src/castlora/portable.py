@@ -103,7 +103,7 @@ def _read(folder: Path) -> _Contents:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a dict
             shapes = {key: tuple(one.get_shape()) for key, one in slices.items()}
             dtypes = {key: str(one.get_dtype()) for key, one in slices.items()}
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, RecursionError, OSError, SafetensorError) as error:
         raise UserError(
             f"The files of {str(folder)!r} cannot be read ({first_line(error)}); copy them again."
         ) from error

@@ -44,8 +44,9 @@ def load_task(path: str | Path) -> list[TaskItem]:
 def _parse_item(line: str, where: str) -> TaskItem:
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}); write one JSON object per line.") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deeply nested"
+        raise UserError(f"{where}: not JSON ({reason}); write one JSON object per line.") from error
     if not isinstance(fields, dict):
         raise UserError(f"{where}: not a JSON object; write one object with `prompt` and `completion` per line.")
     for field in ("prompt", "completion"):
