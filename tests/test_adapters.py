@@ -203,11 +203,20 @@ def test_a_rank_that_no_engine_accepts_is_refused():
         ("lora_bias", True),
         ("layer_replication", [[0, 2], [1, 3]]),
         ("trainable_token_indices", [1, 2]),
+        ("megatron_config", {"any": 1}),
     ],
 )
 def test_what_cannot_be_carried_is_refused_by_name(copy, field, value):
     edit_config(copy, **{field: value})
     with pytest.raises(UserError, match=rf"damaged': {field}=.* cannot be carried yet; retrain as a plain LoRA"):
+        open_adapter(str(copy))
+
+
+def test_a_module_that_a_configuration_names_is_not_imported(copy, tmp_path, monkeypatch):
+    (tmp_path / "hostile_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    edit_config(copy, megatron_config={"any": 1}, megatron_core="hostile_module")
+    with pytest.raises(UserError, match="megatron_config="):
         open_adapter(str(copy))
 
 

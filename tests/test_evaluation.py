@@ -283,8 +283,31 @@ def test_an_adapter_changes_the_score(saved: Path) -> None:
 
 
 def test_a_folder_without_an_adapter_is_refused(saved: Path) -> None:
-    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+    with pytest.raises(UserError, match=r"no adapter_config\.json"):
         evaluate(str(saved / "base"), str(saved / "task.jsonl"), adapter=str(saved / "base"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"megatron_config": {"any": 1}, "megatron_core": "hostile_module"}, "megatron_config is set"),
+        ({"peft_type": "LORA2"}, "its configuration is not one of PEFT"),
+        ({"rank_pattern": 7}, "cannot be loaded as an adapter of"),
+    ],
+)
+def test_a_hostile_configuration_is_refused(saved: Path, monkeypatch, changes, complaint) -> None:
+    (saved / "hostile_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(saved)
+    path = saved / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=complaint):
+        evaluate(str(saved / "base"), str(saved / "task.jsonl"), adapter=str(saved / "adapter"))
+
+
+def test_a_pickled_adapter_is_not_opened(saved: Path) -> None:
+    (saved / "adapter" / "adapter_model.safetensors").rename(saved / "adapter" / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"pickled adapter_model\.bin, which is never opened"):
+        evaluate(str(saved / "base"), str(saved / "task.jsonl"), adapter=str(saved / "adapter"))
 
 
 def test_an_adapter_of_another_model_is_refused(saved: Path) -> None:

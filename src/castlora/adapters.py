@@ -29,7 +29,7 @@ _CARRIED_FIELDS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "init_lora_weights",
     "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "layers_to_transform", "layers_pattern",
-    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
 """Fields of a LoRA configuration that do not keep it from being carried; any other may change what it computes."""
@@ -84,26 +84,40 @@ class AdapterFiles:
         return self.config.base_model_name_or_path or ""
 
 
+def find_adapter(name_or_path: str, revision: str | None = None) -> Path:
+    """The folder of an adapter, which has a configuration and weights in safetensors.
+
+    Raises:
+        UserError: it cannot be found, lacks a file, or is one of MLX-LM.
+    """
+    folder = _adapter_folder(name_or_path, revision)
+    if not (folder / CONFIG_FILE).is_file():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+        if inside:
+            names = ", ".join(map(repr, inside[:8]))
+            raise UserError(f"{name_or_path!r} holds several adapters ({names}); name the folder of one of them.")
+        raise UserError(f"Adapter {name_or_path!r} has no {CONFIG_FILE}; give the folder that PEFT saved.")
+    if is_mlx_adapter(folder):
+        raise UserError(
+            f"Adapter {name_or_path!r} is one of MLX-LM; make a PEFT adapter of it first: castlora convert --adapter "
+            "FOLDER --to peft --base MODEL --out NEW."
+        )
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        reason = "only a pickled adapter_model.bin, which is never opened" if pickled else f"no {WEIGHTS_FILE}"
+        raise UserError(f"Adapter {name_or_path!r} has {reason}; save it again with safe_serialization=True.")
+    return folder
+
+
 def open_adapter(name_or_path: str, revision: str | None = None) -> AdapterFiles:
     """Finds an adapter and reads its configuration, without touching its weights.
 
     Raises:
         UserError: it cannot be found, or uses a feature that cannot be carried.
     """
-    folder = _adapter_folder(name_or_path, revision)
-    config_path = folder / CONFIG_FILE
-    if not config_path.is_file():
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
-        if inside:
-            names = ", ".join(map(repr, inside[:8]))
-            raise UserError(f"{name_or_path!r} holds several adapters ({names}); name the folder of one of them.")
-        raise UserError(f"Adapter {name_or_path!r} has no {CONFIG_FILE}; give the folder that PEFT saved.")
-    config = _read_config(name_or_path, config_path)
+    folder = find_adapter(name_or_path, revision)
+    config = _read_config(name_or_path, folder / CONFIG_FILE)
     _refuse_unsupported(name_or_path, config)
-    if not (folder / WEIGHTS_FILE).is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        reason = "only a pickled adapter_model.bin, which is never opened" if pickled else f"no {WEIGHTS_FILE}"
-        raise UserError(f"Adapter {name_or_path!r} has {reason}; save it again with safe_serialization=True.")
     return AdapterFiles(name_or_path, folder, config)
 
 
@@ -256,11 +270,6 @@ def _read_config(name: str, path: Path) -> PeftConfig:
         raise UserError(
             f"{CONFIG_FILE} of {name!r} is not a PEFT configuration ({first_line(error)}); copy it again."
         ) from error
-    if is_mlx_config(written):
-        raise UserError(
-            f"Adapter {name!r} is one of MLX-LM; make a PEFT adapter of it first: castlora convert --adapter "
-            "FOLDER --to peft --base MODEL --out NEW."
-        )
     if config is None or config.is_prompt_learning or peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
         raise UserError(
             f"Adapter {name!r}: peft_type is {peft_type!r}; castlora carries adapters that change linear maps, as LORA."
@@ -268,8 +277,12 @@ def _read_config(name: str, path: Path) -> PeftConfig:
     return config
 
 
-def is_mlx_config(config: object) -> bool:
-    """Whether a configuration is one that MLX-LM writes beside its adapters."""
+def is_mlx_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of MLX-LM, by its configuration."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
     return isinstance(config, dict) and "lora_parameters" in config and "peft_type" not in config
 
 

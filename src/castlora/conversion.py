@@ -7,12 +7,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-from castlora.adapters import LowRank, open_adapter, portable_rank, read_factors, write_portable
+from castlora.adapters import (
+    LowRank,
+    is_mlx_adapter,
+    open_adapter,
+    portable_rank,
+    read_factors,
+    write_portable,
+)
 from castlora.chat import TEMPLATE_FILE
 from castlora.config import Form
 from castlora.errors import UserError
 from castlora.evaluation import load_adapter
-from castlora.mlx import is_mlx_adapter, mlx_base, read_mlx, write_mlx
+from castlora.mlx import mlx_base, read_mlx, write_mlx
 from castlora.models import LinearSlot, linear_slots, load_config, load_model, number_of_layers, skeleton
 
 GGUF_SCRIPT = "convert_lora_to_gguf.py"

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from peft import PeftModel, PeftModelForCausalLM
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from castlora import __version__
+from castlora.adapters import find_adapter
 from castlora.chat import TEMPLATE_FILE, chat_items, chat_template, without_special_tokens
 from castlora.completions import (
     CausalLM,
@@ -21,9 +22,9 @@ from castlora.completions import (
     generate,
     readable_tokens,
 )
-from castlora.errors import UserError
+from castlora.errors import UserError, first_line
 from castlora.lift import bootstrap_interval
-from castlora.models import load_model, public_name
+from castlora.models import LIBRARY_ERRORS, load_model, public_name
 from castlora.tasks import TaskItem, load_task
 
 GENERATION_MARGIN = 8
@@ -216,11 +217,17 @@ def load_adapter(base: PreTrainedModel, adapter: str, model: str) -> PeftModelFo
     Raises:
         UserError: the adapter cannot be loaded or does not fit.
     """
-    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_model.safetensors").is_file():
-        raise UserError(f"{adapter}: no adapter_model.safetensors in this folder; name a folder with a PEFT adapter.")
+    folder = str(find_adapter(adapter))
     try:
-        adapted = PeftModel.from_pretrained(base, adapter)
-    except (ValueError, RuntimeError) as error:  # no such adapter; modules or shapes that the model does not have
+        config = PeftConfig.from_pretrained(folder)
+    except LIBRARY_ERRORS as error:
+        raise UserError(f"{adapter}: its configuration is not one of PEFT ({first_line(error)}).") from error
+    if isinstance(config, LoraConfig) and config.megatron_config:
+        # PEFT would import the Python module that such a configuration names.
+        raise UserError(f"{adapter}: megatron_config is set; only adapters without it can be scored.")
+    try:
+        adapted = PeftModel.from_pretrained(base, folder, config=config)
+    except LIBRARY_ERRORS as error:  # modules or shapes that the model does not have
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{adapter}: cannot be loaded as an adapter of {model} ({reason}).") from error
     if not isinstance(adapted, PeftModelForCausalLM):

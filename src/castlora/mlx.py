@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from castlora.adapters import CONFIG_FILE, LowRank, is_mlx_config, pad_rank
+from castlora.adapters import CONFIG_FILE, LowRank, pad_rank
 from castlora.errors import UserError
 from castlora.models import LinearSlot
 
@@ -33,14 +33,6 @@ def mlx_name(module: str) -> str:
     raise UserError(
         f"{module!r} has no known name in MLX-LM; convert adapters of models whose layers are at {', '.join(_ROOTS)}."
     )
-
-
-def is_mlx_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter of MLX-LM."""
-    try:
-        return is_mlx_config(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
-        return False
 
 
 def mlx_base(folder: Path) -> str:

@@ -26,8 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from castlora.errors import UserError, first_line
 
 LIBRARY_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError,
-    re.error, HFValidationError, SafetensorError, StrictDataclassError,
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError, re.error, HFValidationError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """What transformers and PEFT raise on values that they do not expect in a file."""
 _MOST_LAYERS = 10_000
