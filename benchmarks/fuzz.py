@@ -19,12 +19,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 from jsonargparse import auto_cli
 from tqdm.auto import tqdm
 
 from benchmarks.mutations import JSON_MUTATIONS, TENSOR_MUTATIONS, TEXT_MUTATIONS, Mutation
+from castlora import convert
 from castlora.bench.grid import environment
 from castlora.chat import read_conversations
 from castlora.demonstration.bundle import SOURCE, TARGET, demo_adapters_path, demo_models_path, demo_skill
@@ -64,6 +66,19 @@ class Outcome:
 
 def _adapter_files(folder: Path) -> None:
     shutil.copytree(demo_adapters_path() / SOURCE / demo_skill().name, folder, dirs_exist_ok=True)
+
+
+@cache
+def _mlx_adapter() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as temporary:
+        adapter = demo_adapters_path() / SOURCE / demo_skill().name
+        converted = convert(str(adapter), "mlx", str(Path(temporary) / "mlx"), base=str(demo_models_path() / SOURCE))
+        return {path.name: path.read_bytes() for path in converted.iterdir()}
+
+
+def _mlx_files(folder: Path) -> None:
+    for name, content in _mlx_adapter().items():
+        (folder / name).write_bytes(content)
 
 
 def _model_config(folder: Path) -> None:
@@ -108,10 +123,16 @@ def _plan_to_model(folder: Path) -> None:
     plan_transfer(str(adapter), str(folder), str(demo_models_path() / SOURCE))
 
 
+def _convert_from_mlx(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        convert(str(folder), "peft", str(Path(temporary) / "peft"), base=str(demo_models_path() / SOURCE))
+
+
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TARGETS: dict[str, Target] = {
     "adapter to move": Target(_adapter_files, _plan_from_adapter, _ADAPTER),
     "adapter to check": Target(_adapter_files, check_portable, _ADAPTER),
+    "MLX-LM adapter": Target(_mlx_files, _convert_from_mlx, ("adapter_config.json", "adapters.safetensors")),
     "configuration of a base model": Target(_model_config, _plan_to_model, ("config.json",)),
     "task, prompts and messages": Target(_task_files, _read_tasks, ("test.jsonl", "prompts.jsonl", "chat.jsonl")),
     "general text": Target(_text_files, _read_text, ("text.txt", "text.jsonl")),
