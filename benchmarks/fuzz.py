@@ -4,7 +4,7 @@
 
 Every input starts as an intact one: the bundled adapter, base model, tasks and prompts, and general text. One to three
 mutations later a reader must take it or refuse it with one sentence (`UserError`). Anything else is a failure: another
-exception, more than ten seconds, a refusal of several lines, or a file that reading has changed.
+exception, more than ten seconds, a refusal that is no line of printable text, or a file that reading has changed.
 """
 
 import json
@@ -162,8 +162,8 @@ def try_once(target: Target, chance: random.Random, outcome: Outcome, label: str
             outcome.taken += 1
         except UserError as error:
             outcome.refused += 1
-            if "\n" in str(error).strip():
-                outcome.failures.append(f"{label}: refused in several lines: {error}")
+            if not str(error).isprintable():
+                outcome.failures.append(f"{label}: refused in what is no line of text: {str(error)!r}")
         except (Exception, _TooSlowError) as error:  # noqa: BLE001  # What a reader lets through is what this program looks for.
             outcome.failures.append(f"{label}: {_summary(error)}")
         outcome.slowest_seconds = max(outcome.slowest_seconds, time.monotonic() - started)

@@ -44,7 +44,7 @@ def spoil(folder):
 
 @pytest.mark.parametrize(
     ("read", "complaint"),
-    [(refuse, "refused in several lines"), (fail, "KeyError: 'a key'"), (spoil, "reading changed")],
+    [(refuse, "refused in what is no line of text"), (fail, "KeyError: 'a key'"), (spoil, "reading changed")],
 )
 def test_what_must_not_happen_is_a_failure(read, complaint):
     (failure,) = outcome_of(read).failures
