@@ -314,7 +314,7 @@ def _read_tensors(files: AdapterFiles) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{WEIGHTS_FILE} of {files.name!r} is damaged or cut short ({error}); copy it again."
+            f"{WEIGHTS_FILE} of {files.name!r} is damaged or cut short ({first_line(error)}); copy it again."
         ) from error
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

@@ -10,4 +10,6 @@ class UserError(ValueError):
 
 def first_line(error: Exception) -> str:
     """What a library's error says in short, to be quoted in a sentence of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200].rstrip(".")
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200].rstrip(".:")
+    # It may quote what a file holds, and a terminal obeys or cannot encode what is not printable.
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)

@@ -228,8 +228,7 @@ def load_adapter(base: PreTrainedModel, adapter: str, model: str) -> PeftModelFo
     try:
         adapted = PeftModel.from_pretrained(base, folder, config=config)
     except LIBRARY_ERRORS as error:  # modules or shapes that the model does not have
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{adapter}: cannot be loaded as an adapter of {model} ({reason}).") from error
+        raise UserError(f"{adapter}: cannot be loaded as an adapter of {model} ({first_line(error)}).") from error
     if not isinstance(adapted, PeftModelForCausalLM):
         task_type = adapted.peft_config["default"].task_type
         raise UserError(f"{adapter}: its task_type is {task_type}; only CAUSAL_LM adapters can be scored.")

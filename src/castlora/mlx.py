@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from castlora.adapters import CONFIG_FILE, LowRank, pad_rank
-from castlora.errors import UserError
+from castlora.errors import UserError, first_line
 from castlora.models import LinearSlot
 
 MLX_WEIGHTS_FILE = "adapters.safetensors"
@@ -129,7 +129,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(folder / MLX_WEIGHTS_FILE)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{MLX_WEIGHTS_FILE} of {str(folder)!r} cannot be read ({error}); copy it again.") from error
+        raise UserError(
+            f"{MLX_WEIGHTS_FILE} of {str(folder)!r} cannot be read ({first_line(error)}); copy it again."
+        ) from error
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{MLX_WEIGHTS_FILE} of {str(folder)!r} holds NaN or infinity in {key!r}.")

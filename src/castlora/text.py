@@ -13,7 +13,7 @@ from typing import Any
 from datasets import load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from castlora.errors import UserError
+from castlora.errors import UserError, first_line
 
 HUB_DEFAULT = "allenai/c4"
 SLOT = "{text}"
@@ -215,7 +215,7 @@ def _read_lines(path: Path, keep_blank: bool = False) -> Iterator[str]:
                 if keep_blank or line.strip():
                     yield line.rstrip("\r\n")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(path)!r} cannot be read as UTF-8 text ({error}); check the file.") from error
+        raise UserError(f"{str(path)!r} cannot be read as UTF-8 text ({first_line(error)}); check the file.") from error
 
 
 def _field(line: str, path: str, number: int, names: tuple[str, ...]) -> str:

@@ -1,0 +1,17 @@
+import pytest
+
+from castlora.errors import first_line
+
+
+@pytest.mark.parametrize(
+    ("message", "quoted"),
+    [
+        ("Shapes differ. See the manual.", "Shapes differ"),
+        ("\n  first line:\nsecond line", "first line"),
+        ("", "ValueError"),
+        ("type `\ud800` \x1b[31mred", "type `\\ud800` \\x1b[31mred"),
+        ("x" * 1000, "x" * 200),
+    ],
+)
+def test_what_a_library_says_becomes_one_printable_line(message, quoted):
+    assert first_line(ValueError(message)) == quoted
