@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, set_seed
 
-from castlora.format_search import find_formats, may_begin_answer, settled_effect, settled_share
+from castlora.format_search import find_formats, may_begin_answer, near_best, settled_effect, settled_share
 from castlora.text import GENERIC_FORMATS
 from castlora.tokens import ByteTokenizer
 
@@ -62,6 +62,14 @@ def test_an_answer_begins_with_a_token_that_spells_something_and_begins_a_word(b
         if spelling is not None and spelling.isascii():
             assert inside[token] == (not spelling[:1].isalnum())
             assert elsewhere[token]
+
+
+def test_formats_near_the_best_are_kept_and_generic_ones_that_reach_half_of_it():
+    first, second, third = GENERIC_FORMATS[:3]
+    effects = {"far": 0.7, first: 0.4, "near": 0.9, second: 0.6, "best": 1.0, third: 0.85, "none": 0.0}
+    assert near_best(effects) == ["best", "near", third, second]
+    assert near_best({f"{number}": 1.0 for number in range(20)} | {first: 0.99}) == [*map(str, range(8)), first]
+    assert near_best({"a": 0.0, first: -0.1}) == [] == near_best({})
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ answers with certainty, and differently to different texts, which the base model
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftModel
@@ -131,14 +131,20 @@ def find_formats(
     shortlist = sorted(first, key=lambda form: -first[form])[:_SHORTLIST]
     again = list(dict.fromkeys([*shortlist, *(form for form in formats if form in GENERIC_FORMATS)]))
     effects = {form: effect(form, fillings) for form in tqdm(again, desc="the best of them again", unit="format")}
-    best = sorted((form for form in effects if effects[form] > 0), key=lambda form: -effects[form])
-    if not best:
-        logger.info("The adapter listens to none of %d prompt formats", len(formats))
-        return []
-    most = effects[best[0]]
-    near = [form for form in best if effects[form] >= _LEAST_SHARE_OF_BEST * most][:_MOST_KEPT]
-    generic = (form for form in best if form in GENERIC_FORMATS)
-    near += [form for form in generic if effects[form] >= _LEAST_SHARE_OF_BEST_IF_GENERIC * most and form not in near]
-    described = ", ".join(f"{form!r} ({effects[form]:.2f})" for form in near)
+    found = near_best(effects)
+    described = ", ".join(f"{form!r} ({effects[form]:.2f})" for form in found) or "none"
     logger.info("Prompt formats that the adapter listens to, with its effect there in nats: %s", described)
-    return near
+    return found
+
+
+def near_best(effects: Mapping[str, float]) -> list[str]:
+    """The formats with the largest effects, best first: up to eight, and the generic ones that reach half of the best.
+
+    Args:
+        effects: effect of the adapter by format, in nats
+    """
+    best = sorted((form for form in effects if effects[form] > 0), key=lambda form: -effects[form])
+    most = effects[best[0]] if best else 0.0
+    kept = [form for form in best if effects[form] >= _LEAST_SHARE_OF_BEST * most][:_MOST_KEPT]
+    generic = [form for form in best if form in GENERIC_FORMATS and form not in kept]
+    return kept + [form for form in generic if effects[form] >= _LEAST_SHARE_OF_BEST_IF_GENERIC * most]
