@@ -1,7 +1,11 @@
+import errno
+import os
 import shutil
 from collections import namedtuple
 
 import pytest
+from filelock import FileLock
+from safetensors import SafetensorError
 
 from castlora.errors import UserError
 from castlora.run_directory import STATE_FOLDER, check_output, open_run, write_whole
@@ -12,7 +16,8 @@ DiskUsage = namedtuple("DiskUsage", "total used free")
 
 @pytest.fixture
 def run(tmp_path):
-    return open_run(str(tmp_path / "out"), REQUEST, 0)
+    with open_run(str(tmp_path / "out"), REQUEST, 0) as run:
+        yield run
 
 
 def checkpoint(run, step: int, state: str | None = "{}") -> None:
@@ -28,20 +33,67 @@ def test_a_new_or_empty_folder_is_accepted(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_an_interrupted_run_is_opened_again_by_the_same_request_only(run):
-    (run.state / "passages.json").touch()
-    assert check_output(str(run.out), REQUEST) is True
-    assert open_run(str(run.out), REQUEST, 0) == run
-    assert (run.state / "passages.json").exists()
+def test_an_interrupted_run_is_opened_again_by_the_same_request_only(tmp_path):
+    out = str(tmp_path / "out")
+    with open_run(out, REQUEST, 0) as run:
+        (run.state / "passages.json").touch()
+    assert check_output(out, REQUEST) is True
+    with open_run(out, REQUEST, 0) as again:
+        assert again == run
+        assert (again.state / "passages.json").exists()
     with pytest.raises(UserError, match="out' holds an interrupted run with other settings; finish that one or give"):
-        check_output(str(run.out), REQUEST | {"seed": 1})
+        check_output(out, REQUEST | {"seed": 1})
+
+
+def test_a_folder_serves_one_run_at_a_time(run):
+    with (
+        pytest.raises(UserError, match="out' is in use by another run; wait for its end"),
+        open_run(str(run.out), REQUEST, 0),
+    ):
+        pass
+    assert check_output(str(run.out), REQUEST) is True
+
+
+def test_a_run_that_was_published_while_waiting_is_not_run_again(tmp_path, monkeypatch):
+    """Two processes saw an empty folder, and the other one was faster."""
+    out = tmp_path / "out"
+    acquire = FileLock.acquire
+
+    def publish_first(lock):
+        (out / "adapter_config.json").touch()
+        return acquire(lock)
+
+    monkeypatch.setattr(FileLock, "acquire", publish_first)
+    with pytest.raises(UserError, match="out' is not empty"), open_run(str(out), REQUEST, 0):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "free", "is_full"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 9 << 20, True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 9 << 20, True),
+        (RuntimeError("unexpected pos 576 vs 534"), 0, True),
+        (RuntimeError("unexpected pos 576 vs 534"), 9 << 20, False),
+    ],
+)
+def test_a_disk_that_becomes_full_is_said_in_one_sentence(tmp_path, monkeypatch, error, free, is_full):
+    says = "disk is full; make room, and the same" if is_full else "pos 576"
+    with (
+        pytest.raises(UserError if is_full else type(error), match=says),
+        open_run(str(tmp_path / "out"), REQUEST, 0),
+    ):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _folder: DiskUsage(9, 9, free))
+        raise error
+    assert check_output(str(tmp_path / "out"), REQUEST) is True
 
 
 def test_a_run_interrupted_before_it_began_does_not_block_its_folder(tmp_path):
     (tmp_path / STATE_FOLDER).mkdir()
     (tmp_path / STATE_FOLDER / "request.json.part").write_text("{")
     assert check_output(str(tmp_path), REQUEST) is False
-    open_run(str(tmp_path), REQUEST, 0)
+    with open_run(str(tmp_path), REQUEST, 0):
+        pass
     assert check_output(str(tmp_path), REQUEST) is True
 
 
@@ -59,16 +111,19 @@ def test_nothing_is_ever_overwritten(tmp_path, kind):
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: DiskUsage(9, 9, 5 << 20))
-    open_run(str(tmp_path / "small"), REQUEST, 5 << 20)
-    with pytest.raises(UserError, match=r"out': the run needs 6 MiB of disk and 5 MiB are free; make room"):
-        open_run(str(tmp_path / "new" / "out"), REQUEST, 6 << 20)
+    with open_run(str(tmp_path / "small"), REQUEST, 5 << 20):
+        pass
+    refused = pytest.raises(UserError, match=r"out': the run needs 6 MiB of disk and 5 MiB are free; make room")
+    with refused, open_run(str(tmp_path / "new" / "out"), REQUEST, 6 << 20):
+        pass
     assert not (tmp_path / "new").exists()
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^--out '.*file/out' cannot be written \(Not a directory\)"):
-        open_run(str(tmp_path / "file" / "out"), REQUEST, 0)
+    refused = pytest.raises(UserError, match=r"^--out '.*file/out' cannot be written \(Not a directory\)")
+    with refused, open_run(str(tmp_path / "file" / "out"), REQUEST, 0):
+        pass
 
 
 def test_the_last_checkpoint_is_the_newest_complete_one(run):
@@ -93,14 +148,34 @@ def test_what_makes_an_adapter_loadable_is_published_last(run, monkeypatch):
     assert (run.out / "zebra").read_text() == "zebra"
 
 
-def test_a_discarded_run_leaves_nothing_of_its_own(run):
-    checkpoint(run, 5)
-    run.discard()
+def test_a_discarded_run_leaves_nothing_of_its_own(tmp_path):
+    with open_run(str(tmp_path / "out"), REQUEST, 0) as run:
+        checkpoint(run, 5)
+        run.discard()
     assert not run.out.exists()
-    again = open_run(str(run.out), REQUEST, 0)
-    (again.out / "notes").touch()
-    again.discard()
+    with open_run(str(run.out), REQUEST, 0) as again:
+        (again.out / "notes").touch()
+        again.discard()
     assert [path.name for path in run.out.iterdir()] == ["notes"]
+
+
+def test_a_run_killed_while_it_is_tidied_up_still_says_which_one_it_was(run, monkeypatch):
+    checkpoint(run, 5)
+    run.finished.mkdir()
+    (run.finished / "adapter_config.json").touch()
+    removed = []
+
+    def stop(path):
+        removed.append(path.name)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", stop)
+        run.publish()
+    assert removed != [STATE_FOLDER]
+    assert check_output(str(run.out), REQUEST) is True
+    run.publish()
+    assert [path.name for path in run.out.iterdir()] == ["adapter_config.json"]
 
 
 def test_a_file_is_written_in_full_or_not_at_all(tmp_path):

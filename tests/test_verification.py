@@ -51,8 +51,16 @@ def test_a_tensor_that_does_not_reach_the_model_is_noticed(written, checked_in_p
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors["base_model.model.transformer.h.9.attn.c_attn.lora_A.weight"] = torch.zeros(8, 32)
     save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"disagree on 'base_model\.model\.transformer\.h\.9"):
+    with pytest.raises(RuntimeError, match=r"disagree on 'base_model\.model\.transformer\.h\.9"):
         check_written(adapter, base, None, IDS, MASK, live)
+
+
+def test_a_base_model_that_has_vanished_is_named(written, tmp_path):
+    adapter, _, live = written
+    gone = str(tmp_path / "gone")
+    with pytest.raises(UserError, match=f"^Model '{gone}' is not a folder") as raised:
+        check_written(adapter, gone, None, IDS, MASK, live)
+    assert "Traceback" not in str(raised.value)
 
 
 def test_an_adapter_that_cannot_be_loaded_is_reported(monkeypatch, tmp_path):

@@ -12,10 +12,9 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_pa
 
 from castlora import __version__
 from castlora.config import Form, RecipeName, Start, Tuning
-from castlora.errors import UserError
+from castlora.errors import BAD_INPUT, UserError
 
 NOT_PORTABLE = 1
-BAD_INPUT = 2
 INTERRUPTED = 130
 
 

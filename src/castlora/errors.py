@@ -1,5 +1,8 @@
 """The error that a user can mend."""
 
+BAD_INPUT = 2
+"""Exit code of a command that met one."""
+
 
 class UserError(ValueError):
     """Bad input; the message is one sentence that names the field or file and the fix.

@@ -33,7 +33,7 @@ from castlora.positions import AlignedPassage, collate
 from castlora.report import Distillation, Report, SitePair, write_report
 from castlora.report import Pairing as ReportPairing
 from castlora.run_directory import RunDirectory, check_output, open_run, write_whole
-from castlora.scaling import TRAINED_SCALES, keep_best_scale
+from castlora.scaling import TRAINED_SCALES, ScaleChoice, keep_best_scale
 from castlora.stages import (
     Models,
     TextSource,
@@ -136,48 +136,39 @@ def transfer(
     models = load_models(plan)
     check_objective(models.shared, resolved)
 
-    run = open_run(out, settings, _needed_bytes(plan, resolved))
-    try:
-        reading = _read(run, models, text_source, resolved, seed)
-        training, held_out = align_text(models, reading.passages, resolved)
-    except UserError:
-        run.discard()
-        raise
-    masses = _report_shared_mass(models, held_out)
-    student = start_student(models, plan, resolved, training, output_rank, seed)
-    teacher = hold_teacher(models, training, held_out, resolved)
-    measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=resolved)
-    before = measure(student)
-    log = train_student(
-        teacher, student, models.shared, training, resolved, seed, run.checkpoints, run.last_checkpoint()
-    )
-    scale = keep_best_scale(student, measure, TRAINED_SCALES)
-    after = measure(student)
-    logger.info("Held-out KL to source + LoRA: %.4f before, %.4f after (nats per position)", before.kl, after.kl)
-
-    manifest = {
-        **describe_inputs(plan, models, text_source, reading.formats),
-        "castlora_version": __version__,
-        "rank": output_rank,
-        "pairing": describe_pairing(plan.pairing),
-        "recipe": describe_recipe(resolved, recipe),
-        "seed": seed,
-        "versions": versions(),
-        "passages": {"training": len(training), "held_out": len(held_out)},
-        "shared_vocabulary": masses,
-        "losses": _losses(before, after),
-        "scale": asdict(scale),
-        "command": command_line({**request, "out": out}),
-    }
-    manifest["logit_difference"] = _write_adapter(run, plan, student, output_rank, held_out)
-    manifest["seconds"] = round(time.monotonic() - started, 1)
-    manifest["peak_memory_bytes"] = peak_memory_bytes()
-    if chat and models.target_tokenizer.chat_template is None:
-        write_whole(run.finished / TEMPLATE_FILE, target_template(models.source_tokenizer, models.target_tokenizer))
-    _write_record(run, manifest, log, plan.pairing)
-    run.publish()
+    with open_run(out, settings, _needed_bytes(plan, resolved)) as run:
+        try:
+            reading = _read(run, models, text_source, resolved, seed)
+            training, held_out = align_text(models, reading.passages, resolved)
+        except UserError:
+            run.discard()
+            raise
+        masses = _report_shared_mass(models, held_out)
+        student = start_student(models, plan, resolved, training, output_rank, seed)
+        trained = _train(run, models, student, training, held_out, resolved, seed)
+        manifest = {
+            **describe_inputs(plan, models, text_source, reading.formats),
+            "castlora_version": __version__,
+            "rank": output_rank,
+            "pairing": describe_pairing(plan.pairing),
+            "recipe": describe_recipe(resolved, recipe),
+            "seed": seed,
+            "versions": versions(),
+            "passages": {"training": len(training), "held_out": len(held_out)},
+            "shared_vocabulary": masses,
+            "losses": trained.losses,
+            "scale": asdict(trained.scale),
+            "command": command_line({**request, "out": out}),
+        }
+        manifest["logit_difference"] = _write_adapter(run, plan, student, output_rank, held_out)
+        manifest["seconds"] = round(time.monotonic() - started, 1)
+        manifest["peak_memory_bytes"] = peak_memory_bytes()
+        if chat and models.target_tokenizer.chat_template is None:
+            write_whole(run.finished / TEMPLATE_FILE, target_template(models.source_tokenizer, models.target_tokenizer))
+        _write_record(run, manifest, trained.log, plan.pairing)
+        run.publish()
     logger.info("Wrote %s", out)
-    return TransferResult(Path(out), manifest, log, plan.pairing)
+    return TransferResult(Path(out), manifest, trained.log, plan.pairing)
 
 
 def report_pairing(pairing: Pairing) -> ReportPairing:
@@ -229,6 +220,35 @@ def _read(run: RunDirectory, models: Models, text: TextSource, recipe: Recipe, s
     reading = _Reading(formats, answer_prompts(models, choose_prompts(models, drawn, recipe), recipe, seed))
     write_whole(path, json.dumps(asdict(reading)))
     return reading
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """How a training went."""
+
+    losses: dict[str, float]
+    scale: ScaleChoice
+    log: list[dict[str, float]]
+
+
+def _train(
+    run: RunDirectory,
+    models: Models,
+    student: Student,
+    training: list[AlignedPassage],
+    held_out: list[AlignedPassage],
+    recipe: Recipe,
+    seed: int,
+) -> _Trained:
+    """Trains the student from where the run was, chooses its scale, and measures it on held-out text."""
+    teacher = hold_teacher(models, training, held_out, recipe)
+    measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
+    before = measure(student)
+    log = train_student(teacher, student, models.shared, training, recipe, seed, run.checkpoints, run.last_checkpoint())
+    scale = keep_best_scale(student, measure, TRAINED_SCALES)
+    after = measure(student)
+    logger.info("Held-out KL to source + LoRA: %.4f before, %.4f after (nats per position)", before.kl, after.kl)
+    return _Trained(_losses(before, after), scale, log)
 
 
 def _report_shared_mass(models: Models, held_out: list[AlignedPassage]) -> dict[str, float]:

@@ -1,16 +1,27 @@
 """The output folder of a run: it resumes what was interrupted and shows nothing half-written."""
 
+import errno
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from castlora.errors import UserError
 
 STATE_FOLDER = ".castlora"
 _REQUEST_FILE = "request.json"
+_LOCK_FILE = "lock"
 _LAST_FILE = "adapter_config.json"
+_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+_NEXT_TO_NOTHING = 1 << 20
+"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,10 @@ class RunDirectory:
         """Moves the results into `out`, the file that makes an adapter loadable last, and drops the state."""
         for path in sorted(self.finished.iterdir(), key=lambda path: path.name == _LAST_FILE):
             path.replace(self.out / path.name)
+        # Whoever is killed here can still say which run it was, and finish it again.
+        for path in self.state.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
         shutil.rmtree(self.state)
 
 
@@ -81,28 +96,52 @@ def check_output(out: str, request: dict[str, Any]) -> bool:
     return True
 
 
-def open_run(out: str, request: dict[str, Any], needed_bytes: int) -> RunDirectory:
-    """Creates the output folder, or opens the interrupted run in it.
+@contextmanager
+def open_run(out: str, request: dict[str, Any], needed_bytes: int) -> Iterator[RunDirectory]:
+    """Creates the output folder, or opens the interrupted run in it; while it is open no other process can.
 
     Raises:
-        UserError: the folder cannot be used, or the disk is too full.
+        UserError: the folder cannot be used, another process uses it, or the disk is or becomes too full.
     """
     run = RunDirectory(Path(out))
-    resuming = check_output(out, request)
+    check_output(out, request)
+    free = _free_bytes(run.out)
+    if free < needed_bytes:
+        raise UserError(
+            f"--out {out!r}: the run needs {needed_bytes >> 20} MiB of disk and {free >> 20} MiB are free; "
+            "make room or give a folder on another disk."
+        )
     try:
-        existing = next(folder for folder in (run.out, *run.out.absolute().parents) if folder.exists())
-        free = shutil.disk_usage(existing).free
-        if free < needed_bytes:
-            raise UserError(
-                f"--out {out!r}: the run needs {needed_bytes >> 20} MiB of disk and {free >> 20} MiB are free; "
-                "make room or give a folder on another disk."
-            )
         run.state.mkdir(parents=True, exist_ok=True)
-        if not resuming:
-            write_whole(run.state / _REQUEST_FILE, json.dumps(request, indent=1, sort_keys=True))
+        # The system takes the lock from a process that is killed.
+        lock = FileLock(run.state / _LOCK_FILE, blocking=False).acquire()
+    except Timeout as error:
+        raise UserError(f"--out {out!r} is in use by another run; wait for its end or give a new folder.") from error
     except OSError as error:
         raise UserError(f"--out {out!r} cannot be written ({error.strerror}); give another folder.") from error
-    return run
+    with lock, _full_disk_as_user_error(run.out):
+        # Another run may have ended or begun before the lock was ours.
+        if not check_output(out, request):
+            write_whole(run.state / _REQUEST_FILE, json.dumps(request, indent=1, sort_keys=True))
+        yield run
+
+
+@contextmanager
+def _full_disk_as_user_error(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # Each library has its own exception for a file that it could not write.
+        if not any(said in str(error) for said in _FULL) and _free_bytes(out) > _NEXT_TO_NOTHING:
+            raise
+        raise UserError(
+            f"--out {str(out)!r}: the disk is full; make room, and the same command continues where it was."
+        ) from error
+
+
+def _free_bytes(folder: Path) -> int:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _holds_no_result(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from castlora.adapters import WEIGHTS_FILE
-from castlora.errors import UserError
+from castlora.errors import BAD_INPUT, UserError
 from castlora.models import best_device, load_model
 
 TOLERANCE = 1e-4
@@ -41,6 +41,7 @@ def check_written(adapter: Path, target: str, revision: str | None, ids: Tensor,
         the largest difference relative to the largest logit
 
     Raises:
+        UserError: the base model cannot be read any more.
         RuntimeError: the difference is above `TOLERANCE`, or the adapter could not be loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -53,6 +54,8 @@ def check_written(adapter: Path, target: str, revision: str | None, ids: Tensor,
             text=True,
             check=False,
         )
+    if finished.returncode == BAD_INPUT:
+        raise UserError(finished.stderr.strip().splitlines()[-1])
     if finished.returncode != 0:
         raise RuntimeError(f"The written adapter cannot be loaded again: {finished.stderr.strip()[-500:]}")
     difference = float(json.loads(finished.stdout.strip().splitlines()[-1])["relative_difference"])
@@ -72,11 +75,15 @@ def _relative_difference(adapter: str, target: str, revision: str | None, refere
     written = set(load_file(Path(adapter) / WEIGHTS_FILE))
     loaded = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if written != loaded:
-        raise UserError(f"{WEIGHTS_FILE} and the model disagree on {sorted(written ^ loaded)[0]!r}.")
+        raise RuntimeError(f"{WEIGHTS_FILE} and the model disagree on {sorted(written ^ loaded)[0]!r}.")
     logits = live_logits(model, expected["ids"].to(device), expected["mask"].to(device)).cpu()
     return float((logits - expected["logits"]).abs().max() / expected["logits"].abs().max())
 
 
 if __name__ == "__main__":
     request = json.loads(sys.argv[1])
-    print(json.dumps({"relative_difference": _relative_difference(**request, reference=Path(sys.argv[2]))}))
+    try:
+        print(json.dumps({"relative_difference": _relative_difference(**request, reference=Path(sys.argv[2]))}))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(BAD_INPUT)
