@@ -31,7 +31,7 @@ def test_a_transfer_is_described_without_any_weights(adapter, weightless):
     assert "Source modules dropped: transformer.h.1.attn.c_attn, " in text
     assert "Target modules left unchanged: 3." in text
     assert "Forecast for 10 steps of 16 passages on this machine: about " in text
-    assert "source + LoRA reads 64512 candidate prompts and writes answers: about " in text
+    assert "source + LoRA reads 66048 candidate prompts and writes answers: about " in text
     shared = SharedVocabulary.of(
         *(ByteTokenizer.from_tokenizer(tiny.family(name)[1]) for name in ("gpt2-deep", "llama")), 300, 309
     )

@@ -17,6 +17,7 @@ from castlora.stages import (
     load_models,
     prompt_formats,
     reading_order,
+    teach_text,
 )
 from castlora.text import GENERIC_FORMATS, SLOT, Passage
 
@@ -63,7 +64,7 @@ def loaded_models(base_model, adapter):
 def test_a_prompt_format_yields_more_candidates_than_are_kept(loaded_models, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(tiny.sentences(400)))
-    recipe = replace(DEFAULT, passages=30, candidates=3)
+    recipe = replace(DEFAULT, filled_passages=30, candidates=3, sentences=1)
     drawn = draw_text(loaded_models, TextSource(str(text)), [FORMAT], recipe, seed=0)
     assert len(drawn) == 3 * (30 + HELD_OUT_PASSAGES)
     chosen = choose_prompts(loaded_models, drawn, recipe)
@@ -73,13 +74,13 @@ def test_a_prompt_format_yields_more_candidates_than_are_kept(loaded_models, tmp
 
 
 def test_with_one_candidate_per_prompt_nothing_is_chosen(loaded_models, text_file):
-    recipe = replace(DEFAULT, passages=30, candidates=1)
+    recipe = replace(DEFAULT, filled_passages=30, candidates=1)
     drawn = draw_text(loaded_models, TextSource(str(text_file)), [FORMAT], recipe, seed=0)
     assert choose_prompts(loaded_models, drawn, recipe) == drawn
 
 
 def test_without_a_format_general_text_is_put_into_generic_ones(loaded_models, text_file):
-    recipe = replace(DEFAULT, passages=16, candidates=2, format_candidates=0)
+    recipe = replace(DEFAULT, filled_passages=16, candidates=2, format_candidates=0)
     formats = prompt_formats(loaded_models, TextSource(str(text_file)), recipe, seed=0)
     assert formats == GENERIC_FORMATS
     drawn = draw_text(loaded_models, TextSource(str(text_file)), formats, recipe, seed=0)
@@ -106,12 +107,12 @@ def test_what_is_known_of_the_prompts_is_not_searched_for(known, formats):
 
 
 def test_without_written_answers_general_text_is_read_as_it_runs_and_never_chosen_from(loaded_models, text_file):
-    recipe = replace(DEFAULT, passages=30, candidates=4, write_answers=False)
+    recipe = replace(DEFAULT, passages=30, filled_passages=10, write_answers=False)
     assert prompt_formats(loaded_models, TextSource(str(text_file)), recipe, seed=0) == ()
     drawn = draw_text(loaded_models, TextSource(str(text_file)), (), recipe, seed=0)
     assert drawn
     assert all(isinstance(passage, Passage) and passage.answer_start == 0 for passage in drawn)
-    assert choose_prompts(loaded_models, drawn, recipe) == drawn
+    assert teach_text(loaded_models, TextSource(str(text_file)), (), recipe, seed=0) == drawn
 
 
 @pytest.mark.parametrize(

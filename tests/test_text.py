@@ -1,5 +1,6 @@
 import gzip
 import json
+from collections import Counter
 
 import pytest
 import tiny
@@ -16,6 +17,7 @@ from castlora.text import (
     cut_passages,
     draw_fillings,
     fill_formats,
+    join_sentences,
     read_documents,
     read_prompts,
 )
@@ -200,3 +202,24 @@ def test_bad_prompt_files_are_refused_by_name(tmp_path, name, content, complaint
 def test_missing_prompts_are_named():
     with pytest.raises(UserError, match="--prompts '/nowhere' is not a file"):
         read_prompts("/nowhere", 5, seed=0)
+
+
+def test_half_of_the_sentences_have_others_in_front_of_them():
+    sentences = [f"The river runs on day {day}{'?' if day % 3 == 0 else '.'}" for day in range(400)]
+    joined = join_sentences(sentences, 3, seed=0)
+    assert [text.endswith(last) for text, last in zip(joined, sentences, strict=True)] == [True] * 400
+    lengths = Counter(text.count("The river") for text in joined)
+    assert set(lengths) == {1, 2, 3}
+    assert lengths[1] == pytest.approx(200, abs=40) and lengths[2] == pytest.approx(100, abs=30)
+    # Only the last sentence may ask.
+    assert all("?" not in text[:-1] for text in joined)
+    assert join_sentences(sentences, 3, seed=0) == joined != join_sentences(sentences, 3, seed=1)
+
+
+@pytest.mark.parametrize("sentences", [["Who is it?", "Where does it run?"], []])
+def test_nothing_is_put_in_front_where_nothing_is_said(sentences):
+    assert join_sentences(sentences, 3, seed=0) == sentences
+
+
+def test_sentences_can_stay_alone():
+    assert join_sentences(["The fox runs.", "The hen sleeps."], 1, seed=0) == ["The fox runs.", "The hen sleeps."]

@@ -51,9 +51,14 @@ class Recipe:
     ridge: float
     """Penalty of the closed form relative to the mean square of the activations."""
     passages: int
-    """Passages of text drawn for training; they are read again when the steps outlast them."""
+    """Passages of running text, or given prompts, drawn for training; they are read again when the steps outlast
+    them."""
+    filled_passages: int
+    """Prompts made of general text that are kept for training."""
     candidates: int
     """Prompts made of general text for each that is kept; those that tell most about the skill are kept."""
+    sentences: int
+    """Most sentences in the slot of a prompt format."""
     format_candidates: int
     """Prompt formats that are tried where the adapter's own is not known, to find the ones it listens to; 0 takes
     generic ones."""
@@ -77,7 +82,9 @@ PAPER = Recipe(
     map_learning_rate_ratio=0.1,
     ridge=0.1,
     passages=16000,
+    filled_passages=16000,
     candidates=1,
+    sentences=1,
     format_candidates=0,
     max_length=128,
 )
@@ -93,7 +100,9 @@ DEFAULT = replace(
     context_weight=0.0,
     write_answers=True,
     passages=8000,
-    candidates=8,
+    filled_passages=2000,
+    candidates=32,
+    sentences=3,
     format_candidates=400,
 )
 """What `castlora transfer` does unless told otherwise; docs/results.md compares its start with the others."""
@@ -102,8 +111,8 @@ RECIPES: dict[RecipeName, Recipe] = {"default": DEFAULT, "paper": PAPER}
 
 
 _ABOVE_ZERO = (
-    "steps", "batch_size", "temperature", "learning_rate_scale", "passages", "candidates", "max_length",
-    "answer_tokens",
+    "steps", "batch_size", "temperature", "learning_rate_scale", "passages", "filled_passages", "candidates",
+    "sentences", "max_length", "answer_tokens",
 )  # fmt: skip
 _ZERO_OR_MORE = (
     "kl_weight", "mse_weight", "chunk_weight", "context_weight", "ridge", "map_learning_rate_ratio",
@@ -127,7 +136,9 @@ class Tuning:
     map_learning_rate_ratio: float | None = None
     ridge: float | None = None
     passages: int | None = None
+    filled_passages: int | None = None
     candidates: int | None = None
+    sentences: int | None = None
     format_candidates: int | None = None
     max_length: int | None = None
 

@@ -104,8 +104,8 @@ def _forecast(plan: Plan, steps: int, batch_size: int) -> str:
     operations = tokens * (2 * source_count + 4 * target_count)
     rate = _product_rate()
     seconds = operations / (_UTILISATION * rate)
-    candidates = (DEFAULT.passages + HELD_OUT_PASSAGES) * DEFAULT.candidates
-    read = candidates * _PROMPT_TOKENS + (DEFAULT.passages + HELD_OUT_PASSAGES) * DEFAULT.answer_tokens
+    candidates = (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.candidates
+    read = candidates * _PROMPT_TOKENS + (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.answer_tokens
     reading_seconds = 2 * source_count * read / (_UTILISATION * rate)
     memory = (source_count + target_count) * _BYTES_PER_WEIGHT + 4 * batch_size * DEFAULT.max_length * (
         plan.source_config.vocab_size + 3 * plan.target_config.vocab_size

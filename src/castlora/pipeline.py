@@ -38,13 +38,11 @@ from castlora.stages import (
     Models,
     TextSource,
     align_text,
-    answer_prompts,
-    choose_prompts,
-    draw_text,
     hold_teacher,
     load_models,
     prompt_formats,
     start_student,
+    teach_text,
     train_student,
 )
 from castlora.starts import student_factors
@@ -215,9 +213,7 @@ def _read(run: RunDirectory, models: Models, text: TextSource, recipe: Recipe, s
         record = json.loads(path.read_text(encoding="utf-8"))
         return _Reading(record["formats"], [Passage(**passage) for passage in record["passages"]])
     formats = prompt_formats(models, text, recipe, seed)
-    drawn = draw_text(models, text, formats, recipe, seed)
-    logger.info("Text: %s, %d passages", text.regime, len(drawn))
-    reading = _Reading(formats, answer_prompts(models, choose_prompts(models, drawn, recipe), recipe, seed))
+    reading = _Reading(formats, teach_text(models, text, formats, recipe, seed))
     write_whole(path, json.dumps(asdict(reading)))
     return reading
 

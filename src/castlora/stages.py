@@ -49,6 +49,7 @@ from castlora.text import (
     cut_passages,
     draw_fillings,
     fill_formats,
+    join_sentences,
     read_documents,
     read_prompts,
 )
@@ -174,14 +175,15 @@ def draw_text(models: Models, text: TextSource, formats: Sequence[str], recipe: 
     Raises:
         UserError: the text cannot be read or is too little.
     """
-    count = _wanted(recipe)
+    count = recipe.passages + HELD_OUT_PASSAGES
     if text.prompts is not None and text.chat:
         passages = _in_templates(models, read_conversations(text.prompts, count, seed))
     elif text.prompts is not None:
         passages = _unanswered(read_prompts(text.prompts, count, seed))
     elif formats:
-        fillings = draw_fillings(read_documents(text.text or HUB_DEFAULT), count * recipe.candidates, seed)
-        prompts = fill_formats(fillings, formats)
+        candidates = _kept_prompts(recipe) * recipe.candidates
+        sentences = draw_fillings(read_documents(text.text or HUB_DEFAULT), candidates, seed)
+        prompts = fill_formats(join_sentences(sentences, recipe.sentences, seed), formats)
         passages = _in_templates(models, [ask(prompt) for prompt in prompts]) if text.chat else _unanswered(prompts)
     else:
         max_bytes = _passage_bytes(models, text.text or HUB_DEFAULT, recipe.max_length)
@@ -191,9 +193,21 @@ def draw_text(models: Models, text: TextSource, formats: Sequence[str], recipe: 
     return passages
 
 
+def teach_text(models: Models, text: TextSource, formats: Sequence[str], recipe: Recipe, seed: int) -> list[Passage]:
+    """The text of a run with all that source + LoRA has to say to it: passages are drawn, chosen and answered.
+
+    Raises:
+        UserError: the text cannot be read or is too little.
+    """
+    drawn = draw_text(models, text, formats, recipe, seed)
+    logger.info("Text: %s, %d passages", text.regime, len(drawn))
+    chosen = choose_prompts(models, drawn, recipe) if formats else drawn
+    return answer_prompts(models, chosen, recipe, seed)
+
+
 def choose_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe) -> list[Passage]:
-    """The passages to teach: of more prompts than are wanted, those that tell most about the skill."""
-    if len(passages) <= _wanted(recipe):
+    """Of more prompts than are to be kept, those that tell most about the skill."""
+    if len(passages) <= _kept_prompts(recipe):
         return list(passages)
     first_tokens = predict_first_tokens(
         models.teacher,
@@ -203,7 +217,7 @@ def choose_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe) 
         _PROMPT_BATCH,
     )
     distributions = first_tokens.distributions()
-    indices = most_informative(distributions, min(_wanted(recipe), len(distributions)))
+    indices = most_informative(distributions, min(_kept_prompts(recipe), len(distributions)))
     logger.info(
         "Kept %d of %d prompts: their answers tell %.2f nats about the prompt, those to all prompts %.2f",
         len(indices), len(distributions), mutual_information(distributions[indices]), mutual_information(distributions),
@@ -356,9 +370,9 @@ def _in_templates(models: Models, conversations: Sequence[Conversation]) -> list
     return chat_passages(conversations, models.source_tokenizer, models.target_tokenizer)
 
 
-def _wanted(recipe: Recipe) -> int:
-    """Passages that a run uses, the held-out ones included."""
-    return recipe.passages + HELD_OUT_PASSAGES
+def _kept_prompts(recipe: Recipe) -> int:
+    """Prompts made of general text that a run uses, the held-out ones included."""
+    return recipe.filled_passages + HELD_OUT_PASSAGES
 
 
 def _longest_prompt(models: Models, recipe: Recipe) -> int:

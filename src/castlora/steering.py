@@ -37,6 +37,8 @@ from castlora.text import Passage
 STEERED, CONTROL = "steered", "permuted pairs"
 _DEPTH = 2 / 3
 """Where the target is steered unless told otherwise, as a share of its depth."""
+_PASSAGES = 1024
+"""Passages that the bridge is fitted on."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +336,8 @@ def _layer_path(slots: Mapping[str, LinearSlot], layer: int) -> str:
 def _reading_recipe(plan: Plan) -> Recipe:
     """General text as it runs, and every position counts."""
     length = min(DEFAULT.max_length, context_length(plan.source_config), context_length(plan.target_config))
-    return replace(DEFAULT, write_answers=False, context_weight=1.0, passages=1024, candidates=1, max_length=length)
+    unanswered = replace(DEFAULT, write_answers=False, context_weight=1.0, candidates=1, sentences=1)
+    return replace(unanswered, passages=_PASSAGES, filled_passages=_PASSAGES, max_length=length)
 
 
 def _share(flags: np.ndarray) -> float | None:

@@ -31,6 +31,7 @@ _HUB_CONFIGS = {"allenai/c4": "en"}
 # More is read than is drawn, so that a few long documents do not make up the whole text.
 _READ_PER_DRAWN = 4
 _SENTENCES_FOR_FORMATS = 50_000
+_JOINED_SHARE = 0.5
 _TEXT_FIELDS = ("text", "content", "prompt")
 
 
@@ -106,6 +107,24 @@ def draw_fillings(documents: Iterable[str], count: int, seed: int) -> list[str]:
     fillings += _draw(others, count - len(fillings), seed)
     random.Random(seed).shuffle(fillings)
     return fillings
+
+
+def join_sentences(sentences: Sequence[str], most: int, seed: int) -> list[str]:
+    """Sentences of which half have others in front of them, as a word problem has before its question.
+
+    They come from anywhere in the text: what they say together matters less than that a skill meets long prompts.
+
+    Args:
+        sentences: the last sentences of the results, in their order
+        most: sentences in a result, at most
+        seed: of the draw
+    """
+    others = [sentence for sentence in sentences if not sentence.endswith("?")]
+    if most == 1 or not others:
+        return list(sentences)
+    chance = random.Random(seed)
+    in_front = [chance.choice(range(1, most)) if chance.random() < _JOINED_SHARE else 0 for _ in sentences]
+    return [" ".join([*chance.choices(others, k=count), last]) for count, last in zip(in_front, sentences, strict=True)]
 
 
 def candidate_formats(documents: Iterable[str], count: int) -> list[str]:

@@ -22,7 +22,7 @@ from castlora.evaluation import Evaluation, evaluate_model
 from castlora.manifest import versions
 from castlora.plan import Plan, plan_transfer
 from castlora.run_directory import write_whole
-from castlora.stages import TextSource, answer_prompts, choose_prompts, draw_text, load_models, prompt_formats
+from castlora.stages import TextSource, load_models, prompt_formats, teach_text
 from castlora.text import Passage
 
 
@@ -90,8 +90,7 @@ def taught_passages(settings: Settings, cell: Cell, recipe: Recipe) -> list[Pass
     models = load_models(cell.plan(settings.spec))
     text = cell.text_source(settings.spec)
     formats = prompt_formats(models, text, recipe, cell.seed)
-    drawn = draw_text(models, text, formats, recipe, cell.seed)
-    return answer_prompts(models, choose_prompts(models, drawn, recipe), recipe, cell.seed)
+    return teach_text(models, text, formats, recipe, cell.seed)
 
 
 def write_missing(path: Path, run: Callable[[], dict[str, Any]]) -> bool:

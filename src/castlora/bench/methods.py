@@ -1,5 +1,6 @@
 """The methods of the quality benchmark, by the names that the results use."""
 
+from dataclasses import replace
 from functools import partial
 
 from castlora.baselines.cross_lora import cross_lora
@@ -10,16 +11,20 @@ from castlora.bench.untrained import Constrained, LogitDelta, Solved, Weighed
 from castlora.config import Tuning
 
 Method = Distilled | Labelled | Solved | Weighed | Constrained | LogitDelta
-GENERIC = Tuning(format_candidates=0)
+SINGLE = Tuning(candidates=8, sentences=1)
+GENERIC = replace(SINGLE, format_candidates=0)
 METHODS: dict[str, Method] = {
     "ridge start": Distilled("default", "ridge"),
-    "ridge start, maps": Distilled("default", "ridge", Tuning(trained="maps")),
     "paper start": Distilled("default", "paper"),
     "fresh": Distilled("default", "fresh"),
     "ridge start, generic formats": Distilled("default", "ridge", GENERIC, regimes=("general",)),
     "paper start, generic formats": Distilled("default", "paper", GENERIC, regimes=("general",)),
     "fresh, generic formats": Distilled("default", "fresh", GENERIC, regimes=("general",)),
-    "ridge start, any prompts": Distilled("default", "ridge", Tuning(candidates=1), regimes=("format",)),
+    "ridge start, single sentences": Distilled("default", "ridge", SINGLE, regimes=("general", "format")),
+    "paper start, single sentences": Distilled("default", "paper", SINGLE, regimes=("general", "format")),
+    "fresh, single sentences": Distilled("default", "fresh", SINGLE, regimes=("general", "format")),
+    "ridge start, single sentences, maps": Distilled("default", "ridge", replace(SINGLE, trained="maps")),
+    "ridge start, any prompts": Distilled("default", "ridge", replace(SINGLE, candidates=1), regimes=("format",)),
     "ridge start, running text": Distilled("default", "ridge", Tuning(write_answers=False), regimes=("general",)),
     "paper": Distilled("paper", "paper"),
     "paper, KL alone": Distilled("paper", "paper", Tuning(mse_weight=0.0)),

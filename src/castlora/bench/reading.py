@@ -11,7 +11,8 @@ from castlora.stages import Models, align_text, load_models
 
 def cell_recipe(settings: Settings, cell: Cell, name: RecipeName, start: Start, tuning: Tuning) -> Recipe:
     """A recipe for as many steps and as much text as the benchmark gives every method."""
-    tuning = replace(tuning, passages=settings.passages, max_length=settings.max_length)
+    passages = settings.passages
+    tuning = replace(tuning, passages=passages, filled_passages=passages, max_length=settings.max_length)
     recipe = resolve_recipe(name, start, settings.steps, settings.batch_size, tuning)
     return replace(recipe, max_length=settings.running_length) if _reads_running_text(cell, recipe) else recipe
 
