@@ -263,7 +263,9 @@ def test_a_missing_adapter_is_named(name):
 
 def test_pickled_weights_are_never_opened(copy):
     (copy / WEIGHTS_FILE).rename(copy / "adapter_model.bin")
-    with pytest.raises(UserError, match=r"only a pickled adapter_model\.bin, which is never opened; save it again"):
+    with pytest.raises(
+        UserError, match=r"only a pickled adapter_model\.bin; make a safe copy of it first: castlora convert"
+    ):
         open_adapter(str(copy))
 
 

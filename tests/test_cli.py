@@ -119,7 +119,10 @@ BAD_INPUTS = {
     "missing adapter": (setting(adapter="/nowhere"), "Adapter '/nowhere' is not a folder"),
     "corrupt configuration": (corrupt_config, "adapter_config.json of "),
     "truncated adapter": (truncated_adapter, "is damaged or cut short"),
-    "pickled adapter": (pickled_adapter, "only a pickled adapter_model.bin, which is never opened"),
+    "pickled adapter": (
+        pickled_adapter,
+        "only a pickled adapter_model.bin; make a safe copy of it first: castlora convert",
+    ),
     "adapter with NaN": (adapter_with_nan, "adapter_model.safetensors of "),
     "DoRA without its magnitudes": (changed_adapter(use_dora=True), "it lacks 'base_model.model.model.layers.0."),
     "PiSSA": (changed_adapter(init_lora_weights="pissa"), "init_lora_weights='pissa' cannot be carried yet"),

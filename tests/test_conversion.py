@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from castlora import UserError, convert
-from castlora.adapters import CONFIG_FILE, open_adapter, read_factors
+from castlora.adapters import CONFIG_FILE, WEIGHTS_FILE, open_adapter, read_factors
 from castlora.chat import TEMPLATE_FILE
 from castlora.cli import main
 from castlora.conversion import GGUF_SCRIPT
 from castlora.mlx import MLX_WEIGHTS_FILE
 from castlora.models import load_config
+from castlora.unpickling import PICKLED_FILE
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 UNLIKE = {"rank_pattern": (("q_proj", 2),), "alpha_pattern": (("v_proj", 3),), "use_rslora": True}
@@ -236,3 +237,51 @@ def test_a_converted_adapter_can_be_read_again(base_model, source, tmp_path):
     assert before.keys() == after.keys()
     for name, lora in before.items():
         torch.testing.assert_close(after[name].b @ after[name].a, lora.b @ lora.a)
+
+
+def pickle_weights(adapter: Path, content) -> Path:
+    torch.save(content, adapter / PICKLED_FILE)
+    (adapter / WEIGHTS_FILE).unlink(missing_ok=True)
+    return adapter
+
+
+@pytest.fixture
+def copy(source, tmp_path) -> Path:
+    return Path(shutil.copytree(source("llama"), tmp_path / "old"))
+
+
+def test_a_pickled_adapter_becomes_a_safe_one(copy, tmp_path):
+    tensors = load_file(copy / WEIGHTS_FILE)
+    pickle_weights(copy, {name: tensor.T.contiguous().T for name, tensor in tensors.items()})
+    main(["convert", "--adapter", str(copy), "--to", "safetensors", "--out", str(tmp_path / "new")])
+    written = load_file(tmp_path / "new" / WEIGHTS_FILE)
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+    assert (tmp_path / "new" / CONFIG_FILE).read_bytes() == (copy / CONFIG_FILE).read_bytes()
+    assert open_adapter(str(tmp_path / "new")).is_plain
+
+
+class RunsCode:
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self):
+        return Path.touch, (self.witness,)
+
+
+@pytest.mark.parametrize("kind", ["code", "list", "number", "noise"])
+def test_a_pickle_of_anything_but_tensors_is_refused_and_nothing_in_it_runs(copy, tmp_path, kind):
+    witness = tmp_path / "witness"
+    contents = {"code": RunsCode(witness), "list": [torch.ones(2)], "number": {"lora_A": 3}, "noise": {}}
+    pickle_weights(copy, contents[kind])
+    if kind == "noise":
+        (copy / PICKLED_FILE).write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(UserError, match=r"adapter_model\.bin' holds more than") as raised:
+        convert(str(copy), "safetensors", str(tmp_path / "new"))
+    assert str(raised.value).isprintable()
+    assert not witness.exists() and not (tmp_path / "new").exists()
+
+
+def test_without_a_pickle_there_is_nothing_to_make_safe(copy, tmp_path):
+    with pytest.raises(UserError, match=r"has no adapter_model\.bin; --to safetensors is for folders"):
+        convert(str(copy), "safetensors", str(tmp_path / "new"))

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from castlora.errors import UserError, first_line
 from castlora.models import LIBRARY_ERRORS, LinearSlot, linear_slots, module_type, skeleton
+from castlora.unpickling import PICKLED_FILE
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -103,9 +104,12 @@ def find_adapter(name_or_path: str, revision: str | None = None) -> Path:
             "FOLDER --to peft --base MODEL --out NEW."
         )
     if not (folder / WEIGHTS_FILE).is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        reason = "only a pickled adapter_model.bin, which is never opened" if pickled else f"no {WEIGHTS_FILE}"
-        raise UserError(f"Adapter {name_or_path!r} has {reason}; save it again with safe_serialization=True.")
+        if (folder / PICKLED_FILE).exists():
+            raise UserError(
+                f"Adapter {name_or_path!r} has only a pickled {PICKLED_FILE}; make a safe copy of it first: castlora "
+                "convert --adapter FOLDER --to safetensors --out NEW."
+            )
+        raise UserError(f"Adapter {name_or_path!r} has no {WEIGHTS_FILE}; give the folder that PEFT saved.")
     return folder
 
 

@@ -123,11 +123,12 @@ def _check(adapter: str) -> None:
 
 
 def _convert(adapter: str, to: Form, out: str, base: str | None = None, llama_cpp: str | None = None) -> None:
-    """Writes an adapter in another form: portable PEFT, MLX-LM, merged into its base model, or GGUF.
+    """Writes an adapter in another form: portable PEFT, MLX-LM, merged into its base model, GGUF, or without a pickle.
 
     Args:
         adapter: folder or hub id of a PEFT adapter, or folder of an MLX-LM adapter
-        to: peft (the plain LoRA that engines load), mlx, merged (the base model with the adapter in it), or gguf
+        to: peft (the plain LoRA that engines load), mlx, merged (the base model with the adapter in it), gguf, or
+            safetensors (the tensors of a pickled adapter_model.bin)
         out: folder to write, new or empty; a new file for gguf
         base: base model of the adapter, if not the one that its configuration names
         llama_cpp: folder of llama.cpp's sources, whose converter makes the gguf

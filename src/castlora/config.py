@@ -11,7 +11,7 @@ Trained = Literal["maps", "factors"]
 RecipeName = Literal["default", "paper"]
 Regime = Literal["none", "general", "format", "prompts"]
 """What a method may read: weights alone, general text, text in the adapter's prompt format, or unlabelled prompts."""
-Form = Literal["peft", "mlx", "merged", "gguf"]
+Form = Literal["peft", "mlx", "merged", "gguf", "safetensors"]
 """Forms that an adapter can be written in."""
 REGIMES: tuple[Regime, ...] = ("none", "general", "format", "prompts")
 

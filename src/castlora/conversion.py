@@ -1,4 +1,4 @@
-"""The same adapter in other forms: portable PEFT, MLX-LM, merged into its base model, GGUF for llama.cpp."""
+"""The same adapter in other forms: portable PEFT, MLX-LM, merged into its base model, GGUF, without a pickle."""
 
 import logging
 import shutil
@@ -7,7 +7,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from castlora.adapters import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
     LowRank,
     is_mlx_adapter,
     open_adapter,
@@ -21,6 +25,7 @@ from castlora.errors import UserError
 from castlora.evaluation import load_adapter
 from castlora.mlx import mlx_base, read_mlx, write_mlx
 from castlora.models import LinearSlot, linear_slots, load_config, load_model, number_of_layers, skeleton
+from castlora.unpickling import PICKLED_FILE, read_pickled
 
 GGUF_SCRIPT = "convert_lora_to_gguf.py"
 
@@ -34,7 +39,8 @@ def convert(adapter: str, to: Form, out: str, base: str | None = None, llama_cpp
         adapter: folder or hub id of a PEFT adapter, or folder of an MLX-LM adapter
         to: `peft`, the plain LoRA that serving engines load, from any other LoRA; `mlx`, an adapter for MLX-LM;
             `merged`, the base model with the adapter in its weights, in the base's own precision; `gguf`, a file for
-            llama.cpp, made by its own converter
+            llama.cpp, made by its own converter; `safetensors`, the same adapter without its pickle, the only form for
+            which one is opened, and only for tensors
         out: folder to write, new or empty; a new file for `gguf`
         base: the adapter's base model, if not the one that its configuration names
         llama_cpp: folder of llama.cpp's sources, for `gguf`
@@ -56,6 +62,8 @@ def convert(adapter: str, to: Form, out: str, base: str | None = None, llama_cpp
             part = Path(scratch) / place.name
             if to == "merged":
                 _write_merged(adapter, base, part)
+            elif to == "safetensors":
+                _write_safetensors(adapter, part)
             elif llama_cpp is not None:
                 _write_gguf(adapter, base, part, Path(llama_cpp))
             else:
@@ -92,6 +100,18 @@ def _plain_factors(adapter: str, base: str | None) -> tuple[dict[str, LowRank], 
     name = _base_of(adapter, base, files.base_model)
     config = load_config(name)
     return read_factors(files, config), linear_slots(skeleton(config), config), name
+
+
+def _write_safetensors(adapter: str, part: Path) -> None:
+    folder = Path(adapter)
+    for name in (CONFIG_FILE, PICKLED_FILE):
+        if not (folder / name).is_file():
+            raise UserError(f"Adapter {adapter!r} has no {name}; --to safetensors is for folders that have one.")
+    tensors = read_pickled(folder / PICKLED_FILE)
+    part.mkdir()
+    save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
+    shutil.copyfile(folder / CONFIG_FILE, part / CONFIG_FILE)
+    _copy_template(adapter, part)
 
 
 def _write_merged(adapter: str, base: str | None, part: Path) -> None:
