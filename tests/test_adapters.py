@@ -241,6 +241,21 @@ def test_a_corrupt_configuration_is_refused(copy, content):
         open_adapter(str(copy))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_modules", [f"module_{number}" for number in range(10**6)]),
+        ("rank_pattern", {f"module_{number}": 4 for number in range(5000)}),
+        ("layers_to_transform", list(range(5000))),
+    ],
+)
+def test_more_entries_than_a_model_has_modules_are_refused_at_once(copy, field, value):
+    path = copy / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=rf": {field} has {len(value)} entries, more than the 4000 that are read"):
+        open_adapter(str(copy))
+
+
 def test_a_folder_without_configuration_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no adapter_config\.json; give the folder that PEFT saved"):
         open_adapter(str(tmp_path))

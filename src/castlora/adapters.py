@@ -1,9 +1,11 @@
 """Adapters: reading a PEFT LoRA into factors, and writing the portable PEFT form."""
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -38,6 +40,8 @@ _REFUSED_FIELDS = ("modules_to_save", "bias", "trainable_token_indices", "target
 """Fields that other kinds of adapters share with LoRA and that change more than the weights of linear maps."""
 EFFECTIVE_RANK = 32
 """Rank to which the update of an adapter is cut that is no plain LoRA."""
+_MOST_ENTRIES = 4000
+"""Entries of a list or a table of a configuration."""
 _ATTENTION_INPUTS = (("q",), ("k",), ("v",))
 _HINT = "name the base it was trained on with --source"
 
@@ -264,21 +268,38 @@ def _adapter_folder(name_or_path: str, revision: str | None) -> Path:
 
 
 def _read_config(name: str, path: Path) -> PeftConfig:
+    written = _read_fields(name, path)
+    peft_type = written.get("peft_type")
+    config: PeftConfig | None = None
     try:
-        written = dict(json.loads(path.read_text(encoding="utf-8")))
-        peft_type = written.get("peft_type")
-        config: PeftConfig | None = None
         if peft_type in set(PeftType):
             config = PeftConfig.from_pretrained(str(path.parent))
     except LIBRARY_ERRORS as error:
-        raise UserError(
-            f"{CONFIG_FILE} of {name!r} is not a PEFT configuration ({first_line(error)}); copy it again."
-        ) from error
+        raise _not_a_configuration(name, error) from error
     if config is None or config.is_prompt_learning or peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
         raise UserError(
             f"Adapter {name!r}: peft_type is {peft_type!r}; castlora carries adapters that change linear maps, as LORA."
         )
     return config
+
+
+def _read_fields(name: str, path: Path) -> dict[str, Any]:
+    try:
+        written: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise _not_a_configuration(name, error) from error
+    for field, value in written.items():
+        # PEFT compares each entry with each module, and would be at it for hours.
+        if isinstance(value, list | dict) and len(value) > _MOST_ENTRIES:
+            raise UserError(
+                f"Adapter {name!r}: {field} has {len(value)} entries, more than the {_MOST_ENTRIES} that are read; "
+                "name modules by their last part, as q_proj."
+            )
+    return written
+
+
+def _not_a_configuration(name: str, error: Exception) -> UserError:
+    return UserError(f"{CONFIG_FILE} of {name!r} is not a PEFT configuration ({first_line(error)}); copy it again.")
 
 
 def is_mlx_adapter(folder: Path) -> bool:
@@ -293,7 +314,8 @@ def is_mlx_adapter(folder: Path) -> bool:
 def _refuse_unsupported(name: str, config: PeftConfig) -> None:
     for field, value in _unsupported_fields(config):
         raise UserError(
-            f"Adapter {name!r}: {field}={value!r} cannot be carried yet; retrain as a plain LoRA without it."
+            f"Adapter {name!r}: {field}={reprlib.repr(value)} cannot be carried yet; "
+            "retrain as a plain LoRA without it."
         )
 
 
