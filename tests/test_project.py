@@ -32,7 +32,7 @@ REGISTRY_HOST = re.compile(r"\b(?:pypi\.org|pythonhosted\.org|download\.pytorch\
 
 
 def python_files() -> Iterator[Path]:
-    for folder in ("src", "benchmarks", "tests"):
+    for folder in ("src", "benchmarks", "examples", "tests"):
         yield from sorted((ROOT / folder).rglob("*.py"))
 
 

@@ -1,0 +1,54 @@
+"""The examples run, and the shipped settings are ones that the command line takes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from castlora.bench.spec import read_spec
+from castlora.cli import parser
+from examples import live_layer, transfer_and_measure, use_without_castlora
+
+ROOT = Path(__file__).parents[1]
+TRANSFERS = sorted((ROOT / "configs" / "transfer").glob("*.yaml"))
+
+
+def test_the_live_layer_and_its_fold_agree(capsys):
+    live_layer.main()
+    assert "trained numbers: 40,960\nnumbers of the LoRA: 2,560, rank 8\n" in capsys.readouterr().out
+
+
+def test_an_adapter_answers_the_same_attached_and_merged(tmp_path, capsys):
+    use_without_castlora.main(str(tmp_path))
+    attached, merged, mlx = capsys.readouterr().out.splitlines()
+    assert attached == "attached: setting" and merged == "merged: setting"
+    assert Path(mlx.removeprefix("for MLX-LM: ")).is_dir()
+
+
+@pytest.mark.slow
+def test_a_transfer_is_measured(tmp_path, capsys):
+    transfer_and_measure.main(str(tmp_path / "out"), steps=30)
+    printed = capsys.readouterr().out
+    assert "retrained 0.990" in printed
+    assert float(printed.split("lift ")[1].split()[0]) > 0.05
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("path", TRANSFERS, ids=lambda path: path.stem)
+def test_the_settings_of_common_pairs_are_taken(path):
+    options = ["transfer", "--config", str(path), "--adapter", "my-lora", "--out", "moved"]
+    settings = parser().parse_args(options).transfer
+    assert (settings.source, settings.target) == (yaml.safe_load(path.read_text())["source"], settings.target)
+    assert settings.source != settings.target and settings.text == "allenai/c4"
+    assert f"configs/transfer/{path.name}" in path.read_text()
+
+
+def test_there_are_settings():
+    assert len(TRANSFERS) == 5
+
+
+def test_the_settings_of_the_benchmark_are_taken(tmp_path):
+    (path,) = (ROOT / "configs" / "bench").glob("*.yaml")
+    spec = read_spec(str(path))
+    assert spec.pairs == ["llama-2-7b:mistral-7b", "llama-2-7b:llama-2-13b"]
+    assert spec.adapter("mistral-7b", "gsm8k").endswith("adapters/mistral-7b/gsm8k")
