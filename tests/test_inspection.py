@@ -5,6 +5,7 @@ import tiny
 
 from castlora import UserError, inspect
 from castlora.adapters import open_adapter, read_factors
+from castlora.cli import parser
 from castlora.inspection import parameter_count
 from castlora.models import load_config
 from castlora.plan import plan_transfer
@@ -37,6 +38,15 @@ def test_a_transfer_is_described_without_any_weights(adapter, weightless):
     )
     count = len(shared.source_ids)
     assert f"{count} tokens are spelled alike, {count / 300:.0%} of the source's and {count / 309:.0%}" in text
+
+
+def test_the_command_that_moves_the_adapter_is_given(adapter, base_model, tmp_path):
+    path = adapter("llama")
+    text = inspect(str(path), str(base_model("phi3")), source=str(base_model("llama")))
+    command = f"castlora transfer --adapter {path.name} --target phi3 --source llama --out NEW-FOLDER --prompts FILE"
+    assert f"To move it:\n  {command}\n" in text
+    parsed = parser().parse_args([word.replace("NEW-FOLDER", str(tmp_path)) for word in command.split()[1:]])
+    assert parsed.transfer.prompts == "FILE"
 
 
 def test_one_tokenizer_is_recognised(adapter, base_model):

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from argparse import Action
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -297,6 +298,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("castlora").setLevel(logging.INFO)
+    # What libraries will change among themselves is no concern of whoever types a command.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         run(**vars(settings))
     except UserError as error:

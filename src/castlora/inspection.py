@@ -7,6 +7,7 @@ import torch
 
 from castlora.adapters import PORTABLE_RANKS
 from castlora.config import DEFAULT
+from castlora.manifest import command_line
 from castlora.models import load_tokenizer, public_name, skeleton
 from castlora.pairing import describe
 from castlora.plan import Plan, plan_transfer
@@ -47,6 +48,7 @@ def inspect(adapter: str, target: str, source: str | None = None, steps: int = 1
         describe(plan.pairing),
         _not_carried(plan),
         _forecast(plan, steps, batch_size),
+        _advice(adapter, target, source),
     ]
     return "\n\n".join(sections)
 
@@ -114,6 +116,16 @@ def _forecast(plan: Plan, steps: int, batch_size: int) -> str:
         f"Forecast for {steps} steps of {batch_size} passages on this machine: about {_duration(seconds)} and "
         f"{memory / 2**30:.1f} GiB of memory beyond Python's own. Before them, source + LoRA reads {candidates} "
         f"candidate prompts and writes answers: about {_duration(reading_seconds)}, less where --prompts are given."
+    )
+
+
+def _advice(adapter: str, target: str, source: str | None) -> str:
+    places = {"adapter": adapter, "target": target, "source": source, "out": "NEW-FOLDER", "prompts": "FILE"}
+    return (
+        f"To move it:\n  {command_line({**places, 'tuning': {}})}\n"
+        "FILE holds prompts of the task without answers, one per line; with them most of a skill arrives. Without them "
+        "give --prompt-format 'Question: {text}\\nAnswer:', as the adapter was asked in training, and less arrives; "
+        "with general text alone castlora looks for such formats itself."
     )
 
 

@@ -166,6 +166,8 @@ def transfer(
         _write_record(run, manifest, trained.log, plan.pairing)
         run.publish()
     logger.info("Wrote %s", out)
+    if prompts is None:
+        logger.info("More of a skill arrives with --prompts, a file of the task's prompts without answers.")
     return TransferResult(Path(out), manifest, trained.log, plan.pairing)
 
 
