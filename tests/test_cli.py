@@ -274,7 +274,8 @@ def test_incomplete_commands_are_explained_in_one_sentence(arguments, capsys):
 
 @pytest.mark.parametrize(("command", "function"), [(cli._transfer, pipeline.transfer), (cli._steer, steering.steer)])
 def test_the_commands_take_what_the_library_takes(command, function):
-    assert list(inspect.signature(command).parameters) == list(inspect.signature(function).parameters)
+    taken = [name for name in inspect.signature(command).parameters if name != "json"]
+    assert taken == list(inspect.signature(function).parameters)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -308,3 +309,20 @@ def test_an_unknown_option_in_a_process_of_its_own():
     finished = run("inspect", "--adaptor", "x")
     assert finished.returncode == 2
     assert finished.stderr.startswith("castlora: ") and finished.stderr.count("\n") == 1
+
+
+def test_results_are_printed_as_json_for_scripts(settings, capsys, tmp_path):
+    main(words(settings | {"json": "true"}))
+    manifest = json.loads(capsys.readouterr().out)
+    assert manifest == json.loads((tmp_path / "out" / "castlora.json").read_text())
+
+    task = tmp_path / "task.jsonl"
+    task.write_text(json.dumps({"prompt": "The fox is", "completion": " red", "choices": [" red", " blue"]}) + "\n")
+    main(["evaluate", "--model", settings["target"], "--task", str(task), "--json", "true"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["metric"] == "accuracy" and result["n"] == 1
+
+    with pytest.raises(SystemExit) as ended:
+        main(["check", "--adapter", str(tmp_path / "out"), "--json", "true"])
+    (broken,) = json.loads(capsys.readouterr().out)
+    assert ended.value.code == cli.NOT_PORTABLE and broken["rule"] == "base by name"

@@ -35,6 +35,7 @@ def _transfer(
     seed: int = 0,
     rank: int | None = None,
     tuning: Tuning = Tuning(),  # noqa: B008  # frozen, and jsonargparse reads the fields from it
+    json: bool = False,
 ) -> None:
     r"""Moves an adapter to another base model and writes a standard PEFT LoRA.
 
@@ -56,6 +57,7 @@ def _transfer(
         seed: the same seed gives the same bytes on the same machine
         rank: rank of the adapter to write; by default the smallest that holds the update
         tuning: departures from the recipe's other numbers
+        json: whether the manifest is printed when all is done
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -63,10 +65,12 @@ def _transfer(
 
     disable_progress_bar()
     prompt_format_or_none = prompt_format.replace("\\n", "\n") if prompt_format else None
-    run(
+    result = run(
         adapter, target, out, source, text, prompt_format_or_none, prompts, chat, recipe, start, steps, batch_size,
         seed, rank, tuning,
     )  # fmt: skip
+    if json:
+        _print_json(result.manifest)
 
 
 def _evaluate(
@@ -76,6 +80,7 @@ def _evaluate(
     out: str | None = None,
     batch_size: int = 32,
     chat: bool = False,
+    json: bool = False,
 ) -> None:
     """Scores a model, with or without an adapter, on a task file.
 
@@ -86,10 +91,14 @@ def _evaluate(
         out: JSON file for the result
         batch_size: items per forward pass
         chat: whether prompts are messages of a user, in the model's chat template
+        json: whether the result is printed as JSON
     """
     from castlora.evaluation import evaluate as run
 
     result = run(model=model, adapter=adapter, task=task, out=out, batch_size=batch_size, chat=chat)
+    if json:
+        _print_json(result)
+        return
     low, high = result["ci95"]
     print(f"{result['metric']} {result['score']:.3f} [{low:.3f}, {high:.3f}]  nll {result['nll']:.3f}  n {result['n']}")
 
@@ -109,16 +118,20 @@ def _inspect(adapter: str, target: str, source: str | None = None, steps: int = 
     print(run(adapter, target, source, steps, batch_size))
 
 
-def _check(adapter: str) -> None:
+def _check(adapter: str, json: bool = False) -> None:
     """Tells which rules of serving engines an adapter breaks; exit code 1 if it breaks one.
 
     Args:
         adapter: folder of a PEFT LoRA
+        json: whether the broken rules are printed as JSON
     """
     from castlora.portable import check_portable, describe
 
     findings = check_portable(adapter)
-    print(describe(findings))
+    if json:
+        _print_json([vars(finding) for finding in findings])
+    else:
+        print(describe(findings))
     if findings:
         sys.exit(NOT_PORTABLE)
 
@@ -222,6 +235,13 @@ def _bench_quality(
     run_quality(narrowed, records, _split(methods), seeds, steps, batch_size)
     write_page(records, Path(out) / "results.md")
     print(f"Wrote {Path(out) / 'results.md'}")
+
+
+def _print_json(value: Any) -> None:
+    """The only thing that a command prints to standard output; all else goes to standard error."""
+    from json import dumps
+
+    print(dumps(value, indent=1))
 
 
 def _split(names: str | None) -> list[str] | None:
