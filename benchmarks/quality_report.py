@@ -15,9 +15,9 @@ from castlora.config import Regime
 
 OVERVIEW: dict[tuple[Regime, str], str] = {
     ("general", DEFAULT_METHOD): "general: default",
-    ("general", f"{DEFAULT_METHOD}, generic formats"): "general: generic formats",
+    ("general", f"{DEFAULT_METHOD}, single sentences"): "general: single sentences",
     ("format", DEFAULT_METHOD): "format: default",
-    ("format", "fresh"): "format: fresh",
+    ("format", f"{DEFAULT_METHOD}, single sentences"): "format: single sentences",
     ("prompts", DEFAULT_METHOD): "prompts: default",
     ("prompts", "fresh"): "prompts: fresh",
 }

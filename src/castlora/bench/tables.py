@@ -32,9 +32,10 @@ Measured on held-out test items that no training, transfer or selection has seen
 (retrained − bare target) with a bootstrap 95 % interval over items and seeds; ratio is transferred / retrained. A lift
 is shown where retraining gains at least 5 points. `ridge start` is the default recipe: the closed-form maps are folded,
 and the balanced factors trained. `maps` trains the maps themselves, `paper start` maps that are random at first,
-`fresh` a plain LoRA. General text alone is put into the prompt formats that the adapter listens to, with `generic
-formats` into common ones instead. `any prompts` goes without the choice of filled prompts, `running text` reads general
-text as it runs. `paper` is the paper's recipe as a whole, for the same number of steps, also with one of its two
+`fresh` a plain LoRA. General text alone is put into the prompt formats that the adapter listens to, one to three
+sentences each, of which the most telling of 32 is kept; with `single sentences` one sentence, of 8; `generic formats`
+puts these into common formats instead, `any prompts` goes without the choice, and `running text` reads general text as
+it runs. `paper` is the paper's recipe as a whole, for the same number of steps, also with one of its two
 losses, and with a small network beside each map (`nonlinear`, which no LoRA can hold). `synthetic data` trains a fresh
 LoRA on the answers that source + LoRA writes, filtered by contrastive excess. Without training: `closed form` is the
 fold of the closed-form maps and `Theseus` that of rotations, both scaled by the held-out objective; direct copy,
