@@ -150,7 +150,7 @@ def test_a_transfer_in_chat_templates(
     result = transfer(
         adapter=str(adapter("llama")), source=str(chat_models["llama"]), target=str(chat_models[target]),
         out=str(tmp_path / "out"), steps=2, batch_size=4, chat=True,
-        tuning=Tuning(passages=24, max_length=80, answer_tokens=6),
+        tuning=Tuning(passages=24, filled_passages=24, max_length=80, answer_tokens=6),
         **({"prompts": prompts} if given == "prompts" else {"text": str(text_file)}),
     )  # fmt: skip
     assert result.manifest["text"]["chat"] is True

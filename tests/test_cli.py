@@ -38,6 +38,7 @@ def settings(base_model, adapter, text_file, tmp_path) -> dict[str, str]:
         "steps": "2",
         "tuning.max-length": "40",
         "tuning.passages": "8",
+        "tuning.filled-passages": "8",
     }
 
 

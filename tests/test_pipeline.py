@@ -23,8 +23,8 @@ from castlora.models import load_config
 from castlora.text import Passage
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "castlora.json", "report.html"]
-SHORT = Tuning(passages=24, max_length=88, answer_tokens=8)
-ANSWERED = Tuning(passages=24, max_length=60, answer_tokens=6)
+SHORT = Tuning(passages=24, filled_passages=24, max_length=88, answer_tokens=8)
+ANSWERED = Tuning(passages=24, filled_passages=24, max_length=60, answer_tokens=6)
 
 
 @pytest.fixture
@@ -63,8 +63,22 @@ def weights(out: Path) -> bytes:
         ("gpt2", "mistral", {"recipe": "paper"}, 8),
         ("phi3", "gpt2-deep", {"start": "ridge", "rank": 32}, 32),
         ("llama", "phi3", {"recipe": "paper", "start": "ridge"}, 16),
-        ("gpt2-deep", "gpt2", {"tuning": Tuning(passages=24, max_length=88, answer_tokens=8, chunk_weight=1.0)}, 8),
-        ("mistral", "llama", {"tuning": Tuning(passages=24, max_length=88, answer_tokens=8, chunk_weight=1.0)}, 8),
+        (
+            "gpt2-deep",
+            "gpt2",
+            {"tuning": Tuning(passages=24, filled_passages=24, max_length=88, answer_tokens=8, chunk_weight=1.0)},
+            8,
+        ),
+        (
+            "mistral",
+            "llama",
+            {
+                "tuning": Tuning(
+                    passages=24, filled_passages=24, max_length=88, answer_tokens=8, chunk_weight=1.0, sentences=1
+                )
+            },
+            8,
+        ),
     ],
 )
 def test_a_transfer_between_every_two_families(base_model, quick_transfer, source, target, options, rank):
@@ -89,7 +103,7 @@ def test_a_transfer_between_every_two_families(base_model, quick_transfer, sourc
 
 
 def test_training_brings_the_student_nearer_to_the_teacher(quick_transfer):
-    tuning = Tuning(passages=24, max_length=88, answer_tokens=8, learning_rate_scale=2.0)
+    tuning = Tuning(passages=24, filled_passages=24, max_length=88, answer_tokens=8, learning_rate_scale=2.0)
     losses = quick_transfer("llama", "mistral", steps=40, tuning=tuning).manifest["losses"]
     assert losses["kl_after"] < 0.9 * losses["kl_before"]
     assert losses["held_out_after"] < losses["held_out_before"]
@@ -189,7 +203,7 @@ def test_prompts_are_answered(quick_transfer, taught, prompts_file):
 
 
 def test_prompts_need_no_answers(quick_transfer, taught, prompts_file):
-    tuning = Tuning(passages=24, max_length=60, write_answers=False, context_weight=0.0)
+    tuning = Tuning(passages=24, filled_passages=24, max_length=60, write_answers=False, context_weight=0.0)
     quick_transfer("llama", "gpt2", prompts=str(prompts_file), tuning=tuning)
     assert {len(passage.text.encode()) - passage.answer_start for passage in taught} == {0}
 
