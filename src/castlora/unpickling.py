@@ -1,7 +1,6 @@
 """The one place that opens a pickle: weights that PEFT saved before it knew safetensors."""
 
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from castlora.errors import UserError, first_line
+from castlora.models import LIBRARY_ERRORS
 
 PICKLED_FILE = "adapter_model.bin"
 
@@ -21,15 +21,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     """
     try:
         tensors: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        ValueError,
-        LookupError,
-        RuntimeError,
-        OSError,
-        EOFError,
-    ) as error:
+    except (*LIBRARY_ERRORS, pickle.UnpicklingError, EOFError) as error:
         raise UserError(
             f"{str(path)!r} holds more than tensors or is damaged ({first_line(error)}); ask for a safetensors file."
         ) from error
