@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, open_adapter
 from castlora.adapters import (
-    CONFIG_FILE,
     PORTABLE_RANKS,
-    WEIGHTS_FILE,
     LowRank,
-    open_adapter,
     pad_rank,
     portable_rank,
     read_factors,
+    read_update,
     target_suffixes,
     write_portable,
 )
 from castlora.errors import UserError
+from castlora.evaluation import load_adapter
 from castlora.models import linear_slots, load_config, skeleton
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -151,7 +151,8 @@ def test_written_bytes_do_not_depend_on_the_hash_seed(base_model, adapter, tmp_p
     base, source = base_model("llama"), adapter("llama")
     script = """
 import sys
-from castlora.adapters import open_adapter, read_factors, write_portable
+from castlora.adapter_files import open_adapter
+from castlora.adapters import read_factors, write_portable
 from castlora.models import linear_slots, load_config, skeleton
 from pathlib import Path
 adapter, base, folder = sys.argv[1:]
@@ -196,19 +197,22 @@ def test_a_rank_that_no_engine_accepts_is_refused():
     ("field", "value"),
     [
         ("use_bdlora", {"nblocks": 2}),
-        ("init_lora_weights", "pissa"),
-        ("init_lora_weights", "olora"),
-        ("modules_to_save", ["lm_head"]),
-        ("bias", "lora_only"),
-        ("lora_bias", True),
         ("layer_replication", [[0, 2], [1, 3]]),
-        ("trainable_token_indices", [1, 2]),
         ("megatron_config", {"any": 1}),
     ],
 )
 def test_what_cannot_be_carried_is_refused_by_name(copy, field, value):
     edit_config(copy, **{field: value})
     with pytest.raises(UserError, match=rf"damaged': {field}=.* cannot be carried yet; retrain as a plain LoRA"):
+        open_adapter(str(copy))
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda"])
+def test_adapters_to_a_base_that_their_start_changed_are_refused_with_the_way_out(copy, start):
+    edit_config(copy, init_lora_weights=start)
+    with pytest.raises(
+        UserError, match=rf"'{start}' changed the base model .* path_initial_model_for_weight_conversion"
+    ):
         open_adapter(str(copy))
 
 
@@ -254,6 +258,21 @@ def test_more_entries_than_a_model_has_modules_are_refused_at_once(copy, field, 
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(UserError, match=rf": {field} has {len(value)} entries, more than the 4000 that are read"):
         open_adapter(str(copy))
+
+
+ENDLESS = r"(.*.*.*.*)*(.*.*)*[_a-z.0-9]*!"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("target_modules", ENDLESS), ("rank_pattern", {ENDLESS: 8}), ("modules_to_save", ["lm_head", ENDLESS])],
+)
+def test_a_regular_expression_without_end_is_refused(copy, base_model, field, value):
+    edit_config(copy, **{field: value})
+    with pytest.raises(UserError, match=rf"{field} holds a regular expression that cannot be matched within 5 seconds"):
+        factors_of(copy, base_model("llama"))
+    with pytest.raises(UserError, match=rf"{field} holds a regular expression"):
+        load_adapter(tiny.load(base_model("llama")), str(copy), "llama")
 
 
 def test_a_folder_without_configuration_is_refused(tmp_path):
@@ -326,7 +345,38 @@ def test_senseless_values_are_refused(copy, base_model, changes):
         factors_of(copy, base_model("llama"))
 
 
-def test_adapted_modules_outside_the_layers_are_refused(base_model, tmp_path):
-    tiny.save_adapter(tmp_path, base_model("llama"), ("q_proj", "lm_head"))
-    with pytest.raises(UserError, match="adapts 'lm_head', which is not a linear map of a decoder layer"):
-        factors_of(tmp_path, base_model("llama"))
+BEYOND_MAPS = {
+    "output head": ("llama", {"target_modules": ["q_proj", "lm_head"]}, ("lm_head",)),
+    "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, ("model.embed_tokens",)),
+    "DoRA": ("llama", {"target_modules": ["q_proj", "lm_head"], "use_dora": True}, ("lm_head",)),
+    "whole modules": (
+        "llama", {"modules_to_save": ["lm_head", "embed_tokens", "up_proj"]},
+        ("lm_head", "mlp.up_proj", "model.embed_tokens"),
+    ),
+    "biases of LoRA": ("llama", {"lora_bias": True}, ("self_attn.q_proj.bias",)),
+    "biases of adapted modules": ("gpt2", {"bias": "lora_only"}, ("attn.c_attn.bias",)),
+    "all biases": (
+        "gpt2", {"bias": "all"},
+        ("attn.c_attn.bias", "attn.c_proj.bias", "ln_1.bias", "ln_2.bias", "mlp.c_fc.bias", "mlp.c_proj.bias",
+         "transformer.ln_f.bias"),
+    ),
+    "tokens": ("gpt2", {"trainable_token_indices": {"wte": [1, 2]}}, ("transformer.wte",)),
+    "parameters": ("llama", {"target_parameters": ["mlp.up_proj.weight"]}, ("mlp.up_proj",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "beyond"), BEYOND_MAPS.values(), ids=BEYOND_MAPS)
+def test_what_is_trained_beyond_the_maps_of_layers_is_named(base_model, tmp_path, name, options, beyond):
+    first = "q_proj" if name == "llama" else "c_attn"
+    tiny.save_adapter(tmp_path, base_model(name), **{"target_modules": [first], **options})
+    update = read_update(open_adapter(str(tmp_path)), load_config(str(base_model(name))))
+    assert update.beyond == beyond
+    assert len(update.factors) == 3
+    assert {module.rsplit(".", 1)[-1] for module in update.factors} == {first}
+    with pytest.raises(UserError, match=rf"also trains {beyond[0]}, which is no linear map"):
+        factors_of(tmp_path, base_model(name))
+
+
+def test_an_adapter_of_linear_maps_trains_nothing_beyond(base_model, adapter):
+    config = load_config(str(base_model("llama")))
+    assert read_update(open_adapter(str(adapter("llama"))), config).beyond == ()

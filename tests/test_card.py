@@ -30,7 +30,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
     return {
         "source": {"name": "org/llama-s", "revision": "3f2a91c", "tokenizer_sha256": "ab"},
         "target": {"name": "org/mistral-s", "revision": "88b01de", "tokenizer_sha256": "cd"},
-        "adapter": {"name": "org/trec-lora", "rank": 4},
+        "adapter": {"name": "org/trec-lora", "rank": 4, "beyond_maps": []},
         "rank": 8,
         "text": {"regime": "prompt format", "text": "allenai/c4", "prompt_format": "Q: {text}", "prompts": None},
         "pairing": [
@@ -115,7 +115,7 @@ class TestHostileNames:
         changes = manifest(
             source=record,
             target=record,
-            adapter={"name": HOSTILE, "rank": 4},
+            adapter={"name": HOSTILE, "rank": 4, "beyond_maps": [HOSTILE]},
             text={"regime": HOSTILE, "text": HOSTILE, "prompt_format": HOSTILE, "prompts": HOSTILE},
             pairing=[{"target": HOSTILE, "sources": []}],
             versions={HOSTILE: HOSTILE},
@@ -166,7 +166,10 @@ class TestPrivacy:
         text = {"regime": "general text", "text": f"json:{tmp_path}/t.jsonl", "prompt_format": None, "prompts": None}
         card = make_card(
             manifest(
-                target=local, adapter={"name": "/home/ann/lora", "rank": 4}, text=text, command=shlex.join(command)
+                target=local,
+                adapter={"name": "/home/ann/lora", "rank": 4, "beyond_maps": []},
+                text=text,
+                command=shlex.join(command),
             )
         )
         content = str(card)

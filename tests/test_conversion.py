@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from castlora import UserError, convert
-from castlora.adapters import CONFIG_FILE, WEIGHTS_FILE, open_adapter, read_factors
+from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, open_adapter
+from castlora.adapters import read_factors
 from castlora.chat import TEMPLATE_FILE
 from castlora.cli import main
 from castlora.conversion import GGUF_SCRIPT
@@ -205,6 +206,20 @@ def test_an_mlx_adapter_given_to_anything_else_is_told_what_to_do(base_model, so
 def test_other_kinds_of_adapters_can_only_be_merged(base_model, source, tmp_path, form):
     with pytest.raises(UserError, match="kind DoRA, which has no exact low-rank form; give --to merged"):
         convert(source("llama", use_dora=True), form, str(tmp_path / "out"), base=str(base_model("llama")))
+
+
+@pytest.mark.parametrize("form", ["peft", "mlx", "gguf", "merged"])
+def test_what_is_trained_beyond_maps_can_only_be_merged(base_model, source, tmp_path, form):
+    folder, base = source("llama", modules_to_save=("lm_head",)), str(base_model("llama"))
+    (tmp_path / GGUF_SCRIPT).write_text("raise AssertionError")
+    llama_cpp = str(tmp_path) if form == "gguf" else None
+    if form == "merged":
+        convert(folder, form, str(tmp_path / "out"), base=base)
+        expected = tiny.logits(tiny.load_adapted(Path(base), Path(folder)), IDS)
+        torch.testing.assert_close(tiny.logits(tiny.load(tmp_path / "out"), IDS), expected, rtol=1e-4, atol=1e-4)
+        return
+    with pytest.raises(UserError, match=r"also trains lm_head, .* convert --to merged"):
+        convert(folder, form, str(tmp_path / "out"), base=base, llama_cpp=llama_cpp)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,8 @@ import tiny
 import torch
 from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoKrConfig, OFTConfig, VeraConfig, get_peft_model
 
-from castlora.adapters import EFFECTIVE_RANK, LowRank, open_adapter, read_factors
+from castlora.adapter_files import open_adapter
+from castlora.adapters import EFFECTIVE_RANK, LowRank, read_factors, read_update
 from castlora.effective import effective_update, low_rank
 from castlora.errors import UserError
 from castlora.models import linear_slots, load_config
@@ -23,11 +25,10 @@ OTHER_KINDS = {
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
-def save_other(folder: Path, base: Path, kind: str) -> None:
+def save_other(folder: Path, base: Path, kind: str, **options: object) -> None:
     """A PEFT adapter of another kind with random weights."""
     torch.manual_seed(3)
-    config = OTHER_KINDS[kind]
-    config.target_modules, config.task_type = set(MODULES), "CAUSAL_LM"
+    config = replace(OTHER_KINDS[kind], target_modules=set(MODULES), task_type="CAUSAL_LM", **options)
     model = get_peft_model(tiny.load(base), config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -86,14 +87,11 @@ def test_both_factors_of_an_update_have_its_singular_values():
 
 
 @pytest.mark.parametrize("kind", ["HIRA", "VERA"])
-def test_other_kinds_are_refused_where_they_change_more_than_linear_maps(base_model, tmp_path, kind):
-    save_other(tmp_path, base_model("llama"), kind)
-    path = tmp_path / "adapter_config.json"
-    text = path.read_text().replace('"modules_to_save": null', '"modules_to_save": ["lm_head"]')
-    assert "lm_head" in text
-    path.write_text(text)
-    with pytest.raises(UserError, match=r"modules_to_save=\['lm_head'\] cannot be carried yet"):
-        open_adapter(str(tmp_path))
+def test_what_other_kinds_train_beyond_linear_maps_is_named(base_model, tmp_path, kind):
+    save_other(tmp_path, base_model("llama"), kind, modules_to_save=["lm_head"])
+    update = read_update(open_adapter(str(tmp_path)), load_config(str(base_model("llama"))))
+    assert update.beyond == ("lm_head",)
+    assert len(update.factors) == 9
 
 
 def test_damaged_weights_of_another_kind_are_recognised(base_model, tmp_path):

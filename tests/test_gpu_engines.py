@@ -4,7 +4,8 @@ import pytest
 import torch
 from gpu_engines import ENGINES, TOP, from_peft, largest_difference, main
 
-from castlora.adapters import open_adapter, read_factors, write_portable
+from castlora.adapter_files import open_adapter
+from castlora.adapters import read_factors, write_portable
 from castlora.demonstration.bundle import TARGET, demo_adapters_path, demo_models_path, demo_skill
 from castlora.models import linear_slots, load_config, skeleton
 

@@ -4,7 +4,8 @@ import pytest
 import tiny
 
 from castlora import UserError, inspect
-from castlora.adapters import open_adapter, read_factors
+from castlora.adapter_files import open_adapter
+from castlora.adapters import read_factors
 from castlora.cli import parser
 from castlora.inspection import parameter_count
 from castlora.models import load_config
@@ -84,3 +85,9 @@ def test_the_plan_knows_which_ranks_hold_the_update(adapter, base_model):
         read_factors(open_adapter(str(adapter("llama"))), load_config(str(base_model("llama")))).keys()
         == plan.factors.keys()
     )
+
+
+def test_what_no_map_carries_is_said_before_a_model_is_loaded(base_model, adapter):
+    extra = adapter("llama", ("q_proj",), modules_to_save=("lm_head",))
+    assert "also trains lm_head. No map carries that;" in inspect(str(extra), str(base_model("mistral")))
+    assert "also trains" not in inspect(str(adapter("llama")), str(base_model("mistral")))

@@ -15,7 +15,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from castlora import UserError, check_portable, config, pipeline, transfer
-from castlora.adapters import LowRank, open_adapter, read_factors, write_portable
+from castlora.adapter_files import open_adapter
+from castlora.adapters import LowRank, read_factors, write_portable
 from castlora.cli import main
 from castlora.config import Tuning
 from castlora.distill import TRAINABLE_FILE, DistillationTrainer
@@ -135,8 +136,24 @@ def test_an_adapter_that_is_no_plain_lora(base_model, tmp_path, quick_transfer, 
     tiny.save_adapter(tmp_path / "dora", base_model("llama"), ("q_proj", "v_proj"), use_dora=True)
     with caplog.at_level("INFO", logger="castlora"):
         result = quick_transfer("llama", "mistral", adapter=str(tmp_path / "dora"), start=start)
-    assert result.manifest["adapter"] == {"name": "dora", "kind": "DoRA", "rank": 32}
+    assert result.manifest["adapter"] == {"name": "dora", "kind": "DoRA", "rank": 32, "beyond_maps": []}
     assert ("The maps start from the DoRA adapter cut to low rank" in caplog.text) == (start != "fresh")
+    assert result.manifest["losses"]["kl_after"] < result.manifest["losses"]["kl_before"]
+
+
+@pytest.mark.parametrize("start", ["fresh", "ridge"])
+def test_what_the_adapter_trains_beyond_maps_is_taught(base_model, tmp_path, quick_transfer, start, caplog, taught):
+    extra = tiny.save_adapter(
+        tmp_path / "extra", base_model("llama"), ("q_proj", "v_proj"), modules_to_save=["lm_head"]
+    )
+    with torch.no_grad():
+        extra.base_model.model.lm_head.weight.mul_(-1)
+    extra.save_pretrained(tmp_path / "extra")
+    with caplog.at_level("INFO", logger="castlora"):
+        result = quick_transfer("llama", "mistral", adapter=str(tmp_path / "extra"), start=start)
+    assert "The adapter also trains lm_head. No map carries that" in caplog.text
+    assert result.manifest["adapter"]["beyond_maps"] == ["lm_head"]
+    assert "| also trained in the source | `lm_head`: taught by" in (result.folder / "README.md").read_text()
     assert result.manifest["losses"]["kl_after"] < result.manifest["losses"]["kl_before"]
 
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from castlora import check_portable
-from castlora.adapters import CONFIG_FILE, WEIGHTS_FILE, LowRank, write_portable
+from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from castlora.adapters import LowRank, write_portable
 from castlora.cli import main
 from castlora.errors import UserError
 from castlora.models import linear_slots, load_config, skeleton

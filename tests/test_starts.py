@@ -3,7 +3,8 @@ import tiny
 import torch
 from torch.nn.utils import parametrize
 
-from castlora.adapters import open_adapter, pad_rank, read_factors
+from castlora.adapter_files import open_adapter
+from castlora.adapters import pad_rank, read_factors
 from castlora.maps import balance
 from castlora.models import linear_slots, load_config
 from castlora.pairing import Pairing, pair_modules

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from castlora import UserError, verification
-from castlora.adapters import open_adapter, read_factors, write_portable
+from castlora.adapter_files import open_adapter
+from castlora.adapters import read_factors, write_portable
 from castlora.models import linear_slots, load_config
 from castlora.verification import check_written, live_logits
 

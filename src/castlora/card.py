@@ -125,10 +125,11 @@ def _exists(name: str) -> bool:
 
 
 def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    recipe, losses = manifest["recipe"], manifest["losses"]
+    recipe, losses, beyond = manifest["recipe"], manifest["losses"], manifest["adapter"]["beyond_maps"]
     departures = ", ".join(_code(f"{field}={value}") for field, value in recipe["departures"].items())
     return [
         ("source adapter", f"{_name(manifest['adapter']['name'])}, rank {manifest['adapter']['rank']}"),
+        *([("also trained in the source", _beyond(beyond))] if beyond else []),
         ("source base model", _model(manifest["source"])),
         ("target base model", _model(manifest["target"])),
         ("text", _text(manifest["text"])),
@@ -148,6 +149,10 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("time", f"{number(manifest['seconds'])} s"),
         ("peak memory", f"{number(manifest['peak_memory_bytes'] / 2**30)} GiB"),
     ]
+
+
+def _beyond(kinds: Sequence[str]) -> str:
+    return ", ".join(map(_code, kinds)) + ": taught by what the source adapter predicts"
 
 
 def _model(record: Mapping[str, Any]) -> str:

@@ -9,16 +9,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from castlora.adapters import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    LowRank,
-    is_mlx_adapter,
-    open_adapter,
-    portable_rank,
-    read_factors,
-    write_portable,
-)
+from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, is_mlx_adapter, open_adapter
+from castlora.adapters import LowRank, portable_rank, read_factors, write_portable
 from castlora.chat import TEMPLATE_FILE
 from castlora.config import Form
 from castlora.errors import UserError
@@ -131,7 +123,8 @@ def _write_gguf(adapter: str, base: str | None, part: Path, llama_cpp: Path) -> 
     if not script.is_file():
         raise UserError(f"--llama-cpp {str(llama_cpp)!r} has no {GGUF_SCRIPT}; give the folder of llama.cpp's sources.")
     files = open_adapter(adapter)
-    name = _base_of(adapter, base, files.base_model)
+    # llama.cpp's converter names what it cannot hold by its line of code.
+    *_, name = _plain_factors(adapter, base)
     base_option = "--base" if Path(name).is_dir() else "--base-model-id"
     command = [sys.executable, str(script), base_option, name, "--outfile", str(part), "--outtype", "f32"]
     done = subprocess.run([*command, str(files.folder)], capture_output=True, text=True)

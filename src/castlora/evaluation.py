@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from castlora import __version__
-from castlora.adapters import find_adapter
+from castlora.adapter_files import CONFIG_FILE, find_adapter, read_fields
 from castlora.chat import TEMPLATE_FILE, chat_items, chat_template, without_special_tokens
 from castlora.completions import (
     CausalLM,
@@ -25,6 +25,7 @@ from castlora.completions import (
 from castlora.errors import UserError, first_line
 from castlora.lift import bootstrap_interval
 from castlora.models import LIBRARY_ERRORS, load_model, public_name
+from castlora.patterns import check_patterns
 from castlora.tasks import TaskItem, load_task
 
 GENERATION_MARGIN = 8
@@ -218,6 +219,7 @@ def load_adapter(base: PreTrainedModel, adapter: str, model: str) -> PeftModelFo
         UserError: the adapter cannot be loaded or does not fit.
     """
     folder = str(find_adapter(adapter))
+    read_fields(adapter, Path(folder) / CONFIG_FILE)
     try:
         config = PeftConfig.from_pretrained(folder)
     except LIBRARY_ERRORS as error:
@@ -225,6 +227,7 @@ def load_adapter(base: PreTrainedModel, adapter: str, model: str) -> PeftModelFo
     if isinstance(config, LoraConfig) and config.megatron_config:
         # PEFT would import the Python module that such a configuration names.
         raise UserError(f"{adapter}: megatron_config is set; only adapters without it can be scored.")
+    check_patterns(adapter, config, [name for name, _ in base.named_modules()])
     try:
         adapted = PeftModel.from_pretrained(base, folder, config=config)
     except LIBRARY_ERRORS as error:  # modules or shapes that the model does not have

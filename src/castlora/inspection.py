@@ -10,7 +10,7 @@ from castlora.config import DEFAULT
 from castlora.manifest import command_line
 from castlora.models import load_tokenizer, public_name, skeleton
 from castlora.pairing import describe
-from castlora.plan import Plan, plan_transfer
+from castlora.plan import Plan, describe_beyond, plan_transfer
 from castlora.stages import HELD_OUT_PASSAGES
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
@@ -96,7 +96,10 @@ def _vocabularies(plan: Plan, source: ByteTokenizer, target: ByteTokenizer) -> s
 def _not_carried(plan: Plan) -> str:
     without = [pair.target.name for pair in plan.pairing.pairs if not pair.branches]
     dropped = ", ".join(plan.pairing.dropped) or "nothing"
-    return f"Source modules dropped: {dropped}. Target modules left unchanged: {len(without)}."
+    lines = [f"Source modules dropped: {dropped}. Target modules left unchanged: {len(without)}."]
+    if plan.beyond:
+        lines.append(describe_beyond(plan.beyond))
+    return "\n".join(lines)
 
 
 def _forecast(plan: Plan, steps: int, batch_size: int) -> str:

@@ -34,7 +34,12 @@ def describe_inputs(plan: Plan, models: Models, text: TextSource, formats: Seque
             "revision": None,
             "tokenizer_sha256": models.target_bytes.fingerprint,
         },
-        "adapter": {"name": public_name(plan.adapter.name), "kind": plan.adapter.kind, "rank": source_rank},
+        "adapter": {
+            "name": public_name(plan.adapter.name),
+            "kind": plan.adapter.kind,
+            "rank": source_rank,
+            "beyond_maps": list(plan.beyond),
+        },
         "text": {
             "regime": text.regime,
             "text": public_name(text.text) if text.text else None,

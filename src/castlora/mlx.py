@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from castlora.adapters import CONFIG_FILE, LowRank, pad_rank
+from castlora.adapter_files import CONFIG_FILE
+from castlora.adapters import LowRank, pad_rank
 from castlora.errors import UserError, first_line
 from castlora.models import LinearSlot
 

@@ -28,7 +28,7 @@ from castlora.manifest import (
     versions,
 )
 from castlora.pairing import Pairing, describe
-from castlora.plan import Plan, plan_transfer
+from castlora.plan import Plan, describe_beyond, plan_transfer
 from castlora.positions import AlignedPassage, collate
 from castlora.report import Distillation, Report, SitePair, write_report
 from castlora.report import Pairing as ReportPairing
@@ -129,6 +129,8 @@ def transfer(
     output_rank = plan.rank(resolved, rank)
     plan.check_length(resolved)
     logger.info(describe(plan.pairing))
+    if plan.beyond:
+        logger.info(describe_beyond(plan.beyond))
     text_source = TextSource(text, prompt_format, prompts, chat)
     text_source.check()
     models = load_models(plan)

@@ -1,10 +1,12 @@
 """What is known of a transfer before any model is loaded: both architectures, the adapter, and which modules pair."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from castlora.adapters import PORTABLE_RANKS, AdapterFiles, LowRank, open_adapter, portable_rank, read_factors
+from castlora.adapter_files import AdapterFiles, open_adapter
+from castlora.adapters import PORTABLE_RANKS, LowRank, portable_rank, read_update
 from castlora.config import Recipe
 from castlora.errors import UserError
 from castlora.models import LinearSlot, context_length, linear_slots, load_config, skeleton
@@ -22,6 +24,9 @@ class Plan:
     source_config: PreTrainedConfig
     target_config: PreTrainedConfig
     factors: dict[str, LowRank]
+    """Updates of the linear maps that the adapter changes in the source's layers."""
+    beyond: tuple[str, ...]
+    """What else it trains; no map carries that, but source + adapter teaches it."""
     source_slots: dict[str, LinearSlot]
     target_slots: dict[str, LinearSlot]
     pairing: Pairing
@@ -83,7 +88,7 @@ def plan_transfer(adapter: str, target: str, source: str | None) -> Plan:
         raise UserError(f"Adapter {adapter!r} names no base model; name it with --source.")
     revision = None if source else files.config.revision
     source_config, target_config = load_config(source_name, revision), load_config(target)
-    factors = read_factors(files, source_config)
+    update = read_update(files, source_config)
     source_slots = linear_slots(skeleton(source_config), source_config)
     target_slots = linear_slots(skeleton(target_config), target_config)
     if not target_slots:
@@ -91,7 +96,16 @@ def plan_transfer(adapter: str, target: str, source: str | None) -> Plan:
             f"Target {target!r}: no linear module has a name that castlora knows; add its names to "
             "castlora.models.MODULE_ROLES."
         )
-    pairing = pair_modules(source_slots, target_slots, factors)
+    pairing = pair_modules(source_slots, target_slots, update.factors)
     return Plan(
-        files, source_name, revision, target, source_config, target_config, factors, source_slots, target_slots, pairing
+        files, source_name, revision, target, source_config, target_config, update.factors, update.beyond,
+        source_slots, target_slots, pairing,
+    )  # fmt: skip
+
+
+def describe_beyond(beyond: Sequence[str]) -> str:
+    """What becomes of that which an adapter trains beside the linear maps of layers."""
+    return (
+        f"The adapter also trains {', '.join(beyond)}. No map carries that; the target's LoRA learns it from what "
+        "source + adapter predicts."
     )

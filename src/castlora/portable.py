@@ -14,7 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from castlora.adapters import CONFIG_FILE, PORTABLE_RANKS, WEIGHTS_FILE
+from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from castlora.adapters import PORTABLE_RANKS
 from castlora.errors import UserError, first_line
 from castlora.models import layer_index, module_type
 

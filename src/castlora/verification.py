@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from castlora.adapters import WEIGHTS_FILE
+from castlora.adapter_files import WEIGHTS_FILE
 from castlora.errors import BAD_INPUT, UserError
 from castlora.models import best_device, load_model
 

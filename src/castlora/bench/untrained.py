@@ -9,7 +9,8 @@ import torch
 from peft import PeftModelForCausalLM
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from castlora.adapters import LowRank, open_adapter, read_factors
+from castlora.adapter_files import open_adapter
+from castlora.adapters import LowRank, read_factors
 from castlora.baselines.carry import Carry, carry_weights
 from castlora.baselines.logit_delta import evaluate_logit_delta
 from castlora.baselines.lora_x import attach_constrained, lora_x
