@@ -23,6 +23,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 from tqdm.auto import tqdm
 
+from benchmarks.mutations import JSON_MUTATIONS, TEXT_MUTATIONS
 from castlora.bench.grid import environment
 from castlora.demonstration.bundle import SOURCE, TARGET, demo_models_path, demo_skill
 from castlora.errors import BAD_INPUT
@@ -33,7 +34,7 @@ _WRITTEN = ("adapter_model.safetensors", "adapter_config.json")
 _FULL_DISK_SCRIPT = """
 mount -t tmpfs -o size=64m none "$DISK" || exit 99
 "$@" & run=$!
-while kill -0 $run 2>/dev/null && ! ls "$DISK"/out/.castlora/checkpoints/*/trainer_state.json >/dev/null 2>&1; do
+while kill -0 $run 2>/dev/null && ! ls "$DISK"/out/.castlora/checkpoints/*/sealed.json >/dev/null 2>&1; do
     sleep 0.02
 done
 head -c 100M /dev/zero >"$DISK/filler" 2>/dev/null
@@ -210,6 +211,25 @@ def disk_full(folder: Path, expected: Undisturbed, _chance: random.Random) -> Ou
     return outcome
 
 
+def state_damaged(folder: Path, expected: Undisturbed, chance: random.Random) -> Outcome:
+    """A run is killed, and one file of its state is damaged, before it goes on."""
+    outcome = Outcome(tried=1)
+    process = start(transfer_command(folder / "out", _BUNDLED_TARGET))
+    state = folder / "out" / ".castlora"
+    while process.poll() is None and len(list(state.glob("checkpoints/*/sealed.json"))) < 2:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    check_unfinished(folder / "out", expected, outcome, "state damaged")
+    # The request alone says which run it is; damaged, it is a refusal.
+    files = [path for path in sorted(state.rglob("*")) if path.is_file() and path.name != "request.json"]
+    if files:
+        path = chance.choice(files)
+        chance.choice(JSON_MUTATIONS if path.suffix == ".json" else TEXT_MUTATIONS)(path, chance)
+    check_finished(folder / "out", expected, outcome, f"damaged {path.relative_to(state) if files else 'nothing'}")
+    return outcome
+
+
 Disturbance = Callable[[Path, Undisturbed, random.Random], Outcome]
 DISTURBANCES: dict[str, tuple[Disturbance, int]] = {
     "kill -9": (partial(signalled, signal.SIGKILL), 20),
@@ -218,6 +238,7 @@ DISTURBANCES: dict[str, tuple[Disturbance, int]] = {
     "two runs, one folder": (two_at_once, 4),
     "files of the target vanish": (target_vanishes, 4),
     "full disk": (disk_full, 2),
+    "a file of the state is damaged": (state_damaged, 10),
 }
 """What is done to runs, and how often."""
 

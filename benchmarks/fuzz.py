@@ -31,10 +31,13 @@ from castlora.bench.grid import environment
 from castlora.chat import read_conversations
 from castlora.demonstration.bundle import SOURCE, TARGET, demo_adapters_path, demo_models_path, demo_skill
 from castlora.errors import UserError
+from castlora.models import load_model, load_tokenizer
 from castlora.plan import plan_transfer
 from castlora.portable import check_portable
 from castlora.tasks import load_task
 from castlora.text import candidate_formats, cut_passages, draw_fillings, read_documents, read_prompts
+from castlora.tokens import ByteTokenizer
+from castlora.vocabulary import SharedVocabulary
 
 _SECONDS = 10
 _TEXT = "This is a fox. Where does the river run? Topic: hens and foxes near the mill.\n\nShe said: no.\n\n"
@@ -87,6 +90,21 @@ def _model_config(folder: Path) -> None:
             shutil.copy(demo_models_path() / TARGET / name, folder / name)
 
 
+def _whole_model(folder: Path) -> None:
+    shutil.copytree(demo_models_path() / TARGET, folder, dirs_exist_ok=True)
+
+
+def _read_tokenizer(folder: Path) -> None:
+    tokenizer = ByteTokenizer.from_tokenizer(load_tokenizer(str(folder)))
+    SharedVocabulary.of(tokenizer, _intact_tokenizer(), len(tokenizer.spellings), len(_intact_tokenizer().spellings))
+    tokenizer.encode_batch([_TEXT, "naïve 🙂 <s> \t12"])
+
+
+@cache
+def _intact_tokenizer() -> ByteTokenizer:
+    return ByteTokenizer.from_tokenizer(load_tokenizer(str(demo_models_path() / SOURCE)))
+
+
 def _task_files(folder: Path) -> None:
     for path in (demo_skill().task, demo_skill().prompts):
         lines = path.read_text(encoding="utf-8").split("\n")[:20]
@@ -134,6 +152,10 @@ TARGETS: dict[str, Target] = {
     "adapter to check": Target(_adapter_files, check_portable, _ADAPTER),
     "MLX-LM adapter": Target(_mlx_files, _convert_from_mlx, ("adapter_config.json", "adapters.safetensors")),
     "configuration of a base model": Target(_model_config, _plan_to_model, ("config.json",)),
+    "weights of a base model": Target(
+        _whole_model, lambda folder: load_model(str(folder)), ("model.safetensors", "generation_config.json")
+    ),
+    "tokenizer of a base model": Target(_whole_model, _read_tokenizer, ("tokenizer.json", "tokenizer_config.json")),
     "task, prompts and messages": Target(_task_files, _read_tasks, ("test.jsonl", "prompts.jsonl", "chat.jsonl")),
     "general text": Target(_text_files, _read_text, ("text.txt", "text.jsonl")),
 }

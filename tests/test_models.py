@@ -21,6 +21,7 @@ from castlora.models import (
     public_name,
     skeleton,
 )
+from castlora.tokens import ByteTokenizer
 
 every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
 
@@ -209,3 +210,21 @@ def test_a_model_without_tokenizer_is_refused(copy):
     (copy / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"Tokenizer of .*damaged' cannot be read .*; put tokenizer\.json beside"):
         load_tokenizer(str(copy))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": null}', '{"version": "1.0", "truncation": 0}'])
+def test_a_damaged_tokenizer_is_refused(copy, content):
+    (copy / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"Tokenizer of .*damaged' cannot be read .*; put tokenizer\.json beside"):
+        load_tokenizer(str(copy))
+
+
+def test_a_tokenizer_that_contradicts_itself_is_refused(copy):
+    """Loading forgives a merge of tokens that the vocabulary lacks, and writing it down again does not."""
+    path = copy / "tokenizer.json"
+    state = json.loads(path.read_text())
+    first, second = state["model"]["merges"][-1]
+    del state["model"]["vocab"][first + second]
+    path.write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"Tokenizer of .*damaged' (cannot be read|contradicts itself) .*out of vocab"):
+        ByteTokenizer.from_tokenizer(load_tokenizer(str(copy)))

@@ -262,8 +262,9 @@ def test_a_run_with_other_settings_does_not_touch_an_interrupted_one(quick_trans
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
 
 
-def test_interrupted_maps_and_head_continue_to_the_same_bytes(quick_transfer, tmp_path, monkeypatch):
-    options = {"recipe": "paper", "start": "ridge", "steps": 10}
+@pytest.fixture
+def interrupted_transfer(quick_transfer, monkeypatch):
+    """A transfer that is interrupted after six steps."""
     compute_loss = DistillationTrainer.compute_loss
 
     def interrupt(trainer, *arguments, **keywords):
@@ -271,9 +272,17 @@ def test_interrupted_maps_and_head_continue_to_the_same_bytes(quick_transfer, tm
             raise KeyboardInterrupt
         return compute_loss(trainer, *arguments, **keywords)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(DistillationTrainer, "compute_loss", interrupt)
-        quick_transfer("llama", "gpt2", **options)
+    def run(*arguments, **options):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(DistillationTrainer, "compute_loss", interrupt)
+            quick_transfer(*arguments, **options)
+
+    return run
+
+
+def test_interrupted_maps_and_head_continue_to_the_same_bytes(quick_transfer, interrupted_transfer, tmp_path):
+    options = {"recipe": "paper", "start": "ridge", "steps": 10}
+    interrupted_transfer("llama", "gpt2", **options)
     (checkpoint,) = (tmp_path / "out").glob(".castlora/checkpoints/checkpoint-6")
     kept = load_file(checkpoint / TRAINABLE_FILE)
     assert {"hidden_head" if "hidden_head" in key else key.split(".")[-3] for key in kept} == {
@@ -286,6 +295,22 @@ def test_interrupted_maps_and_head_continue_to_the_same_bytes(quick_transfer, tm
     assert resumed.manifest["losses"] == undisturbed.manifest["losses"]
 
 
+@pytest.mark.parametrize(
+    "damaged", ["checkpoints/checkpoint-6/optimizer.pt", "checkpoints/checkpoint-6/trainable.safetensors",
+                "checkpoints/checkpoint-5/trainer_state.json", "reading/passages.json"],
+)  # fmt: skip
+def test_damaged_state_makes_a_run_go_on_from_what_is_whole(quick_transfer, interrupted_transfer, tmp_path, damaged):
+    interrupted_transfer("llama", "gpt2", steps=10)
+    path = tmp_path / "out" / ".castlora" / damaged
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    resumed = quick_transfer("llama", "gpt2", steps=10)
+    undisturbed = quick_transfer("llama", "gpt2", "undisturbed", steps=10)
+    assert weights(resumed.folder) == weights(undisturbed.folder)
+    assert not (resumed.folder / ".castlora").exists()
+
+
 def test_a_killed_run_continues_to_the_same_bytes(base_model, adapter, prompts_file, tmp_path, monkeypatch, request):
     def words(out: Path) -> list[str]:
         places = {"adapter": adapter("llama"), "target": base_model("gpt2"), "prompts": prompts_file, "out": out}
@@ -296,7 +321,7 @@ def test_a_killed_run_continues_to_the_same_bytes(base_model, adapter, prompts_f
     process = subprocess.Popen(
         [sys.executable, "-m", "castlora", *words(out)], env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
-    while process.poll() is None and not list(out.glob(".castlora/checkpoints/checkpoint-*/trainer_state.json")):
+    while process.poll() is None and not list(out.glob(".castlora/checkpoints/checkpoint-*/sealed.json")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

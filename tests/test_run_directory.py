@@ -2,13 +2,14 @@ import errno
 import os
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from safetensors import SafetensorError
 
 from castlora.errors import UserError
-from castlora.run_directory import STATE_FOLDER, check_output, open_run, write_whole
+from castlora.run_directory import STATE_FOLDER, check_output, open_run, seal, write_whole
 
 REQUEST = {"adapter": "a", "seed": 0}
 DiskUsage = namedtuple("DiskUsage", "total used free")
@@ -20,11 +21,13 @@ def run(tmp_path):
         yield run
 
 
-def checkpoint(run, step: int, state: str | None = "{}") -> None:
+def checkpoint(run, step: int) -> Path:
     folder = run.checkpoints / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    if state is not None:
-        (folder / "trainer_state.json").write_text(state)
+    (folder / "optimizer.pt").write_bytes(b"moments")
+    (folder / "trainer_state.json").write_text("{}")
+    seal(folder)
+    return folder
 
 
 def test_a_new_or_empty_folder_is_accepted(tmp_path):
@@ -126,13 +129,35 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
         pass
 
 
-def test_the_last_checkpoint_is_the_newest_complete_one(run):
+def test_the_last_checkpoint_is_the_newest_one_that_is_as_it_was(run):
     assert run.last_checkpoint() is None
     for step in (5, 100, 20):
         checkpoint(run, step)
-    checkpoint(run, 200, state=None)
-    checkpoint(run, 300, state='{"global_step": 3')
+    (checkpoint(run, 200) / "sealed.json").unlink()
+    (checkpoint(run, 300) / "trainer_state.json").write_text("{")
+    (checkpoint(run, 400) / "optimizer.pt").unlink()
+    (checkpoint(run, 500) / "planted.pt").touch()
+    (checkpoint(run, 600) / "sealed.json").write_text("[" * 100_000)
     assert run.last_checkpoint() == str(run.checkpoints / "checkpoint-100")
+
+
+@pytest.mark.parametrize("content", ["{", "", "[" * 100_000])
+def test_a_damaged_request_is_named(run, content):
+    (run.state / "request.json").write_text(content)
+    with pytest.raises(UserError, match=r"holds an interrupted run whose request\.json is damaged; give a new folder"):
+        check_output(str(run.out), REQUEST)
+
+
+def test_results_that_an_interrupted_run_left_are_not_published(tmp_path):
+    out = str(tmp_path / "out")
+    with open_run(out, REQUEST, 0) as run:
+        run.finished.mkdir()
+        (run.finished / "half").touch()
+    with open_run(out, REQUEST, 0) as run:
+        run.finished.mkdir()
+        (run.finished / "whole").touch()
+        run.publish()
+    assert [path.name for path in run.out.iterdir()] == ["whole"]
 
 
 def test_what_makes_an_adapter_loadable_is_published_last(run, monkeypatch):

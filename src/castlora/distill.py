@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import SequentialSampler
-from transformers import ProgressCallback, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    get_cosine_schedule_with_warmup,
+)
 
 from castlora.config import DEFAULT, Recipe
 from castlora.errors import UserError
@@ -25,6 +32,7 @@ from castlora.objective import (
     weighted_mean,
 )
 from castlora.positions import AlignedPassage, Batch, PassageDataset, batches, collate
+from castlora.run_directory import seal
 from castlora.teacher import Predictions, Side, Teacher, predict
 from castlora.vocabulary import SharedVocabulary
 
@@ -247,6 +255,14 @@ class LossProgress(ProgressCallback):
         """Puts the latest loss into the bar instead of printing a line for it."""
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
+
+
+class SealCheckpoints(TrainerCallback):
+    """Lets a checkpoint that is damaged later be told from one that is as it was written."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Seals the checkpoint that the Trainer has just written."""
+        seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
 def peak_learning_rate(recipe: Recipe, hidden_size: int) -> float:

@@ -128,7 +128,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # What the tokenizers library raises has no type of its own.
         raise UserError(
             f"Tokenizer of {name_or_path!r} cannot be read ({first_line(error)}); put tokenizer.json beside the model."
         ) from error

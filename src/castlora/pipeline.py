@@ -32,7 +32,7 @@ from castlora.plan import Plan, describe_beyond, plan_transfer
 from castlora.positions import AlignedPassage, collate
 from castlora.report import Distillation, Report, SitePair, write_report
 from castlora.report import Pairing as ReportPairing
-from castlora.run_directory import RunDirectory, check_output, open_run, write_whole
+from castlora.run_directory import RunDirectory, check_output, is_sealed, open_run, seal, write_whole
 from castlora.scaling import TRAINED_SCALES, ScaleChoice, keep_best_scale
 from castlora.stages import (
     Models,
@@ -212,13 +212,15 @@ class _Reading:
 
 def _read(run: RunDirectory, models: Models, text: TextSource, recipe: Recipe, seed: int) -> _Reading:
     """Passages with answers; written once, so that a resumed run does not look for them again."""
-    path = run.state / PASSAGES_FILE
-    if path.exists():
+    path = run.reading / PASSAGES_FILE
+    if is_sealed(run.reading):
         record = json.loads(path.read_text(encoding="utf-8"))
         return _Reading(record["formats"], [Passage(**passage) for passage in record["passages"]])
     formats = prompt_formats(models, text, recipe, seed)
     reading = _Reading(formats, teach_text(models, text, formats, recipe, seed))
+    run.reading.mkdir(exist_ok=True)
     write_whole(path, json.dumps(asdict(reading)))
+    seal(run.reading)
     return reading
 
 

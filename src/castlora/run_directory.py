@@ -1,6 +1,7 @@
 """The output folder of a run: it resumes what was interrupted and shows nothing half-written."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from castlora.errors import UserError
 
 STATE_FOLDER = ".castlora"
 _REQUEST_FILE = "request.json"
+_SEAL_FILE = "sealed.json"
 _LOCK_FILE = "lock"
 _LAST_FILE = "adapter_config.json"
 _FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
@@ -41,15 +43,26 @@ class RunDirectory:
         return self.state / "checkpoints"
 
     @property
+    def reading(self) -> Path:
+        """Folder of the text that the run reads."""
+        return self.state / "reading"
+
+    @property
     def finished(self) -> Path:
         """Folder in which results are put together before they appear in `out`."""
         return self.state / "finished"
 
     def last_checkpoint(self) -> str | None:
-        """The newest checkpoint that was written to its end, if there is one."""
-        complete = [path for path in self.checkpoints.glob("checkpoint-*") if _is_complete(path)]
-        newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+        """The newest checkpoint that was written to its end and is as it was then, if there is one."""
+        whole = [path for path in self.checkpoints.glob("checkpoint-*") if is_sealed(path)]
+        newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
         return str(newest) if newest else None
+
+    def drop_what_is_not_whole(self) -> None:
+        """Removes what an interrupted run was still writing, and what has been damaged since; it is made again."""
+        kept = [self.reading, *self.checkpoints.glob("*")]
+        for folder in (self.finished, *(path for path in kept if not is_sealed(path))):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def discard(self) -> None:
         """Takes back what a run that cannot go on has written, and the folder if nothing else is in it."""
@@ -68,13 +81,26 @@ class RunDirectory:
         shutil.rmtree(self.state)
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the Trainer wrote the file that it writes last, and to its end."""
+def seal(folder: Path) -> None:
+    """Notes what a folder holds once it is whole, so that what is lost or changed afterwards is noticed."""
+    write_whole(folder / _SEAL_FILE, json.dumps(_digests(folder)))
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether a folder holds what it held when it was sealed."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        noted = json.loads((folder / _SEAL_FILE).read_text(encoding="utf-8"))
+        return bool(noted == _digests(folder))
+    except (OSError, ValueError, RecursionError):
         return False
-    return True
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for path in sorted(path for path in folder.iterdir() if path.name != _SEAL_FILE):
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def check_output(out: str, request: dict[str, Any]) -> bool:
@@ -89,7 +115,13 @@ def check_output(out: str, request: dict[str, Any]) -> bool:
         return False
     if not request_file.is_file():
         raise UserError(f"--out {out!r} is not empty; give a new folder, nothing is ever overwritten.")
-    if json.loads(request_file.read_text(encoding="utf-8")) != request:
+    try:
+        interrupted = json.loads(request_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"--out {out!r} holds an interrupted run whose {_REQUEST_FILE} is damaged; give a new folder."
+        ) from error
+    if interrupted != request:
         raise UserError(
             f"--out {out!r} holds an interrupted run with other settings; finish that one or give a new folder."
         )
@@ -123,6 +155,7 @@ def open_run(out: str, request: dict[str, Any], needed_bytes: int) -> Iterator[R
         # Another run may have ended or begun before the lock was ours.
         if not check_output(out, request):
             write_whole(run.state / _REQUEST_FILE, json.dumps(request, indent=1, sort_keys=True))
+        run.drop_what_is_not_whole()
         yield run
 
 

@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from castlora.answers import write_answers
 from castlora.chat import Conversation, ask, chat_passages, read_conversations
 from castlora.config import Recipe
-from castlora.distill import DistillationTrainer, LossProgress, Student
+from castlora.distill import DistillationTrainer, LossProgress, SealCheckpoints, Student
 from castlora.effective import effective_update
 from castlora.errors import UserError
 from castlora.format_search import FILLINGS, find_formats
@@ -340,6 +340,7 @@ def train_student(
     )
     examples = reading_order(training, recipe.steps * recipe.batch_size, recipe.batch_size, seed)
     trainer = DistillationTrainer(teacher, student, examples, shared, recipe, arguments)
+    trainer.add_callback(SealCheckpoints())
     trainer.remove_callback(PrinterCallback if quiet else ProgressCallback)
     if not quiet:
         trainer.add_callback(LossProgress())

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from castlora.errors import UserError
+from castlora.errors import UserError, first_line
 
 Integers: TypeAlias = NDArray[np.int64]
 Component: TypeAlias = dict[str, Any]
@@ -75,7 +75,12 @@ class ByteTokenizer:
         fast = _require_fast(tokenizer)
         serialised = _serialised_backend(fast)
         speller = _speller(serialised, _name(fast))
-        backend = _backend_with_whole_offsets(serialised)
+        try:
+            backend = _backend_with_whole_offsets(serialised)
+        except Exception as error:  # What the tokenizers library raises has no type of its own.
+            raise UserError(
+                f"Tokenizer of {_name(fast)} contradicts itself ({first_line(error)}); copy its tokenizer.json again."
+            ) from error
         backend.encode_special_tokens = fast.split_special_tokens
         return cls(
             backend=backend,
