@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.quality_report import TABLE_BEGINS, TABLE_ENDS, main, replace_marked
 from castlora.bench.plots import lift_chart
-from castlora.bench.results import MeanLift, make_cells, read_results
+from castlora.bench.results import MeanLift, PooledCell, compare, make_cells, read_results
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -59,13 +59,15 @@ def test_the_page_shows_what_was_run_and_nothing_else(results, tmp_path):
     assert "| small → large | colours | 0.000 | 1.000 | 0.800 | 80 points | 1.25 |" in page
     assert "a perfect copy of source + LoRA would have; its mean is 1.25." in page
     assert "## Unlabelled task prompts" in page and "## General text only" not in page
-    assert "| fresh | 1 | 0.62 | 0.62 | -0.38 (1) |" in page
+    assert "| fresh | 1 | 0.62 | 0.62 | -0.50 (1) | 0, 1 |" in page
     assert "| small → large | colours | 1.00 [" in page and "| 0.62 [" in page
     summary = json.loads((tmp_path / "quality-summary.json").read_text())
     assert [cell["lift"] for cell in summary] == pytest.approx([0.625, 1.0])
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith(f"before\n{TABLE_BEGINS}\n| pair |") and readme.endswith(f"\n{TABLE_ENDS}\nafter\n")
     assert "old" not in readme
+    assert "| a closed-form start instead of a fresh LoRA | Unlabelled task prompts | +0.50 | 1 | 1, 0 |" in page
+    assert "| maps trained as such" not in page
     assert "| small → large | colours | 0.000 | 0.800 | – | – | – | – | 1.00 | 0.62 |\n" in readme
     assert "| mean (cells) | | | | – | – | – | – | 1.00 (1) | 0.62 (1) |" in readme
 
@@ -93,8 +95,22 @@ def test_a_page_without_marks_is_left_alone():
         replace_marked("# A page", "| a table |")
 
 
+def cell(skill: str, lifts: dict[int, float], pair: str = "a:b") -> PooledCell:
+    return PooledCell(pair, skill, "prompts", "any", len(lifts), 0.5, 1.0, None, lifts, None)
+
+
+def test_methods_are_compared_on_the_cells_and_seeds_that_both_have():
+    ours = [cell("x", {0: 0.9, 1: 0.5}), cell("y", {0: 0.2}), cell("z", {0: 1.0}), cell("w", {0: 1.0})]
+    others = [cell("x", {1: 0.3, 2: 9.0}), cell("y", {0: 0.5}), cell("z", {1: 0.0}), cell("w", {0: 1.0}, pair="c:d")]
+    comparison = compare(ours, others)
+    assert (comparison.cells, comparison.ahead, comparison.behind) == (2, 1, 1)
+    assert comparison.above == pytest.approx((0.2 - 0.3) / 2)
+    assert comparison.ci95 == pytest.approx((-0.3, 0.2))
+    assert compare(ours, others[2:]) is None
+
+
 def mean(method: str, lift: float, ci95: tuple[float, float], regime: str = "prompts") -> MeanLift:
-    return MeanLift(regime, method, 3, lift, ci95, 0.5, None, 0)
+    return MeanLift(regime, method, 3, lift, ci95, 0.5, None)
 
 
 def test_the_chart_has_a_bar_from_zero_to_each_lift_and_room_for_every_interval():

@@ -33,6 +33,8 @@ class PooledCell:
     score: float
     nll: float
     lift: Lift
+    lift_by_seed: dict[int, float]
+    """Lift of each seed; empty where there is nothing to gain."""
     text_loss_added: float | None
     """What the adapter adds to the bare target's loss on held-out text, in nats per token; None where not measured."""
 
@@ -59,8 +61,10 @@ def make_cells(references: References, runs: Iterable[dict[str, Any]]) -> list[P
         reference = references[pair, skill]
         lift = lift_with_interval(_items([reference["bare target"]]), _items(group), _items([reference["retrained"]]))
         score, nll = (float(np.mean([run[field] for run in group])) for field in ("score", "nll"))
+        bare, retrained = (reference[name]["score"] for name in ("bare target", "retrained"))
+        by_seed = {run["seed"]: (run["score"] - bare) / (retrained - bare) for run in group} if lift.countable else {}
         added = text_loss_added(reference["bare target"], group)
-        cells.append(PooledCell(pair, skill, regime, method, len(group), score, nll, lift, added))
+        cells.append(PooledCell(pair, skill, regime, method, len(group), score, nll, lift, by_seed, added))
     return cells
 
 
@@ -68,6 +72,20 @@ def text_loss_added(bare: dict[str, Any], runs: Iterable[dict[str, Any]]) -> flo
     """Mean difference to the bare target's loss on held-out text, in nats per token; None where not measured."""
     losses = [run["text_loss"] for run in runs if "text_loss" in run]
     return float(np.mean(losses)) - float(bare["text_loss"]) if losses and "text_loss" in bare else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method beside the default, on the pairs and skills that both were run on, over the seeds that both have."""
+
+    cells: int
+    above: float
+    """Mean of the method's lift minus the default's."""
+    ci95: tuple[float, float]
+    """Bootstrap interval over pairs and skills."""
+    ahead: int
+    """Cells where the method is above the default."""
+    behind: int
 
 
 @dataclass(frozen=True)
@@ -81,9 +99,8 @@ class MeanLift:
     ci95: tuple[float, float]
     """Bootstrap interval over pairs and skills."""
     ratio: float
-    above_default: float | None
-    """Mean difference to the default's lift on the cells both have; None for the default and where there is none."""
-    shared_cells: int
+    comparison: Comparison | None
+    """With the default; None for the default itself and where it has no seed of a cell in common."""
 
 
 def mean_lifts(cells: Sequence[PooledCell]) -> list[MeanLift]:
@@ -91,14 +108,12 @@ def mean_lifts(cells: Sequence[PooledCell]) -> list[MeanLift]:
     means = []
     for regime in REGIMES:
         countable = [cell for cell in cells if cell.regime == regime and cell.lift.countable]
-        default = {(c.pair, c.skill): c.lift.lift for c in countable if c.method == DEFAULT_METHOD}
+        default = [cell for cell in countable if cell.method == DEFAULT_METHOD]
         for method in METHOD_ORDER:
             group = [cell for cell in countable if cell.method == method]
             if not group:
                 continue
             lifts = np.array([cell.lift.lift for cell in group])
-            above = [c.lift.lift - default[c.pair, c.skill] for c in group if (c.pair, c.skill) in default]
-            is_compared = bool(above) and method != DEFAULT_METHOD
             means.append(
                 MeanLift(
                     regime,
@@ -107,11 +122,31 @@ def mean_lifts(cells: Sequence[PooledCell]) -> list[MeanLift]:
                     float(lifts.mean()),
                     bootstrap_interval(lifts),
                     float(np.mean([cell.lift.ratio for cell in group])),
-                    float(np.mean(above)) if is_compared else None,
-                    len(above),
+                    compare(group, default) if method != DEFAULT_METHOD else None,
                 )
             )
     return means
+
+
+def compare(cells: Iterable[PooledCell], with_cells: Iterable[PooledCell]) -> Comparison | None:
+    """Compares two methods where both were run with the same seeds; None where they were not.
+
+    Args:
+        cells: of the one method, all under one regime
+        with_cells: of the other
+    """
+    others = {(cell.pair, cell.skill): cell.lift_by_seed for cell in with_cells}
+    above = []
+    for cell in cells:
+        other = others.get((cell.pair, cell.skill), {})
+        seeds = cell.lift_by_seed.keys() & other.keys()
+        if seeds:
+            above.append(np.mean([cell.lift_by_seed[seed] - other[seed] for seed in seeds]))
+    if not above:
+        return None
+    differences = np.array(above)
+    ahead, behind = int((differences > 0).sum()), int((differences < 0).sum())
+    return Comparison(len(above), float(differences.mean()), bootstrap_interval(differences), ahead, behind)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from typing import Any
 from castlora.bench.plots import lift_chart
 from castlora.bench.results import (
     METHOD_ORDER,
+    Comparison,
     Drift,
     PooledCell,
     References,
+    compare,
     drifts,
     make_cells,
     mean_lifts,
@@ -26,6 +28,21 @@ REGIME_TITLES: dict[Regime, str] = {
     "prompts": "Unlabelled task prompts",
 }
 COUNTABLE_POINTS = 20
+_SINGLE, _GENERIC = "ridge start, single sentences", "ridge start, generic formats"
+PARTS: tuple[tuple[str, Regime, str, str], ...] = (
+    ("a closed-form start instead of a fresh LoRA", "general", "ridge start", "fresh"),
+    ("a closed-form start instead of a fresh LoRA", "format", "ridge start", "fresh"),
+    ("a closed-form start instead of a fresh LoRA", "prompts", "ridge start", "fresh"),
+    ("a closed-form start instead of random maps", "format", _SINGLE, "paper start, single sentences"),
+    ("a closed-form start instead of random maps", "prompts", "ridge start", "paper start"),
+    ("folded factors trained instead of the maps", "format", _SINGLE, f"{_SINGLE}, maps"),
+    ("prompts instead of running text", "general", "ridge start", "ridge start, running text"),
+    ("formats that the adapter listens to instead of common ones", "general", _SINGLE, _GENERIC),
+    ("the choice of telling prompts", "format", _SINGLE, "ridge start, any prompts"),
+    ("up to three sentences, of 32 candidates, instead of one, of 8", "general", "ridge start", _SINGLE),
+    ("up to three sentences, of 32 candidates, instead of one, of 8", "format", "ridge start", _SINGLE),
+)
+"""What is changed, the text, the method that has it, and the one that does not."""
 
 INTRODUCTION = """
 Measured on held-out test items that no training, transfer or selection has seen. Lift is (transferred − bare target) /
@@ -55,6 +72,8 @@ def render(references: References, runs: Sequence[dict[str, Any]], cells: Sequen
             sections += [f"## {title}", table]
     chart = f"![Mean lift by method]({chart_name})"
     sections += ["## Mean lift by method", chart, _mean_table(cells)]
+    if parts := _parts_table(cells):
+        sections += ["## What each part adds", parts]
     if measured := drifts(references, cells):
         sections += ["## General ability", _drift_table(measured)]
     sections += ["## Environment", _environment(runs)]
@@ -112,20 +131,44 @@ def _cell(cell: PooledCell | None) -> str:
 
 def _mean_table(cells: Sequence[PooledCell]) -> str:
     rows = [
-        "| text | method | cells | mean lift | mean ratio | lift above the default's on the same cells |",
-        "|---|---|---|---|---|---|",
+        "| text | method | cells | mean lift | mean ratio | above the default, same cells and seeds | ahead, behind |",
+        "|---|---|---|---|---|---|---|",
     ]
     for mean in mean_lifts(cells):
         low, high = mean.ci95
-        compared = "–" if mean.above_default is None else f"{mean.above_default:+.2f} ({mean.shared_cells})"
+        compared = "– | –" if mean.comparison is None else _comparison(mean.comparison)
         lift = f"{mean.lift:.2f} [{low:.2f}, {high:.2f}]" if mean.cells > 1 else f"{mean.lift:.2f}"
         title = REGIME_TITLES[mean.regime]
         rows.append(f"| {title} | {mean.method} | {mean.cells} | {lift} | {mean.ratio:.2f} | {compared} |")
     note = (
         "Means are over the cells that have been run, with a bootstrap 95 % interval over pairs and skills; the last "
-        "column compares like with like."
+        "columns compare like with like."
     )
     return "\n".join([note, "", *rows])
+
+
+def _comparison(comparison: Comparison) -> str:
+    low, high = comparison.ci95
+    interval = f" [{low:+.2f}, {high:+.2f}]" if comparison.cells > 1 else ""
+    return f"{comparison.above:+.2f}{interval} ({comparison.cells}) | {comparison.ahead}, {comparison.behind}"
+
+
+def _parts_table(cells: Sequence[PooledCell]) -> str:
+    rows = []
+    for part, regime, method, without in PARTS:
+        of_regime = [cell for cell in cells if cell.regime == regime]
+        comparison = compare(*([cell for cell in of_regime if cell.method == name] for name in (method, without)))
+        if comparison is not None:
+            low, high = comparison.ci95
+            interval = f" [{low:+.2f}, {high:+.2f}]" if comparison.cells > 1 else ""
+            added = f"{comparison.above:+.2f}{interval} | {comparison.cells} | {comparison.ahead}, {comparison.behind}"
+            rows.append(f"| {part} | {REGIME_TITLES[regime]} | {added} |")
+    note = (
+        "Each row changes one thing and compares lift on the same cells and seeds, with a bootstrap 95 % interval over "
+        "pairs and skills; ahead and behind count cells."
+    )
+    head = ["| part | text | lift added | cells | ahead, behind |", "|---|---|---|---|---|"]
+    return "\n".join([note, "", *head, *rows]) if rows else ""
 
 
 def _drift_table(measured: Sequence[Drift]) -> str:
