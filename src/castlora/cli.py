@@ -206,6 +206,9 @@ def _bench_quality(
     seeds: int = 3,
     steps: int = 800,
     batch_size: int = 4,
+    lm_eval: str | None = None,
+    lm_eval_tasks: str | None = None,
+    lm_eval_shots: int | None = None,
 ) -> None:
     """Measures how much of a skill arrives, for each method; runs that are already there are skipped.
 
@@ -220,6 +223,9 @@ def _bench_quality(
         seeds: number of seeds
         steps: optimizer steps of each run
         batch_size: passages per step
+        lm_eval: tasks of lm-evaluation-harness, with commas between, to be the skills; each needs adapters of its name
+        lm_eval_tasks: folder with task files of your own for the harness
+        lm_eval_shots: examples before each item of the harness; by default as many as the task has
     """
     from pathlib import Path
 
@@ -231,7 +237,10 @@ def _bench_quality(
 
     disable_progress_bar()
     records = Path(out) / "quality"
-    narrowed = read_spec(spec).narrowed(_split(pairs), _split(skills), _split(regimes))
+    described = read_spec(spec)
+    if lm_eval is not None:
+        described = described.of_harness(_split(lm_eval) or [], lm_eval_tasks, lm_eval_shots)
+    narrowed = described.narrowed(_split(pairs), _split(skills), _split(regimes))
     run_quality(narrowed, records, _split(methods), seeds, steps, batch_size)
     write_page(records, Path(out) / "results.md")
     print(f"Wrote {Path(out) / 'results.md'}")

@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from castlora.bench.harness import harness_figures
 from castlora.bench.spec import BenchmarkSpec
 from castlora.completions import CausalLM, text_loss
 from castlora.config import Recipe, Regime
@@ -107,9 +108,17 @@ def score(spec: BenchmarkSpec, model: CausalLM, tokenizer: PreTrainedTokenizerFa
     """What a record keeps of a model: how it does on a skill's test items, and on held-out text."""
     passages = spec.held_out_passages()
     return {
-        **figures(evaluate_model(model, tokenizer, spec.test_items(skill))),
+        **_task_figures(spec, model, tokenizer, skill),
         **({"text_loss": text_loss(model, tokenizer, passages)} if passages else {}),
     }
+
+
+def _task_figures(
+    spec: BenchmarkSpec, model: CausalLM, tokenizer: PreTrainedTokenizerFast, skill: str
+) -> dict[str, Any]:
+    if skill in spec.lm_eval:
+        return harness_figures(model, tokenizer, skill, spec.lm_eval_tasks, spec.lm_eval_shots)
+    return figures(evaluate_model(model, tokenizer, spec.test_items(skill)))
 
 
 def figures(evaluation: Evaluation) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from castlora.bench.grid import Cell, Settings, record_path, score, write_missin
 from castlora.bench.methods import METHODS, Method
 from castlora.bench.spec import BenchmarkSpec
 from castlora.bench.trained import OtherSkill
-from castlora.bench.untrained import Constrained
+from castlora.bench.untrained import Constrained, LogitDelta
 from castlora.config import Tuning, resolve_recipe
 from castlora.errors import UserError
 from castlora.evaluation import load_adapter
@@ -121,6 +121,9 @@ def _possible_methods(spec: BenchmarkSpec) -> list[str]:
     impossible: list[type[Method]] = []
     if not spec.has_labels():
         impossible.append(Constrained)
+    if spec.lm_eval:
+        # Its three models are no model that the harness could run.
+        impossible.append(LogitDelta)
     if len(spec.skills) < 2:
         impossible.append(OtherSkill)
     return [name for name, method in METHODS.items() if not isinstance(method, tuple(impossible))]

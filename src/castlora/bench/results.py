@@ -31,7 +31,8 @@ class PooledCell:
     method: str
     seeds: int
     score: float
-    nll: float
+    nll: float | None
+    """Mean negative log-likelihood of the right completions, in nats; None where a task does not say."""
     lift: Lift
     lift_by_seed: dict[int, float]
     """Lift of each seed; empty where there is nothing to gain."""
@@ -60,7 +61,9 @@ def make_cells(references: References, runs: Iterable[dict[str, Any]]) -> list[P
     for (pair, skill, regime, method), group in sorted(grouped.items()):
         reference = references[pair, skill]
         lift = lift_with_interval(_items([reference["bare target"]]), _items(group), _items([reference["retrained"]]))
-        score, nll = (float(np.mean([run[field] for run in group])) for field in ("score", "nll"))
+        score = float(np.mean([run["score"] for run in group]))
+        likelihoods = [run["nll"] for run in group if run["nll"] is not None]
+        nll = float(np.mean(likelihoods)) if likelihoods else None
         bare, retrained = (reference[name]["score"] for name in ("bare target", "retrained"))
         by_seed = {run["seed"]: (run["score"] - bare) / (retrained - bare) for run in group} if lift.countable else {}
         added = text_loss_added(reference["bare target"], group)

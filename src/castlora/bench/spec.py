@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from castlora.bench.harness import check_task
 from castlora.config import REGIMES, Regime
 from castlora.demonstration.bundle import demo_adapters_path, demo_models_path, demo_skill, demo_tasks_path
 from castlora.errors import UserError
@@ -50,6 +51,12 @@ class BenchmarkSpec:
     data set. Without it, that is not measured."""
     regimes: list[Regime] = field(default_factory=lambda: list(REGIMES))
     """What methods may read; by default every one in turn."""
+    lm_eval: list[str] = field(default_factory=list)
+    """Skills whose test items are the task of that name in lm-evaluation-harness, instead of a file."""
+    lm_eval_tasks: str | None = None
+    """Folder with task files of one's own for the harness."""
+    lm_eval_shots: int | None = None
+    """Examples before each item of the harness; by default as many as the task has."""
 
     def base(self, model: str) -> str:
         """Folder or hub id of a base model."""
@@ -89,7 +96,11 @@ class BenchmarkSpec:
 
     def has_labels(self) -> bool:
         """Whether every skill has labelled items to train on."""
-        return all((Path(self.tasks) / skill / "train.jsonl").is_file() for skill in self.skills)
+        return not self.lm_eval and all((Path(self.tasks) / skill / "train.jsonl").is_file() for skill in self.skills)
+
+    def of_harness(self, tasks: list[str], folder: str | None, shots: int | None) -> "BenchmarkSpec":
+        """The same benchmark whose skills are tasks of lm-evaluation-harness."""
+        return replace(self, skills=tasks, lm_eval=tasks, lm_eval_tasks=folder, lm_eval_shots=shots)
 
     def narrowed(
         self, pairs: list[str] | None = None, skills: list[str] | None = None, regimes: list[str] | None = None
@@ -109,8 +120,13 @@ class BenchmarkSpec:
             if pair.count(":") != 1 or not set(pair.split(":")) <= set(self.models):
                 raise UserError(f"Pair {pair!r} is not SOURCE:TARGET of the models {', '.join(self.models)}.")
         for skill in narrowed.skills:
-            for name in ("test.jsonl", *(_NEEDED[regime] for regime in kept if regime in _NEEDED)):
-                narrowed._file(skill, name)
+            if skill in self.lm_eval:
+                check_task(skill, self.lm_eval_tasks)
+            else:
+                narrowed._file(skill, "test.jsonl")
+            for regime in kept:
+                if regime in _NEEDED:
+                    narrowed._file(skill, _NEEDED[regime])
         return narrowed
 
     def _file(self, skill: str, name: str) -> Path:
@@ -147,8 +163,12 @@ def _resolved(spec: BenchmarkSpec, folder: Path) -> BenchmarkSpec:
         return str(folder / name) if (folder / fixed).exists() else name
 
     models = {name: BenchmarkModel(beside(model.base), beside(model.adapters)) for name, model in spec.models.items()}
-    text, held_out = (None if name is None else beside(name) for name in (spec.text, spec.held_out_text))
-    return replace(spec, models=models, tasks=beside(spec.tasks), text=text, held_out_text=held_out)
+    text, held_out, own_tasks = (
+        None if name is None else beside(name) for name in (spec.text, spec.held_out_text, spec.lm_eval_tasks)
+    )
+    return replace(
+        spec, models=models, tasks=beside(spec.tasks), text=text, held_out_text=held_out, lm_eval_tasks=own_tasks
+    )
 
 
 def _of_the_bundle() -> BenchmarkSpec:
