@@ -212,6 +212,13 @@ def test_a_model_without_tokenizer_is_refused(copy):
         load_tokenizer(str(copy))
 
 
+@pytest.mark.parametrize("content", ["5", "[]", "null"])
+def test_a_damaged_generation_config_is_refused(copy, content):
+    (copy / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"Weights of .*damaged' cannot be read .*; the folder needs"):
+        load_model(str(copy))
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"model": null}', '{"version": "1.0", "truncation": 0}'])
 def test_a_damaged_tokenizer_is_refused(copy, content):
     (copy / "tokenizer.json").write_text(content)

@@ -159,7 +159,7 @@ def load_model(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except LIBRARY_ERRORS as error:
         raise UserError(
             f"Weights of {name_or_path!r} cannot be read ({first_line(error)}); "
             "the folder needs complete safetensors files."
