@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.quality_report import TABLE_BEGINS, TABLE_ENDS, main, replace_marked
-from castlora.bench.plots import lift_chart
+from castlora.bench.plots import Curve, curve_chart, lift_chart
 from castlora.bench.results import MeanLift, PooledCell, compare, make_cells, read_results
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -128,3 +128,19 @@ def test_the_chart_has_a_bar_from_zero_to_each_lift_and_room_for_every_interval(
     assert {"Prompts", "Weights", "a <b>", "0.50 (3 cells)", "retrained 1"} <= set(texts)
     ends = [float(number) for path in chart.iter(f"{SVG}path") for number in re.findall(r"[MH]([\d.]+)", path.get("d"))]
     assert min(ends) >= 250 and max(ends) <= 730
+
+
+def test_curves_lie_where_their_points_say_on_a_logarithmic_axis():
+    curves = [Curve("one", [(50, 0.0), (100, 0.5), (200, 1.0)]), Curve("two <b>", [(50, 0.25), (200, 1.0)])]
+    chart = ElementTree.fromstring(curve_chart(curves, "steps", "lift"))
+    places = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in chart.iter(f"{SVG}circle")]
+    (x50, y0), (x100, y50), (x200, y100), (_, y25), _ = places
+    assert x100 - x50 == pytest.approx(x200 - x100, abs=0.1)
+    assert y0 - y50 == pytest.approx(y50 - y100, abs=0.1) and y0 - y25 == pytest.approx((y0 - y100) / 4, abs=0.1)
+    labels = {text.text: float(text.get("y")) for text in chart.iter(f"{SVG}text")}
+    assert {"50", "100", "200", "0.0", "1.0", "steps", "lift", "one", "two <b>"} <= labels.keys()
+    assert abs(labels["one"] - labels["two <b>"]) >= 16
+
+
+def test_a_curve_of_one_point_is_drawn():
+    ElementTree.fromstring(curve_chart([Curve("one", [(50, 1.2)])], "steps", "lift"))

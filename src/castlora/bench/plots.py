@@ -1,8 +1,10 @@
-"""The chart of the benchmark: mean lift of each method with its interval, drawn as SVG."""
+"""The charts of the benchmark, drawn as SVG: mean lift of each method with its interval, and lift along a number."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from castlora.bench.results import DEFAULT_METHOD, MeanLift
 from castlora.config import Regime
@@ -10,7 +12,10 @@ from castlora.config import Regime
 _WIDTH, _ROW, _TITLE, _MARGIN = 860, 24, 34, 16
 _NAMES, _VALUES = 250, 130
 """Room in pixels for the names on the left and the figures on the right of the bars."""
+_CURVES_HEIGHT, _LINE = 360, 16
 _DEFAULT_COLOUR, _OTHER_COLOUR, _INK, _FAINT = "#0b6e75", "#8c959f", "#1f2328", "#d0d7de"
+_LINES = ((_DEFAULT_COLOUR, "none", 4), ("#b35900", "7 4", 3), ("#6e4fa3", "2 3", 3))
+"""Colour, dashes and size of the marks of each line."""
 
 
 def lift_chart(means: Sequence[MeanLift], titles: Mapping[Regime, str]) -> str:
@@ -36,11 +41,65 @@ def lift_chart(means: Sequence[MeanLift], titles: Mapping[Regime, str]) -> str:
             y += _ROW
     lines = [_mark(x(0), y, "bare 0"), _mark(x(1), y, "retrained 1")]
     height = y + 2 * _MARGIN
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}" role="img" '
-        f'aria-label="Mean lift by method" font-family="system-ui, sans-serif" font-size="13">\n'
-        f'<rect width="{_WIDTH}" height="{height:.0f}" fill="#ffffff"/>\n' + "\n".join([*lines, *parts]) + "\n</svg>\n"
-    )
+    return _svg(height, "Mean lift by method", [*lines, *parts])
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    """x above 0 and y, in ascending x."""
+
+
+def curve_chart(curves: Sequence[Curve], x_title: str, y_title: str) -> str:
+    """Lines over a logarithmic x axis, each with its own mark and its name at its end; y from 0 to 1 or beyond.
+
+    Args:
+        curves: the lines, each with at least one point
+        x_title: what x is
+        y_title: what y is
+    """
+    every = [point for curve in curves for point in curve.points]
+    ticks = sorted({x for x, _ in every})
+    low, high = (f(bound, *(y for _, y in every)) for f, bound in ((min, 0.0), (max, 1.0)))
+    left, right, top, bottom = 60, _WIDTH - _VALUES, 2 * _MARGIN, _CURVES_HEIGHT - 50
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        along = math.log(x / ticks[0]) / math.log(ticks[-1] / ticks[0]) if len(ticks) > 1 else 0.5
+        return left + along * (right - left), bottom - (y - low) / (high - low) * (bottom - top)
+
+    parts = [_text(left, bottom + 40, x_title), _text(left, top - 12, y_title)]
+    for tick in ticks:
+        x, _ = place(tick, 0)
+        parts.append(_text(x, bottom + 20, f"{tick:g}", anchor="middle"))
+    for level in (0.0, 0.5, 1.0):
+        _, y = place(ticks[0], level)
+        parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="{_FAINT}"/>')
+        parts.append(_text(left - 8, y + 4, f"{level:.1f}", anchor="end"))
+    ends = _apart([place(*curve.points[-1])[1] for curve in curves])
+    for number, (curve, end) in enumerate(zip(curves, ends, strict=True)):
+        parts.append(_curve(curve.name, [place(x, y) for x, y in curve.points], number, end))
+    return _svg(_CURVES_HEIGHT, f"{y_title} against {x_title}", parts)
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Heights of labels, moved down where they would overlap the one above."""
+    moved = list(heights)
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    for above, below in pairwise(order):
+        moved[below] = max(moved[below], moved[above] + _LINE)
+    return moved
+
+
+def _curve(name: str, places: Sequence[tuple[float, float]], number: int, label_height: float) -> str:
+    """A line, told from the others by colour, dashes and marks."""
+    colour, dashes, size = _LINES[number % len(_LINES)]
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    marks = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size}" fill="{colour}"/>' for x, y in places]
+    line = f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'
+    return "\n".join([line, *marks, _text(places[-1][0] + 10, label_height + 4, name, colour=colour)])
 
 
 def _bar(mean: MeanLift, zero: float, end: float, low: float, high: float, y: float) -> str:
@@ -59,13 +118,21 @@ def _bar(mean: MeanLift, zero: float, end: float, low: float, high: float, y: fl
     )
 
 
+def _svg(height: float, label: str, parts: Iterable[str]) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}" role="img" '
+        f'aria-label="{escape(label)}" font-family="system-ui, sans-serif" font-size="13">\n'
+        f'<rect width="{_WIDTH}" height="{height:.0f}" fill="#ffffff"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
 def _mark(x: float, height: float, label: str) -> str:
     line = f'<path d="M{x:.1f} {_MARGIN}V{height:.1f}" stroke="{_FAINT}" stroke-dasharray="4 3"/>'
     return line + "\n" + _text(x, height + 18, label, anchor="middle")
 
 
-def _text(x: float, y: float, text: str, anchor: str = "start", weight: int = 400) -> str:
+def _text(x: float, y: float, text: str, anchor: str = "start", weight: int = 400, colour: str = _INK) -> str:
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" fill="{_INK}" text-anchor="{anchor}" font-weight="{weight}">'
+        f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}" font-weight="{weight}">'
         f"{escape(text)}</text>"
     )

@@ -1,0 +1,58 @@
+"""What the commands for chains and for steps render; the runs themselves are theirs."""
+
+import json
+
+import pytest
+
+from benchmarks import chains, steps
+from castlora.bench.results import MeanLift
+from castlora.bench.spec import BenchmarkModel
+
+ENVIRONMENT = {"commit": "0123456789abcdef", "versions": {"torch": "2.13.0"}, "machine": "x86_64, 2 cores"}
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """Accuracy by model and adapter, and the moves that were made."""
+    moves = []
+
+    def transfer(adapter, source, target, out, **_options):
+        moves.append((adapter.split("/")[0], source, target))
+
+    def evaluate(model, task, adapter):
+        assert task.endswith("colours/test.jsonl")
+        if adapter is None:
+            return {"score": 0.2}
+        return {"score": 1.0 if adapter.startswith("adapters") else 0.8 if model == "t" else 0.6}
+
+    monkeypatch.setattr(chains, "transfer", transfer)
+    monkeypatch.setattr(chains, "evaluate", evaluate)
+    monkeypatch.setattr(chains, "environment", lambda: ENVIRONMENT)
+    models = {name: BenchmarkModel(name, f"adapters-{name}/{{skill}}") for name in "stu"}
+    monkeypatch.setattr(chains, "zoo_models", lambda *_: models)
+    return moves
+
+
+def test_a_chain_moves_the_adapter_that_it_wrote_and_is_not_run_twice(tmp_path, scores):
+    record, page = tmp_path / "chains.json", tmp_path / "chains.md"
+    for _ in range(2):
+        chains.main(tmp_path, record, page, chains=["s:t:u"], skills=["colours"])
+    direct, first, second = scores
+    assert direct == ("adapters-s", "s", "u") and first == ("adapters-s", "s", "t")
+    assert second[1:] == ("t", "u") and second[0] != "adapters-t"
+    (run,) = json.loads(record.read_text())["runs"]
+    assert (run["first_hop"], run["chained"], run["direct"]) == pytest.approx((0.75, 0.5, 0.5))
+    text = page.read_text()
+    assert "| s → t → u | colours | 0.75 | 0.50 | 0.50 |" in text
+    assert "at the second hop +0.25 [+0.25, +0.25], against the direct move +0.00" in text
+
+
+def test_lift_is_shown_by_number_of_steps():
+    def mean(method: str, lift: float) -> MeanLift:
+        return MeanLift("prompts", method, 4, lift, (lift - 0.1, lift + 0.1), 0.5, None)
+
+    found = {50: {"fresh": mean("fresh", 0.3)}, 100: {"fresh": mean("fresh", 0.6), "ridge start": mean("r", 0.7)}}
+    page = steps.render(found, "steps.svg")
+    assert "| steps | fresh | ridge start |" in page
+    assert "| 50 | 0.30 [0.20, 0.40] | – |" in page and "| 100 | 0.60 [0.50, 0.70] | 0.70 [0.60, 0.80] |" in page
+    assert [curve.points for curve in steps.curves(found)] == [[(50, 0.3), (100, 0.6)], [(100, 0.7)]]
