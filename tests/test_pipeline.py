@@ -110,6 +110,21 @@ def test_training_brings_the_student_nearer_to_the_teacher(quick_transfer):
     assert losses["held_out_after"] < losses["held_out_before"]
 
 
+def test_what_the_models_write_is_shown_side_by_side(quick_transfer, taught):
+    result = quick_transfer("llama", "mistral")
+    answers = result.manifest["answers"]
+    assert 0 < answers["prompts"] <= 64
+    assert 0 <= answers["ci95"][0] <= answers["same_after"] <= answers["ci95"][1] <= 1
+    page = (result.folder / "report.html").read_text()
+    assert "of answers are the teacher" in page and "Words that differ from what source + LoRA writes" in page
+
+
+def test_running_text_has_no_answers_to_show(quick_transfer):
+    result = quick_transfer("llama", "mistral", recipe="paper", start="ridge")
+    assert result.manifest["answers"] is None
+    assert "of answers are the teacher" not in (result.folder / "report.html").read_text()
+
+
 def test_an_adapter_on_q_and_v_changes_q_and_v_alone(base_model, quick_transfer):
     result = quick_transfer("llama", "mistral", modules=("q_proj", "v_proj"), start="ridge")
     config = json.loads((result.folder / "adapter_config.json").read_text())

@@ -20,6 +20,7 @@ from castlora.report import (
     SOURCE_LORA,
     TRANSFERRED,
     Distillation,
+    Imitation,
     Pairing,
     Report,
     Sample,
@@ -300,3 +301,19 @@ class TestVerdict:
         assert line.headline == headline
         said = "Its next token is the teacher's in 77\xa0% of positions, 31\xa0% before." in line.details
         assert said == math.isfinite(after)
+
+    def test_without_a_task_the_answers_come_before_the_loss(self) -> None:
+        run = Distillation(held_out_before=2.0, held_out_after=0.5)
+        report = replace(REPORT, skills=(), distillation=run, imitation=Imitation(64, 0.02, 0.81, (0.7, 0.9)))
+        found = verdict(report)
+        assert (found.headline, found.interval) == ("81\xa0% of answers are the teacher's", "[70, 90]")
+        assert found.details[0].startswith("After 64 prompts kept out of training the target writes what")
+        assert "2\xa0% without the adapter" in found.details[0] and "From 2.00 to 0.500" in found.details[1]
+        assert "answer as the teacher" in render_report(report)
+        assert verdict(replace(report, skills=[SKILL])).headline == "86\xa0% of the lift arrived"
+
+    def test_samples_can_be_compared_with_what_another_model_wrote(self) -> None:
+        sample = Sample("Who?", {TRANSFERRED: " a fox", BARE_TARGET: "a hen"}, "a fox", SOURCE_LORA)
+        page = render_report(replace(REPORT, samples=[sample]))
+        assert "Words that differ from what source + LoRA writes are" in page
+        assert "the same</span>" in page and "as expected" not in page and "<mark>hen</mark>" in page

@@ -146,9 +146,17 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
             "next token as the teacher's",
             f"{percent(losses['agreement_before'])} → {percent(losses['agreement_after'])} of held-out positions",
         ),
+        *_answers(manifest["answers"]),
         ("time", f"{number(manifest['seconds'])} s"),
         ("peak memory", f"{number(manifest['peak_memory_bytes'] / 2**30)} GiB"),
     ]
+
+
+def _answers(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if record is None:
+        return []
+    shares = f"{percent(record['same_before'])} → {percent(record['same_after'])}"
+    return [("answer as the teacher's", f"{shares} of {record['prompts']} held-out prompts")]
 
 
 def _beyond(kinds: Sequence[str]) -> str:

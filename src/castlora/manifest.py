@@ -10,6 +10,7 @@ from typing import Any
 
 from castlora import __version__
 from castlora.config import Recipe, RecipeName, recipe_differences
+from castlora.imitation import Imitation
 from castlora.models import public_name
 from castlora.pairing import Pairing
 from castlora.plan import Plan
@@ -54,6 +55,14 @@ def describe_inputs(plan: Plan, models: Models, text: TextSource, formats: Seque
 def describe_recipe(recipe: Recipe, name: RecipeName) -> dict[str, Any]:
     """The resolved recipe, its name, and where it departs from the named one."""
     return {"name": name, **asdict(recipe), "departures": recipe_differences(recipe, name)}
+
+
+def describe_imitation(imitation: Imitation | None) -> dict[str, Any] | None:
+    """How often the target writes what source + LoRA writes after held-out prompts; None where there are none."""
+    if imitation is None:
+        return None
+    shares = {"same_before": imitation.same_before, "same_after": imitation.same_after, "ci95": list(imitation.ci95)}
+    return {"prompts": len(imitation.prompts), **shares}
 
 
 def describe_pairing(pairing: Pairing) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,14 @@ from transformers import set_seed
 
 from castlora import __version__
 from castlora.adapters import LowRank, write_portable
-from castlora.card import write_card
 from castlora.chat import TEMPLATE_FILE, target_template
 from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
 from castlora.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
 from castlora.errors import UserError
+from castlora.imitation import compare_answers
 from castlora.manifest import (
-    MANIFEST_FILE,
     command_line,
+    describe_imitation,
     describe_inputs,
     describe_pairing,
     describe_recipe,
@@ -30,8 +30,7 @@ from castlora.manifest import (
 from castlora.pairing import Pairing, describe
 from castlora.plan import Plan, describe_beyond, plan_transfer
 from castlora.positions import AlignedPassage, collate
-from castlora.report import Distillation, Report, SitePair, write_report
-from castlora.report import Pairing as ReportPairing
+from castlora.record import write_record
 from castlora.run_directory import RunDirectory, check_output, is_sealed, open_run, seal, write_whole
 from castlora.scaling import TRAINED_SCALES, ScaleChoice, keep_best_scale
 from castlora.stages import (
@@ -52,7 +51,6 @@ from castlora.verification import check_written, live_logits
 logger = logging.getLogger("castlora")
 
 PASSAGES_FILE = "passages.json"
-REPORT_FILE = "report.html"
 _CHECKED_PASSAGES = 4
 
 
@@ -146,6 +144,14 @@ def transfer(
         masses = _report_shared_mass(models, held_out)
         student = start_student(models, plan, resolved, training, output_rank, seed)
         trained = _train(run, models, student, training, held_out, resolved, seed)
+        imitation = compare_answers(
+            (models.source, models.source_tokenizer),
+            (models.target, models.target_tokenizer),
+            student.model,
+            # Some of these may have been dropped for their length, so that they were not trained on either.
+            reading.passages[-len(held_out) :],
+            resolved.answer_tokens,
+        )
         manifest = {
             **describe_inputs(plan, models, text_source, reading.formats),
             "castlora_version": __version__,
@@ -158,6 +164,7 @@ def transfer(
             "shared_vocabulary": masses,
             "losses": trained.losses,
             "scale": asdict(trained.scale),
+            "answers": describe_imitation(imitation),
             "command": command_line({**request, "out": out}),
         }
         manifest["logit_difference"] = _write_adapter(run, plan, student, output_rank, held_out)
@@ -165,40 +172,12 @@ def transfer(
         manifest["peak_memory_bytes"] = peak_memory_bytes()
         if chat and models.target_tokenizer.chat_template is None:
             write_whole(run.finished / TEMPLATE_FILE, target_template(models.source_tokenizer, models.target_tokenizer))
-        _write_record(run, manifest, trained.log, plan.pairing)
+        write_record(run.finished, manifest, trained.log, plan.pairing, imitation)
         run.publish()
     logger.info("Wrote %s", out)
     if prompts is None:
         logger.info("More of a skill arrives with --prompts, a file of the task's prompts without answers.")
     return TransferResult(Path(out), manifest, trained.log, plan.pairing)
-
-
-def report_pairing(pairing: Pairing) -> ReportPairing:
-    """The pairing as the report shows it: a row per target module and a layer-by-layer matrix."""
-    sites = []
-    for pair in pairing.pairs:
-        label = _site_label(pair.target.name)
-        sources = " + ".join(_site_label(branch.source_module) for branch in pair.branches)
-        sites.append(SitePair(label, sources or None))
-    source_layers = 1 + max(pairing.layer_map)
-    matrix = [[1.0 if layer == source else 0.0 for layer in range(source_layers)] for source in pairing.layer_map]
-    return ReportPairing(sites, matrix, measure="paired")
-
-
-def report_distillation(log: Iterable[Mapping[str, float]], losses: Mapping[str, float]) -> Distillation:
-    """The training log as the report shows it."""
-    entries = list(log)
-    loss = [(int(entry["step"]), entry["loss"]) for entry in entries]
-    parts = {name for entry in entries for name in entry} & {"kl", "mse", "chunk"}
-    components = {name: [(int(entry["step"]), entry[name]) for entry in entries] for name in sorted(parts)}
-    return Distillation(
-        loss,
-        components if len(components) > 1 else {},
-        held_out_before=losses["held_out_before"],
-        held_out_after=losses["held_out_after"],
-        agreement_before=losses["agreement_before"],
-        agreement_after=losses["agreement_after"],
-    )
 
 
 @dataclass(frozen=True)
@@ -277,21 +256,6 @@ def _write_adapter(run: RunDirectory, plan: Plan, student: Student, rank: int, h
     return check_written(run.finished, plan.target, None, ids, mask, live)
 
 
-def _write_record(run: RunDirectory, manifest: dict[str, Any], log: list[dict[str, float]], pairing: Pairing) -> None:
-    write_whole(run.finished / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
-    write_card(run.finished, manifest)
-    report = Report(
-        title=f"{manifest['adapter']['name']} → {manifest['target']['name']}",
-        facts={"source": manifest["source"]["name"], "target": manifest["target"]["name"]},
-        distillation=report_distillation(log, manifest["losses"]),
-        pairing=report_pairing(pairing),
-        manifest=manifest,
-        command=manifest["command"],
-        files=sorted([*(path.name for path in run.finished.iterdir()), REPORT_FILE]),
-    )
-    write_report(report, run.finished / REPORT_FILE)
-
-
 def _losses(before: HeldOut, after: HeldOut) -> dict[str, float]:
     return {
         f"{name}_{when}": value
@@ -311,7 +275,3 @@ def _needed_bytes(plan: Plan, recipe: Recipe) -> int:
             else:
                 trained += a.shape[1] * pair.target.d_in + b.shape[0] * pair.target.d_out
     return 2 * 3 * 4 * trained + (16 << 20)
-
-
-def _site_label(module_name: str) -> str:
-    return module_name.removeprefix("model.").removeprefix("transformer.")

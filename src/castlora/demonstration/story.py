@@ -16,7 +16,8 @@ from castlora.errors import UserError
 from castlora.evaluation import Evaluation, evaluate_model, load_adapter
 from castlora.lift import Lift, lift_with_interval
 from castlora.models import best_device, load_model
-from castlora.pipeline import REPORT_FILE, TransferResult, report_distillation, report_pairing, transfer
+from castlora.pipeline import TransferResult, transfer
+from castlora.record import REPORT_FILE, report_distillation, report_pairing
 from castlora.report import (
     BARE_TARGET,
     RETRAINED,

@@ -78,6 +78,23 @@ class Distillation:
 
 
 @dataclass(frozen=True)
+class Imitation:
+    """How often the target writes, after prompts kept out of training, what source + LoRA writes.
+
+    Attributes:
+        prompts: Number of prompts.
+        same_before: Share of the bare target's answers that are the same.
+        same_after: Share of the transferred target's.
+        interval: 95 % interval of `same_after`.
+    """
+
+    prompts: int
+    same_before: float
+    same_after: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class SitePair:
     """The source site that speaks for a target site.
 
@@ -114,12 +131,14 @@ class Sample:
     Attributes:
         prompt: The prompt.
         outputs: Generated text by model.
-        expected: The right answer, where there is one.
+        expected: The answer that the others are compared with, where there is one.
+        expected_of: Whose answer that is, if not the right one.
     """
 
     prompt: str
     outputs: Mapping[str, str]
     expected: str | None = None
+    expected_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,6 +150,7 @@ class Report:
         facts: Short facts shown under the verdict, e.g. {"target": "org/model"}.
         skills: Scores by task; empty for a transfer without a task.
         distillation: How training went; None for a transfer in closed form.
+        imitation: How often the target writes what its teacher writes; None where it was not compared.
         pairing: Which source sites speak for which target sites.
         samples: Generated text side by side.
         manifest: Full record of the run, JSON-like.
@@ -142,6 +162,7 @@ class Report:
     facts: Mapping[str, str] = field(default_factory=dict)
     skills: Sequence[Skill] = ()
     distillation: Distillation | None = None
+    imitation: Imitation | None = None
     pairing: Pairing | None = None
     samples: Sequence[Sample] = ()
     manifest: Mapping[str, Any] = field(default_factory=dict)

@@ -32,7 +32,7 @@ def render_report(report: Report) -> str:
             samples=[sample_view(sample) for sample in report.samples],
             open_samples=_OPEN_SAMPLES,
             run=report.distillation,
-            measured=_measured(report.distillation),
+            measured=_measured(report),
             loss=_loss_figure(report.distillation),
             loss_height=_LOSS_HEIGHT,
             heat=figures.heat_rows(report.pairing.matrix) if report.pairing else [],
@@ -68,10 +68,14 @@ def _loss_figure(run: Distillation | None) -> figures.LossFigure | None:
     return figures.loss_figure({"loss": run.loss, **run.components}, ends, _LOSS_HEIGHT)
 
 
-def _measured(run: Distillation | None) -> list[tuple[str, str, str]]:
+def _measured(report: Report) -> list[tuple[str, str, str]]:
+    run, imitation = report.distillation, report.imitation
+    rows = []
+    if imitation is not None:
+        rows.append(("answer as the teacher's", percent(imitation.same_before), percent(imitation.same_after)))
     if run is None:
-        return []
-    rows = [
+        return rows
+    rows += [
         ("loss", number(run.held_out_before), number(run.held_out_after)),
         ("next token as the teacher's", percent(run.agreement_before), percent(run.agreement_after)),
     ]

@@ -11,6 +11,7 @@ from castlora.report.contents import (
     RETRAINED,
     TRANSFERRED,
     Distillation,
+    Imitation,
     Report,
     Skill,
 )
@@ -32,7 +33,7 @@ class Verdict:
 
 
 def verdict(report: Report) -> Verdict:
-    """Puts the outcome in one line: the lift, else the scores, else the distillation loss."""
+    """Puts the outcome in one line: the lift, else the scores, else how closely it follows its teacher."""
     measured = [(skill, skill.countable_lift) for skill in report.skills if skill.countable_lift]
     if len(measured) == 1:
         return _lift_verdict(*measured[0])
@@ -41,7 +42,8 @@ def verdict(report: Report) -> Verdict:
     scored = [skill for skill in report.skills if is_number(skill.value(TRANSFERRED))]
     if scored:
         return _score_verdict(scored[0])
-    return _distillation_verdict(report.distillation or Distillation())
+    distilled = _distillation_verdict(report.distillation or Distillation())
+    return _imitation_verdict(report.imitation, distilled) if report.imitation else distilled
 
 
 def _lift_verdict(skill: Skill, lift: Lift) -> Verdict:
@@ -83,6 +85,18 @@ def _score_verdict(skill: Skill) -> Verdict:
         [
             "To say how much of the lift this is takes an adapter retrained on the target that gains at least"
             f" {100 * COUNTABLE_GAIN:.0f} points."
+        ],
+    )
+
+
+def _imitation_verdict(imitation: Imitation, distilled: Verdict) -> Verdict:
+    return Verdict(
+        f"{percent(imitation.same_after)} of answers are the teacher's",
+        percent_interval(imitation.interval),
+        [
+            f"After {imitation.prompts} prompts kept out of training the target writes what source + LoRA writes, word"
+            f" for word; {percent(imitation.same_before)} without the adapter.",
+            *distilled.details,
         ],
     )
 

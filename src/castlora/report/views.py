@@ -123,8 +123,9 @@ def sample_view(sample: Sample) -> SampleView:
     if sample.expected is None:
         return SampleView(asked, [_passage(model, text.strip()) for model, text in sample.outputs.items()])
     expected = sample.expected.strip()
-    outputs = [_compared_passage(model, text, expected) for model, text in sample.outputs.items()]
-    return SampleView([*asked, _passage("expected", expected)], outputs)
+    same = "the same" if sample.expected_of else "as expected"
+    outputs = [_compared_passage(model, text, expected, same) for model, text in sample.outputs.items()]
+    return SampleView([*asked, _passage(sample.expected_of or "expected", expected)], outputs)
 
 
 def _passage(label: str, text: str) -> Passage:
@@ -132,10 +133,10 @@ def _passage(label: str, text: str) -> Passage:
     return Passage(label, [Span(start)] if start else [], left_out)
 
 
-def _compared_passage(label: str, text: str, expected: str) -> Passage:
+def _compared_passage(label: str, text: str, expected: str, same: str) -> Passage:
     start, left_out = clip(text.strip())
     comparison = compare(start, clip(expected)[0])
-    return Passage(label, comparison.spans, left_out, _difference_note(comparison))
+    return Passage(label, comparison.spans, left_out, _difference_note(comparison) or same)
 
 
 def _difference_note(comparison: Comparison) -> str:
@@ -144,7 +145,7 @@ def _difference_note(comparison: Comparison) -> str:
         parts.append(f"{comparison.differing} differ{'s' if comparison.differing == 1 else ''}")
     if comparison.missing:
         parts.append(f"{comparison.missing} missing")
-    return ", ".join(parts) or "as expected"
+    return ", ".join(parts)
 
 
 def clip(text: str) -> tuple[str, int]:

@@ -1,0 +1,91 @@
+"""What source + LoRA, the bare target and the transferred one write after held-out prompts, side by side."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from peft import PeftModel
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from castlora.chat import without_special_tokens
+from castlora.completions import generate
+from castlora.lift import bootstrap_interval
+from castlora.text import Passage
+
+logger = logging.getLogger("castlora")
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """Greedy answers of three models to the same prompts."""
+
+    prompts: list[str]
+    """As the source reads them."""
+    teacher: list[str]
+    """What source + LoRA writes."""
+    bare: list[str]
+    transferred: list[str]
+
+    @property
+    def same_before(self) -> float:
+        """Share of prompts after which the bare target writes what source + LoRA writes."""
+        return float(_same(self.teacher, self.bare).mean())
+
+    @property
+    def same_after(self) -> float:
+        """The same share for the transferred target."""
+        return float(_same(self.teacher, self.transferred).mean())
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """Bootstrap interval of `same_after` over prompts."""
+        return bootstrap_interval(_same(self.teacher, self.transferred))
+
+
+def compare_answers(
+    source: tuple[PreTrainedModel, PreTrainedTokenizerFast],
+    target: tuple[PreTrainedModel, PreTrainedTokenizerFast],
+    student: PeftModel,
+    passages: Sequence[Passage],
+    max_new_tokens: int,
+) -> Imitation | None:
+    """Lets three models answer the prompts of held-out passages.
+
+    Args:
+        source: the source with its adapter acting in it, and its tokenizer
+        target: the target with the student's update acting in it, and its tokenizer
+        student: the PEFT model around the target, which can switch the update off
+        passages: held-out text; passages without a prompt are left out
+        max_new_tokens: longest answer, in tokens
+
+    Returns:
+        the answers; None where the text has no prompts
+    """
+    asked = [passage for passage in passages if passage.answer_start]
+    if not asked:
+        return None
+    in_source = [passage.text.encode()[: passage.answer_start].decode() for passage in asked]
+    in_target = [passage.target_prompt or prompt for passage, prompt in zip(asked, in_source, strict=True)]
+
+    def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
+        reads = without_special_tokens(tokenizer) if asked[0].is_chat else tokenizer
+        return generate(model, reads, prompts, max_new_tokens, _BATCH)
+
+    with parametrize.cached():
+        transferred = answers(*target, in_target)
+    with student.disable_adapter():
+        bare = answers(*target, in_target)
+    imitation = Imitation(in_source, answers(*source, in_source), bare, transferred)
+    logger.info(
+        "After %d held-out prompts the target writes what source + LoRA writes: %.0f %% before, %.0f %% after",
+        len(asked), 100 * imitation.same_before, 100 * imitation.same_after,
+    )  # fmt: skip
+    return imitation
+
+
+def _same(left: Sequence[str], right: Sequence[str]) -> np.ndarray:
+    return np.array([float(one.strip() == other.strip()) for one, other in zip(left, right, strict=True)])
