@@ -15,8 +15,8 @@ from castlora.completions import encode_completion
 from castlora.config import Tuning
 from castlora.evaluation import evaluate
 from castlora.positions import align_passages
-from castlora.stages import TextSource
 from castlora.tasks import TaskItem
+from castlora.teaching import TextSource
 from castlora.text import Passage
 from castlora.tokens import ByteTokenizer
 

@@ -9,16 +9,8 @@ from castlora.config import DEFAULT
 from castlora.errors import UserError
 from castlora.plan import plan_transfer
 from castlora.positions import AlignedPassage
-from castlora.stages import (
-    HELD_OUT_PASSAGES,
-    TextSource,
-    choose_prompts,
-    draw_text,
-    load_models,
-    prompt_formats,
-    reading_order,
-    teach_text,
-)
+from castlora.stages import HELD_OUT_PASSAGES, load_models, reading_order
+from castlora.teaching import TextSource, choose_prompts, draw_text, prompt_formats, teach_text
 from castlora.text import GENERIC_FORMATS, SLOT, Passage
 
 LENGTHS = random.Random(0).choices(range(5, 60), k=96)

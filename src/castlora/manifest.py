@@ -14,7 +14,8 @@ from castlora.imitation import Imitation
 from castlora.models import public_name
 from castlora.pairing import Pairing
 from castlora.plan import Plan
-from castlora.stages import Models, TextSource
+from castlora.stages import Models
+from castlora.teaching import TextSource
 
 MANIFEST_FILE = "castlora.json"
 _LOCATIONS = ("adapter", "target", "source", "text", "prompts", "out")

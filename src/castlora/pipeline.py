@@ -33,18 +33,9 @@ from castlora.positions import AlignedPassage, collate
 from castlora.record import write_record
 from castlora.run_directory import RunDirectory, check_output, is_sealed, open_run, seal, write_whole
 from castlora.scaling import TRAINED_SCALES, ScaleChoice, keep_best_scale
-from castlora.stages import (
-    Models,
-    TextSource,
-    align_text,
-    hold_teacher,
-    load_models,
-    prompt_formats,
-    start_student,
-    teach_text,
-    train_student,
-)
+from castlora.stages import Models, align_text, hold_teacher, load_models, start_student, train_student
 from castlora.starts import student_factors
+from castlora.teaching import TextSource, prompt_formats, teach_text
 from castlora.text import Passage
 from castlora.verification import check_written, live_logits
 

@@ -29,9 +29,10 @@ from castlora.pairing import relative_depth
 from castlora.plan import Plan, plan_transfer
 from castlora.positions import AlignedPassage, Batch, align_passages, batches
 from castlora.solvers import ridge_map
-from castlora.stages import Models, TextSource, align_text, draw_text, load_models, prompt_formats
+from castlora.stages import Models, align_text, load_models
 from castlora.statistics import Moments
 from castlora.tasks import TaskItem, load_task
+from castlora.teaching import TextSource, draw_text, prompt_formats
 from castlora.text import Passage
 
 STEERED, CONTROL = "steered", "permuted pairs"

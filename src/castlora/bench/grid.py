@@ -23,7 +23,8 @@ from castlora.evaluation import Evaluation, evaluate_model
 from castlora.manifest import versions
 from castlora.plan import Plan, plan_transfer
 from castlora.run_directory import write_whole
-from castlora.stages import TextSource, load_models, prompt_formats, teach_text
+from castlora.stages import load_models
+from castlora.teaching import TextSource, prompt_formats, teach_text
 from castlora.text import Passage
 
 
