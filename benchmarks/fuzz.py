@@ -35,6 +35,7 @@ from castlora.models import load_model, load_tokenizer
 from castlora.plan import plan_transfer
 from castlora.portable import check_portable
 from castlora.tasks import load_task
+from castlora.taught import check_taught
 from castlora.text import candidate_formats, cut_passages, draw_fillings, read_documents, read_prompts
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
@@ -110,6 +111,7 @@ def _task_files(folder: Path) -> None:
         lines = path.read_text(encoding="utf-8").split("\n")[:20]
         (folder / path.name).write_text("\n".join(lines), encoding="utf-8")
     conversation = {"messages": [{"role": "user", "content": "Where does the river run?"}]}
+    (folder / "taught.jsonl").write_text("\n".join([json.dumps({**conversation, "answer": " North."})] * 5))
     (folder / "chat.jsonl").write_text("\n".join([json.dumps(conversation)] * 5))
 
 
@@ -122,6 +124,7 @@ def _read_tasks(folder: Path) -> None:
     load_task(folder / "test.jsonl")
     read_prompts(str(folder / "prompts.jsonl"), 10, seed=0)
     read_conversations(str(folder / "chat.jsonl"), 10, seed=0)
+    check_taught(str(folder / "taught.jsonl"))
 
 
 def _read_text(folder: Path) -> None:
@@ -146,6 +149,7 @@ def _convert_from_mlx(folder: Path) -> None:
         convert(str(folder), "peft", str(Path(temporary) / "peft"), base=str(demo_models_path() / SOURCE))
 
 
+_TASK_FILES = ("test.jsonl", "prompts.jsonl", "chat.jsonl", "taught.jsonl")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TARGETS: dict[str, Target] = {
     "adapter to move": Target(_adapter_files, _plan_from_adapter, _ADAPTER),
@@ -156,7 +160,7 @@ TARGETS: dict[str, Target] = {
         _whole_model, lambda folder: load_model(str(folder)), ("model.safetensors", "generation_config.json")
     ),
     "tokenizer of a base model": Target(_whole_model, _read_tokenizer, ("tokenizer.json", "tokenizer_config.json")),
-    "task, prompts and messages": Target(_task_files, _read_tasks, ("test.jsonl", "prompts.jsonl", "chat.jsonl")),
+    "task, prompts and messages": Target(_task_files, _read_tasks, _TASK_FILES),
     "general text": Target(_text_files, _read_text, ("text.txt", "text.jsonl")),
 }
 

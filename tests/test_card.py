@@ -32,7 +32,13 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "target": {"name": "org/mistral-s", "revision": "88b01de", "tokenizer_sha256": "cd"},
         "adapter": {"name": "org/trec-lora", "rank": 4, "beyond_maps": []},
         "rank": 8,
-        "text": {"regime": "prompt format", "text": "allenai/c4", "prompt_format": "Q: {text}", "prompts": None},
+        "text": {
+            "regime": "prompt format",
+            "text": "allenai/c4",
+            "prompt_format": "Q: {text}",
+            "prompts": None,
+            "taught": None,
+        },
         "pairing": [
             {"target": "layers.0.q_proj", "sources": [{"module": "layers.0.q_proj", "roles": ["q"]}]},
             {"target": "layers.0.gate_proj", "sources": []},
@@ -117,7 +123,7 @@ class TestHostileNames:
             source=record,
             target=record,
             adapter={"name": HOSTILE, "rank": 4, "beyond_maps": [HOSTILE]},
-            text={"regime": HOSTILE, "text": HOSTILE, "prompt_format": HOSTILE, "prompts": HOSTILE},
+            text={"regime": HOSTILE, "text": HOSTILE, "prompt_format": HOSTILE, "prompts": HOSTILE, "taught": HOSTILE},
             pairing=[{"target": HOSTILE, "sources": []}],
             versions={HOSTILE: HOSTILE},
             command=shlex.join(["castlora", HOSTILE]),
@@ -164,7 +170,8 @@ class TestPrivacy:
             "--token",
             "hf_" + "a" * 34,
         ]
-        text = {"regime": "general text", "text": f"json:{tmp_path}/t.jsonl", "prompt_format": None, "prompts": None}
+        text = {"regime": "general text", "text": f"json:{tmp_path}/t.jsonl", "prompt_format": None}
+        text |= {"prompts": None, "taught": None}
         card = make_card(
             manifest(
                 target=local,

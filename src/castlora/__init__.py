@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from castlora.pipeline import transfer
     from castlora.portable import check_portable
     from castlora.steering import steer
+    from castlora.teaching import teach
 
 __all__ = [
-    "CastLayer", "UserError", "__version__", "check_portable", "convert", "evaluate", "inspect", "steer", "transfer",
+    "CastLayer", "UserError", "__version__", "check_portable", "convert", "evaluate", "inspect", "steer", "teach",
+    "transfer",
 ]  # fmt: skip
 
 _HOMES = {
@@ -29,6 +31,7 @@ _HOMES = {
     "evaluate": "castlora.evaluation",
     "inspect": "castlora.inspection",
     "steer": "castlora.steering",
+    "teach": "castlora.teaching",
     "transfer": "castlora.pipeline",
 }
 

@@ -168,7 +168,7 @@ def _model(record: Mapping[str, Any]) -> str:
 
 
 def _text(record: Mapping[str, Any]) -> str:
-    names = [_name(record[kind]) for kind in ("text", "prompts") if record[kind]]
+    names = [_name(record[kind]) for kind in ("text", "prompts", "taught") if record[kind]]
     return ", ".join([_code(record["regime"]), *names])
 
 

@@ -35,7 +35,7 @@ def read_conversations(path: str, count: int, seed: int) -> list[Conversation]:
         UserError: the file cannot be read, holds no prompt, or a line is malformed.
     """
     lines, is_json = prompt_lines(path)
-    read = [_conversation(line, path, number) if is_json else ask(line) for number, line in enumerate(lines, 1)]
+    read = [parse_conversation(line, path, number) if is_json else ask(line) for number, line in enumerate(lines, 1)]
     conversations = list({json.dumps(conversation): conversation for conversation in read}.values())
     random.Random(seed).shuffle(conversations)
     return conversations[:count]
@@ -58,7 +58,8 @@ def chat_passages(
     passages = []
     for conversation in conversations:
         prompt = _render(conversation, source, chat_template(source))
-        passages.append(Passage(prompt, len(prompt.encode()), _render(conversation, target, template_of_target)))
+        in_target = _render(conversation, target, template_of_target)
+        passages.append(Passage(prompt, len(prompt.encode()), in_target, json.dumps(conversation)))
     return passages
 
 
@@ -98,21 +99,12 @@ def without_special_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedToke
     return plain
 
 
-def _render(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, template: str) -> str:
-    try:
-        rendered = tokenizer.apply_chat_template(
-            conversation, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in conversation)
-        raise UserError(
-            f"The chat template of {tokenizer.name_or_path!r} refuses messages of {roles} "
-            f"({first_line(error)}); change the messages or the template."
-        ) from error
-    return str(rendered)
+def parse_conversation(line: str, path: str, number: int) -> Conversation:
+    """The conversation of a line of JSON with `messages` or `prompt`, up to the message to answer.
 
-
-def _conversation(line: str, path: str, number: int) -> Conversation:
+    Raises:
+        UserError: the line holds none.
+    """
     record = parse_line(line, path, number)
     if not isinstance(record, dict):
         record = {}
@@ -130,6 +122,20 @@ def _conversation(line: str, path: str, number: int) -> Conversation:
     if not asked:
         raise UserError(f"{path!r} line {number} has no message to answer; end 'messages' with one of the user.")
     return asked
+
+
+def _render(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, template: str) -> str:
+    try:
+        rendered = tokenizer.apply_chat_template(
+            conversation, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in conversation)
+        raise UserError(
+            f"The chat template of {tokenizer.name_or_path!r} refuses messages of {roles} "
+            f"({first_line(error)}); change the messages or the template."
+        ) from error
+    return str(rendered)
 
 
 def _is_message(message: object) -> bool:

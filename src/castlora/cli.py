@@ -1,4 +1,4 @@
-"""The command line: `castlora transfer | evaluate | inspect | check | convert | steer | demo | bench`."""
+"""The command line: `castlora transfer | teach | evaluate | inspect | check | convert | steer | demo | bench`."""
 
 import logging
 import os
@@ -28,6 +28,7 @@ def _transfer(
     prompt_format: str = "",  # were it optional, jsonargparse would read "### {text}" as a YAML comment: None
     prompts: str | None = None,
     chat: bool = False,
+    taught: str | None = None,
     recipe: RecipeName = "default",
     start: Start | None = None,
     steps: int | None = None,
@@ -50,6 +51,7 @@ def _transfer(
         prompt_format: the adapter's prompt format with a {text} slot, filled from the general text; \n is a new line
         prompts: file of unlabelled prompts of the task, instead of general text
         chat: whether prompts are messages of a user, which each model reads in its own chat template
+        taught: file that castlora teach wrote, instead of all other text
         recipe: castlora's default, or the paper as far as it is stated
         start: random maps (paper), closed-form maps (ridge) or a plain LoRA (fresh), instead of the recipe's
         steps: optimizer steps, instead of the recipe's
@@ -64,13 +66,49 @@ def _transfer(
     from castlora.pipeline import transfer as run
 
     disable_progress_bar()
-    prompt_format_or_none = prompt_format.replace("\\n", "\n") if prompt_format else None
     result = run(
-        adapter, target, out, source, text, prompt_format_or_none, prompts, chat, recipe, start, steps, batch_size,
-        seed, rank, tuning,
+        adapter, target, out, source, text, _prompt_format(prompt_format), prompts, chat, taught, recipe, start, steps,
+        batch_size, seed, rank, tuning,
     )  # fmt: skip
     if json:
         _print_json(result.manifest)
+
+
+def _teach(
+    adapter: str,
+    out: str,
+    source: str | None = None,
+    text: str | None = None,
+    prompt_format: str = "",
+    prompts: str | None = None,
+    chat: bool = False,
+    seed: int = 0,
+    tuning: Tuning = Tuning(),  # noqa: B008  # as above
+) -> None:
+    r"""Writes prompts with the answers of source + LoRA, once for transfers to any number of targets.
+
+    Args:
+        adapter: folder or hub id of a PEFT LoRA
+        out: JSON lines file to write, for castlora transfer --taught
+        source: base model of the adapter, if not the one that its configuration names
+        text: general text: .txt or .jsonl, gzipped or not, or a hub data set; by default allenai/c4
+        prompt_format: the adapter's prompt format with a {text} slot, filled from the general text; \n is a new line
+        prompts: file of unlabelled prompts of the task, instead of general text
+        chat: whether prompts are messages of a user, which each model reads in its own chat template
+        seed: of the draw and of the answers
+        tuning: how much text, and how long
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from castlora.teaching import teach as run
+
+    disable_progress_bar()
+    run(adapter, out, source, text, _prompt_format(prompt_format), prompts, chat, seed, tuning)
+
+
+def _prompt_format(written: str) -> str | None:
+    """A prompt format as the command line has it: empty for none, and line ends written out."""
+    return written.replace("\\n", "\n") if written else None
 
 
 def _evaluate(
@@ -261,6 +299,7 @@ def _split(names: str | None) -> list[str] | None:
 # The names differ from the package's public ones, which jsonargparse would look up and so import.
 COMMANDS: dict[str, Callable[..., None]] = {
     "transfer": _transfer,
+    "teach": _teach,
     "evaluate": _evaluate,
     "inspect": _inspect,
     "check": _check,

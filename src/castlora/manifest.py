@@ -18,7 +18,7 @@ from castlora.stages import Models
 from castlora.teaching import TextSource
 
 MANIFEST_FILE = "castlora.json"
-_LOCATIONS = ("adapter", "target", "source", "text", "prompts", "out")
+_LOCATIONS = ("adapter", "target", "source", "text", "prompts", "taught", "out")
 _REPORTED_PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers")
 
 
@@ -48,6 +48,7 @@ def describe_inputs(plan: Plan, models: Models, text: TextSource, formats: Seque
             "prompt_format": text.prompt_format,
             "prompts": public_name(text.prompts) if text.prompts else None,
             "chat": text.chat,
+            "taught": public_name(text.taught) if text.taught else None,
             "formats": list(formats),
         },
     }

@@ -64,6 +64,7 @@ def transfer(
     prompt_format: str | None = None,
     prompts: str | None = None,
     chat: bool = False,
+    taught: str | None = None,
     recipe: RecipeName = "default",
     start: Start | None = None,
     steps: int | None = None,
@@ -86,6 +87,8 @@ def transfer(
         prompts: file of unlabelled prompts of the task, instead of general text
         chat: whether prompts are messages of a user, which each model reads in its own chat template; a target without
             one reads them in the source's, which is then written beside the adapter
+        taught: file of `castlora.teach`, instead of all other text: prompts with answers, in which source + LoRA has
+            no more to write
         recipe: `default`, or `paper`, the paper as far as it is stated
         start: `paper`, `ridge` or `fresh`, instead of the recipe's
         steps: optimizer steps, instead of the recipe's
@@ -104,8 +107,8 @@ def transfer(
     tuning = tuning or Tuning()
     request = {
         "adapter": adapter, "target": target, "source": source, "text": text, "prompt_format": prompt_format,
-        "prompts": prompts, "chat": chat, "recipe": recipe, "start": start, "steps": steps, "batch_size": batch_size,
-        "seed": seed, "rank": rank, "tuning": asdict(tuning),
+        "prompts": prompts, "chat": chat, "taught": taught, "recipe": recipe, "start": start, "steps": steps,
+        "batch_size": batch_size, "seed": seed, "rank": rank, "tuning": asdict(tuning),
     }  # fmt: skip
     resolved = resolve_recipe(recipe, start, steps, batch_size, tuning)
     if not 0 <= seed < 2**32:
@@ -120,7 +123,7 @@ def transfer(
     logger.info(describe(plan.pairing))
     if plan.beyond:
         logger.info(describe_beyond(plan.beyond))
-    text_source = TextSource(text, prompt_format, prompts, chat)
+    text_source = TextSource(text, prompt_format, prompts, chat, taught)
     text_source.check()
     models = load_models(plan)
     check_objective(models.shared, resolved)
@@ -161,7 +164,7 @@ def transfer(
         manifest["logit_difference"] = _write_adapter(run, plan, student, output_rank, held_out)
         manifest["seconds"] = round(time.monotonic() - started, 1)
         manifest["peak_memory_bytes"] = peak_memory_bytes()
-        if chat and models.target_tokenizer.chat_template is None:
+        if reading.passages[0].is_chat and models.target_tokenizer.chat_template is None:
             write_whole(run.finished / TEMPLATE_FILE, target_template(models.source_tokenizer, models.target_tokenizer))
         write_record(run.finished, manifest, trained.log, plan.pairing, imitation)
         run.publish()

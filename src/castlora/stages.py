@@ -74,6 +74,16 @@ def load_models(plan: Plan) -> Models:
     return Models(source, teacher, target, source_tokenizer, target_tokenizer, source_bytes, target_bytes, shared)
 
 
+def load_teacher(plan: Plan) -> Models:
+    """Loads source + LoRA alone, which stands in the place of the target too, for what needs none."""
+    source, tokenizer = load_model(plan.source, plan.source_revision, best_device())
+    teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
+    spelled = ByteTokenizer.from_tokenizer(tokenizer)
+    vocabulary = plan.source_config.vocab_size
+    shared = SharedVocabulary.of(spelled, spelled, vocabulary, vocabulary)
+    return Models(source, teacher, source, tokenizer, tokenizer, spelled, spelled, shared)
+
+
 def align_text(
     models: Models, passages: Sequence[Passage], recipe: Recipe
 ) -> tuple[list[AlignedPassage], list[AlignedPassage]]:

@@ -4,16 +4,22 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from transformers import set_seed
+
+from castlora.adapter_files import open_adapter
 from castlora.answers import write_answers
 from castlora.chat import Conversation, ask, chat_passages, read_conversations
-from castlora.config import Recipe
+from castlora.config import Recipe, Tuning, resolve_recipe
 from castlora.errors import UserError
 from castlora.format_search import FILLINGS, find_formats
 from castlora.models import context_length
+from castlora.plan import plan_transfer
 from castlora.positions import bytes_per_token
 from castlora.selection import most_informative, mutual_information, predict_first_tokens
-from castlora.stages import HELD_OUT_PASSAGES, Models
+from castlora.stages import HELD_OUT_PASSAGES, Models, load_teacher
+from castlora.taught import check_taught, read_taught, write_taught
 from castlora.text import (
     GENERIC_FORMATS,
     HUB_DEFAULT,
@@ -44,10 +50,14 @@ class TextSource:
     prompts: str | None = None
     chat: bool = False
     """Whether prompts are messages, which both models read in their own chat templates."""
+    taught: str | None = None
+    """File of prompts that are answered already."""
 
     @property
     def regime(self) -> str:
         """What is known about the task: nothing, the format of its prompts, or prompts themselves."""
+        if self.taught is not None:
+            return "taught text"
         if self.prompts is not None:
             return "unlabelled prompts"
         if self.prompt_format is not None:
@@ -57,7 +67,7 @@ class TextSource:
     @property
     def known_formats(self) -> Sequence[str]:
         """What general text is put into, as far as that is known; a chat template needs nothing around the text."""
-        if self.prompts is not None:
+        if self.prompts is not None or self.taught is not None:
             return ()
         if self.prompt_format is not None:
             return (self.prompt_format,)
@@ -65,6 +75,11 @@ class TextSource:
 
     def check(self) -> None:
         """Raises a UserError if the text cannot be read, before anything slow begins."""
+        if self.taught is not None:
+            if self.text or self.prompts or self.prompt_format or self.chat:
+                raise UserError("--taught holds prompts and answers; give no other text, format or --chat with it.")
+            check_taught(self.taught)
+            return
         if self.prompts is not None and self.prompt_format is not None:
             raise UserError("--prompts and --prompt-format are two sources of prompts; give one of them.")
         if self.prompts is not None and self.text is not None:
@@ -87,7 +102,7 @@ def prompt_formats(models: Models, text: TextSource, recipe: Recipe, seed: int) 
     Raises:
         UserError: the text cannot be read.
     """
-    if text.known_formats or text.prompts is not None or not recipe.write_answers:
+    if text.known_formats or text.prompts or text.taught or not recipe.write_answers:
         return text.known_formats
     if recipe.format_candidates == 0:
         return GENERIC_FORMATS
@@ -140,10 +155,64 @@ def teach_text(models: Models, text: TextSource, formats: Sequence[str], recipe:
     Raises:
         UserError: the text cannot be read or is too little.
     """
+    if text.taught is not None:
+        count = max(recipe.passages, recipe.filled_passages) + HELD_OUT_PASSAGES
+        return read_taught(text.taught, count, models.source_tokenizer, models.target_tokenizer)
     drawn = draw_text(models, text, formats, recipe, seed)
     logger.info("Text: %s, %d passages", text.regime, len(drawn))
     chosen = choose_prompts(models, drawn, recipe) if formats else drawn
     return answer_prompts(models, chosen, recipe, seed)
+
+
+def teach(
+    adapter: str,
+    out: str,
+    source: str | None = None,
+    text: str | None = None,
+    prompt_format: str | None = None,
+    prompts: str | None = None,
+    chat: bool = False,
+    seed: int = 0,
+    tuning: Tuning | None = None,
+) -> Path:
+    """Writes prompts with the answers of source + LoRA, for transfers to any number of targets.
+
+    The first part of a transfer, which needs no target: text is drawn, put into prompt formats, chosen and answered.
+
+    Args:
+        adapter: folder or hub id of a PEFT LoRA
+        out: JSON lines file to write: `prompt`, or the `messages` of a chat, and `answer`
+        source: base model of the adapter, if not the one that its configuration names
+        text: general text, a .txt or .jsonl file (may be gzipped) or a hub data set; by default allenai/c4
+        prompt_format: the adapter's prompt format with a `{text}` slot, filled from the general text
+        prompts: file of unlabelled prompts of the task, instead of general text
+        chat: whether prompts are messages of a user, which each model reads in its own chat template
+        seed: of the draw and of the answers
+        tuning: how much text, and how long
+
+    Returns:
+        the file
+
+    Raises:
+        UserError: bad input; nothing has been written.
+    """
+    path = Path(out)
+    if path.exists() or not path.parent.is_dir():
+        state = "exists" if path.exists() else "lies in no folder that exists"
+        raise UserError(f"--out {out!r} {state}; give a new file, nothing is ever overwritten.")
+    recipe = resolve_recipe("default", None, None, None, tuning or Tuning())
+    if not recipe.write_answers:
+        raise UserError("write_answers is false, so that there is nothing to teach; leave it out.")
+    text_source = TextSource(text, prompt_format, prompts, chat)
+    text_source.check()
+    set_seed(seed)
+    base = source or open_adapter(adapter).base_model
+    models = load_teacher(plan_transfer(adapter, base, source))
+    formats = prompt_formats(models, text_source, recipe, seed)
+    passages = teach_text(models, text_source, formats, recipe, seed)
+    write_taught(path, passages)
+    logger.info("Wrote %d answered prompts to %s", len(passages), out)
+    return path
 
 
 def choose_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe) -> list[Passage]:

@@ -45,6 +45,8 @@ class Passage:
     target_prompt: str | None = None
     """What the target reads before the answer, where chat templates have each model asked in its own words. Both
     prompts then have their special tokens written out."""
+    messages: str | None = None
+    """The conversation behind the prompt, as JSON, where it comes from one."""
 
     @property
     def is_chat(self) -> bool:
@@ -167,7 +169,7 @@ def read_prompts(path: str, count: int, seed: int) -> list[str]:
         UserError: the file cannot be read or holds no prompt.
     """
     lines, is_json = prompt_lines(path)
-    prompts = [_field(line, path, number, ("prompt",)) if is_json else line for number, line in enumerate(lines, 1)]
+    prompts = [text_field(line, path, number, ("prompt",)) if is_json else line for number, line in enumerate(lines, 1)]
     prompts = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
     if not prompts:
         raise UserError(f"--prompts {path!r} holds no prompt; give at least one line.")
@@ -183,7 +185,7 @@ def prompt_lines(path: str) -> tuple[list[str], bool]:
     """
     if not Path(path).is_file():
         raise UserError(f"--prompts {path!r} is not a file; give JSON lines with a 'prompt' field, or plain lines.")
-    lines = list(_read_lines(Path(path)))
+    lines = list(read_lines(Path(path)))
     if not lines:
         raise UserError(f"--prompts {path!r} holds no prompt; give at least one line.")
     return lines, any(suffix in {".jsonl", ".json"} for suffix in Path(path).suffixes)
@@ -207,26 +209,12 @@ def well_formed(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _read_file(path: Path) -> Iterator[str]:
-    suffixes = path.suffixes
-    if ".jsonl" in suffixes or ".json" in suffixes:
-        for number, line in enumerate(_read_lines(path), 1):
-            text = _field(line, str(path), number, _TEXT_FIELDS)
-            if text.strip():
-                yield text
-        return
-    paragraph: list[str] = []
-    for line in _read_lines(path, keep_blank=True):
-        if line.strip():
-            paragraph.append(line)
-        elif paragraph:
-            yield "\n".join(paragraph)
-            paragraph = []
-    if paragraph:
-        yield "\n".join(paragraph)
+def read_lines(path: Path, keep_blank: bool = False) -> Iterator[str]:
+    """The lines of a file, gzipped or not.
 
-
-def _read_lines(path: Path, keep_blank: bool = False) -> Iterator[str]:
+    Raises:
+        UserError: it cannot be read as UTF-8.
+    """
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
@@ -237,7 +225,12 @@ def _read_lines(path: Path, keep_blank: bool = False) -> Iterator[str]:
         raise UserError(f"{str(path)!r} cannot be read as UTF-8 text ({first_line(error)}); check the file.") from error
 
 
-def _field(line: str, path: str, number: int, names: tuple[str, ...]) -> str:
+def text_field(line: str, path: str, number: int, names: tuple[str, ...]) -> str:
+    """The first of some text fields that a line of JSON has.
+
+    Raises:
+        UserError: it has none.
+    """
     record = parse_line(line, path, number)
     for name in names:
         if isinstance(record, dict) and isinstance(record.get(name), str):
@@ -245,6 +238,25 @@ def _field(line: str, path: str, number: int, names: tuple[str, ...]) -> str:
     if isinstance(record, dict) and "prompt" in names and "messages" in record:
         raise UserError(f"{path!r} line {number} has 'messages' instead of a text 'prompt'; give --chat true.")
     raise UserError(f"{path!r} line {number} has no text field {names[0]!r}; write one object per line with it.")
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    suffixes = path.suffixes
+    if ".jsonl" in suffixes or ".json" in suffixes:
+        for number, line in enumerate(read_lines(path), 1):
+            text = text_field(line, str(path), number, _TEXT_FIELDS)
+            if text.strip():
+                yield text
+        return
+    paragraph: list[str] = []
+    for line in read_lines(path, keep_blank=True):
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield "\n".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield "\n".join(paragraph)
 
 
 def _stream_hub(data_set: str) -> Iterator[str]:

@@ -1,0 +1,82 @@
+"""Files of taught text: prompts with the answers of source + LoRA, to be read for any number of targets."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from castlora.chat import chat_passages, parse_conversation
+from castlora.errors import UserError
+from castlora.run_directory import write_whole
+from castlora.text import Passage, parse_line, read_lines, text_field
+
+
+def write_taught(path: Path, passages: Iterable[Passage]) -> None:
+    """Writes answered prompts as JSON lines: `prompt`, or the `messages` of a chat, and `answer`."""
+    lines = []
+    for passage in passages:
+        text = passage.text.encode()
+        answer = text[passage.answer_start :].decode()
+        if passage.messages is None:
+            asked: dict[str, Any] = {"prompt": text[: passage.answer_start].decode()}
+        else:
+            asked = {"messages": json.loads(passage.messages)}
+        lines.append(json.dumps({**asked, "answer": answer}, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines))
+
+
+def check_taught(path: str) -> None:
+    """Raises a UserError if a file of taught text cannot be read."""
+    _read_records(path)
+
+
+def read_taught(
+    path: str, count: int, source: PreTrainedTokenizerFast, target: PreTrainedTokenizerFast
+) -> list[Passage]:
+    """The first `count` answered prompts of a file in its order, so that the last ones are held out.
+
+    Args:
+        path: JSON lines with `prompt` or `messages`, and `answer`
+        count: most passages
+        source: tokenizer of the source model
+        target: tokenizer of the target model, which is asked in its own chat template
+
+    Raises:
+        UserError: the file cannot be read, a line is malformed, or a chat template refuses a conversation.
+    """
+    records = _read_records(path)[:count]
+    chats = [record for record in records if "messages" in record]
+    in_templates = iter(chat_passages([record["messages"] for record in chats], source, target) if chats else ())
+    return [
+        _answered(next(in_templates) if "messages" in record else _asked(record["prompt"]), record["answer"])
+        for record in records
+    ]
+
+
+def _asked(prompt: str) -> Passage:
+    return Passage(prompt, len(prompt.encode()))
+
+
+def _answered(passage: Passage, answer: str) -> Passage:
+    return replace(passage, text=passage.text + answer)
+
+
+def _read_records(path: str) -> list[dict[str, Any]]:
+    if not Path(path).is_file():
+        raise UserError(f"--taught {path!r} is not a file; give the one that castlora teach wrote.")
+    records = [_parse(line, path, number) for number, line in enumerate(read_lines(Path(path)), 1)]
+    if len({"messages" in record for record in records}) > 1:
+        raise UserError(f"--taught {path!r} has lines with 'messages' and lines with 'prompt'; give files of one kind.")
+    if len(records) < 2:
+        raise UserError(f"--taught {path!r} holds {len(records)} lines, at least 2 are needed; teach more text.")
+    return records
+
+
+def _parse(line: str, path: str, number: int) -> dict[str, Any]:
+    answer = text_field(line, path, number, ("answer",))
+    if "messages" in parse_line(line, path, number):
+        return {"messages": parse_conversation(line, path, number), "answer": answer}
+    return {"prompt": text_field(line, path, number, ("prompt",)), "answer": answer}
