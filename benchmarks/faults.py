@@ -267,9 +267,9 @@ def main(seed: int = 0, share: float = 1.0, out: Path | None = None) -> None:
             total.began_again += one.began_again
             total.failures += one.failures
             total.skipped = one.skipped
-    print(f"{'':28} {'runs':>5} {'went on':>8} {'failed':>7}")
+    print(f"{'':32} {'runs':>5} {'went on':>8} {'failed':>7}")
     for name, outcome in outcomes.items():
-        print(f"{name:28} {outcome.tried:5} {outcome.began_again:8} {len(outcome.failures):7} {outcome.skipped}")
+        print(f"{name:32} {outcome.tried:5} {outcome.began_again:8} {len(outcome.failures):7} {outcome.skipped}")
     for failure in (failure for outcome in outcomes.values() for failure in outcome.failures):
         print(failure)
     if out is not None:
