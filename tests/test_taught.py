@@ -122,6 +122,7 @@ def test_taught_text_stands_alone(places, base_model, tmp_path):
         ("taught.jsonl", {"tuning": Tuning(write_answers=False)}, "write_answers is false, so that there is nothing"),
         ("taught.jsonl", {"prompt_format": "no slot"}, r"has no \{text\} slot"),
         ("taught.jsonl", {"source": ""}, "names no base model"),
+        ("taught.jsonl", {"seed": -1}, "seed is -1; give a whole number from 0"),
     ],
 )
 def test_what_cannot_be_taught_is_refused_and_nothing_is_written(

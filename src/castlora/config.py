@@ -168,6 +168,12 @@ def resolve_recipe(
     return recipe
 
 
+def check_seed(seed: int) -> None:
+    """Raises a UserError if a seed is none that all generators of random numbers take."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; give a whole number from 0 to 2**32 - 1.")
+
+
 def recipe_differences(recipe: Recipe, name: RecipeName) -> dict[str, Any]:
     """The fields in which a resolved recipe departs from the named one."""
     named = RECIPES[name]

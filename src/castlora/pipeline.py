@@ -14,7 +14,7 @@ from transformers import set_seed
 from castlora import __version__
 from castlora.adapters import LowRank, write_portable
 from castlora.chat import TEMPLATE_FILE, target_template
-from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
+from castlora.config import Recipe, RecipeName, Start, Tuning, check_seed, resolve_recipe
 from castlora.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
 from castlora.errors import UserError
 from castlora.imitation import compare_answers
@@ -111,8 +111,7 @@ def transfer(
         "batch_size": batch_size, "seed": seed, "rank": rank, "tuning": asdict(tuning),
     }  # fmt: skip
     resolved = resolve_recipe(recipe, start, steps, batch_size, tuning)
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed is {seed}; give a whole number from 0 to 2**32 - 1.")
+    check_seed(seed)
     settings = {**request, "resolved_recipe": asdict(resolved), "castlora_version": __version__}
     check_output(out, settings)
     started = time.monotonic()
@@ -169,7 +168,7 @@ def transfer(
         write_record(run.finished, manifest, trained.log, plan.pairing, imitation)
         run.publish()
     logger.info("Wrote %s", out)
-    if prompts is None:
+    if prompts is None and taught is None:
         logger.info("More of a skill arrives with --prompts, a file of the task's prompts without answers.")
     return TransferResult(Path(out), manifest, trained.log, plan.pairing)
 

@@ -11,7 +11,7 @@ from transformers import set_seed
 from castlora.adapter_files import open_adapter
 from castlora.answers import write_answers
 from castlora.chat import Conversation, ask, chat_passages, read_conversations
-from castlora.config import Recipe, Tuning, resolve_recipe
+from castlora.config import Recipe, Tuning, check_seed, resolve_recipe
 from castlora.errors import UserError
 from castlora.format_search import FILLINGS, find_formats
 from castlora.models import context_length
@@ -200,6 +200,7 @@ def teach(
     if path.exists() or not path.parent.is_dir():
         state = "exists" if path.exists() else "lies in no folder that exists"
         raise UserError(f"--out {out!r} {state}; give a new file, nothing is ever overwritten.")
+    check_seed(seed)
     recipe = resolve_recipe("default", None, None, None, tuning or Tuning())
     if not recipe.write_answers:
         raise UserError("write_answers is false, so that there is nothing to teach; leave it out.")

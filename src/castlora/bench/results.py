@@ -79,15 +79,15 @@ def text_loss_added(bare: dict[str, Any], runs: Iterable[dict[str, Any]]) -> flo
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method beside the default, on the pairs and skills that both were run on, over the seeds that both have."""
+    """A method beside another, on the pairs and skills that both were run on, over the seeds that both have."""
 
     cells: int
     above: float
-    """Mean of the method's lift minus the default's."""
+    """Mean of its lift minus the other's."""
     ci95: tuple[float, float]
     """Bootstrap interval over pairs and skills."""
     ahead: int
-    """Cells where the method is above the default."""
+    """Cells where it is above the other."""
     behind: int
 
 
