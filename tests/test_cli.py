@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
-from castlora import cli, pipeline, steering
+from castlora import commands, pipeline, steering
 from castlora.cli import main
 from castlora.config import Tuning
 
@@ -273,7 +273,9 @@ def test_incomplete_commands_are_explained_in_one_sentence(arguments, capsys):
     assert complaint(arguments, capsys).startswith("castlora: ")
 
 
-@pytest.mark.parametrize(("command", "function"), [(cli._transfer, pipeline.transfer), (cli._steer, steering.steer)])
+@pytest.mark.parametrize(
+    ("command", "function"), [(commands._transfer, pipeline.transfer), (commands._steer, steering.steer)]
+)
 def test_the_commands_take_what_the_library_takes(command, function):
     taken = [name for name in inspect.signature(command).parameters if name != "json"]
     assert taken == list(inspect.signature(function).parameters)
@@ -326,4 +328,4 @@ def test_results_are_printed_as_json_for_scripts(settings, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         main(["check", "--adapter", str(tmp_path / "out"), "--json", "true"])
     (broken,) = json.loads(capsys.readouterr().out)
-    assert ended.value.code == cli.NOT_PORTABLE and broken["rule"] == "base by name"
+    assert ended.value.code == commands.NOT_PORTABLE and broken["rule"] == "base by name"

@@ -219,7 +219,7 @@ def test_a_prompt_format_is_filled_and_answered(quick_transfer, taught):
     result = quick_transfer("llama", "mistral", prompt_format=instruction, tuning=ANSWERED)
     assert result.manifest["text"] == {
         "regime": "prompt format", "text": "general.txt", "prompt_format": instruction, "prompts": None,
-        "chat": False, "formats": [instruction],
+        "chat": False, "taught": None, "formats": [instruction],
     }  # fmt: skip
     for passage in taught:
         assert passage.text.startswith("Question: The ")

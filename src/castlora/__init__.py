@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from castlora.conversion import convert
     from castlora.errors import UserError
     from castlora.evaluation import evaluate
+    from castlora.hub import push
     from castlora.inspection import inspect
     from castlora.maps import CastLayer
     from castlora.pipeline import transfer
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from castlora.teaching import teach
 
 __all__ = [
-    "CastLayer", "UserError", "__version__", "check_portable", "convert", "evaluate", "inspect", "steer", "teach",
-    "transfer",
+    "CastLayer", "UserError", "__version__", "check_portable", "convert", "evaluate", "inspect", "push", "steer",
+    "teach", "transfer",
 ]  # fmt: skip
 
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "convert": "castlora.conversion",
     "evaluate": "castlora.evaluation",
     "inspect": "castlora.inspection",
+    "push": "castlora.hub",
     "steer": "castlora.steering",
     "teach": "castlora.teaching",
     "transfer": "castlora.pipeline",

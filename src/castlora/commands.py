@@ -1,0 +1,316 @@
+"""What each command of the command line does; everything heavy is imported when it runs."""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from castlora.config import Form, RecipeName, Start, Tuning
+
+NOT_PORTABLE = 1
+
+
+def _transfer(
+    adapter: str,
+    target: str,
+    out: str,
+    source: str | None = None,
+    text: str | None = None,
+    prompt_format: str = "",  # were it optional, jsonargparse would read "### {text}" as a YAML comment: None
+    prompts: str | None = None,
+    chat: bool = False,
+    taught: str | None = None,
+    recipe: RecipeName = "default",
+    start: Start | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    rank: int | None = None,
+    tuning: Tuning = Tuning(),  # noqa: B008  # frozen, and jsonargparse reads the fields from it
+    json: bool = False,
+) -> None:
+    r"""Moves an adapter to another base model and writes a standard PEFT LoRA.
+
+    The same command continues a run that was interrupted.
+
+    Args:
+        adapter: folder or hub id of a PEFT LoRA
+        target: folder or hub id of the new base model
+        out: folder to write, new or empty
+        source: base model of the adapter, if not the one that its configuration names
+        text: general text: .txt or .jsonl, gzipped or not, or a hub data set; by default allenai/c4
+        prompt_format: the adapter's prompt format with a {text} slot, filled from the general text; \n is a new line
+        prompts: file of unlabelled prompts of the task, instead of general text
+        chat: whether prompts are messages of a user, which each model reads in its own chat template
+        taught: file that castlora teach wrote, instead of all other text
+        recipe: castlora's default, or the paper as far as it is stated
+        start: random maps (paper), closed-form maps (ridge) or a plain LoRA (fresh), instead of the recipe's
+        steps: optimizer steps, instead of the recipe's
+        batch_size: passages per step, instead of the recipe's
+        seed: the same seed gives the same bytes on the same machine
+        rank: rank of the adapter to write; by default the smallest that holds the update
+        tuning: departures from the recipe's other numbers
+        json: whether the manifest is printed when all is done
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from castlora.pipeline import transfer as run
+
+    disable_progress_bar()
+    result = run(
+        adapter, target, out, source, text, _prompt_format(prompt_format), prompts, chat, taught, recipe, start, steps,
+        batch_size, seed, rank, tuning,
+    )  # fmt: skip
+    if json:
+        _print_json(result.manifest)
+
+
+def _teach(
+    adapter: str,
+    out: str,
+    source: str | None = None,
+    text: str | None = None,
+    prompt_format: str = "",
+    prompts: str | None = None,
+    chat: bool = False,
+    seed: int = 0,
+    tuning: Tuning = Tuning(),  # noqa: B008  # as above
+) -> None:
+    r"""Writes prompts with the answers of source + LoRA, once for transfers to any number of targets.
+
+    Args:
+        adapter: folder or hub id of a PEFT LoRA
+        out: JSON lines file to write, for castlora transfer --taught
+        source: base model of the adapter, if not the one that its configuration names
+        text: general text: .txt or .jsonl, gzipped or not, or a hub data set; by default allenai/c4
+        prompt_format: the adapter's prompt format with a {text} slot, filled from the general text; \n is a new line
+        prompts: file of unlabelled prompts of the task, instead of general text
+        chat: whether prompts are messages of a user, which each model reads in its own chat template
+        seed: of the draw and of the answers
+        tuning: how much text, and how long
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from castlora.teaching import teach as run
+
+    disable_progress_bar()
+    run(adapter, out, source, text, _prompt_format(prompt_format), prompts, chat, seed, tuning)
+
+
+def _prompt_format(written: str) -> str | None:
+    """A prompt format as the command line has it: empty for none, and line ends written out."""
+    return written.replace("\\n", "\n") if written else None
+
+
+def _evaluate(
+    model: str,
+    task: str,
+    adapter: str | None = None,
+    out: str | None = None,
+    batch_size: int = 32,
+    chat: bool = False,
+    json: bool = False,
+) -> None:
+    """Scores a model, with or without an adapter, on a task file.
+
+    Args:
+        model: folder or hub id of the base model
+        task: JSON lines with prompt, completion and optionally choices
+        adapter: folder or hub id of a PEFT LoRA for it
+        out: JSON file for the result
+        batch_size: items per forward pass
+        chat: whether prompts are messages of a user, in the model's chat template
+        json: whether the result is printed as JSON
+    """
+    from castlora.evaluation import evaluate as run
+
+    result = run(model=model, adapter=adapter, task=task, out=out, batch_size=batch_size, chat=chat)
+    if json:
+        _print_json(result)
+        return
+    low, high = result["ci95"]
+    print(f"{result['metric']} {result['score']:.3f} [{low:.3f}, {high:.3f}]  nll {result['nll']:.3f}  n {result['n']}")
+
+
+def _inspect(adapter: str, target: str, source: str | None = None, steps: int = 1000, batch_size: int = 16) -> None:
+    """Shows before a transfer what will be paired, what will be dropped, and what it will cost.
+
+    Args:
+        adapter: folder or hub id of a PEFT LoRA
+        target: folder or hub id of the new base model
+        source: base model of the adapter, if not the one that its configuration names
+        steps: optimizer steps to forecast
+        batch_size: passages per step to forecast
+    """
+    from castlora.inspection import inspect as run
+
+    print(run(adapter, target, source, steps, batch_size))
+
+
+def _check(adapter: str, json: bool = False) -> None:
+    """Tells which rules of serving engines an adapter breaks; exit code 1 if it breaks one.
+
+    Args:
+        adapter: folder of a PEFT LoRA
+        json: whether the broken rules are printed as JSON
+    """
+    from castlora.portable import check_portable, describe
+
+    findings = check_portable(adapter)
+    if json:
+        _print_json([vars(finding) for finding in findings])
+    else:
+        print(describe(findings))
+    if findings:
+        sys.exit(NOT_PORTABLE)
+
+
+def _convert(adapter: str, to: Form, out: str, base: str | None = None, llama_cpp: str | None = None) -> None:
+    """Writes an adapter in another form: portable PEFT, MLX-LM, merged into its base model, GGUF, or without a pickle.
+
+    Args:
+        adapter: folder or hub id of a PEFT adapter, or folder of an MLX-LM adapter
+        to: peft (the plain LoRA that engines load), mlx, merged (the base model with the adapter in it), gguf, or
+            safetensors (the tensors of a pickled adapter_model.bin)
+        out: folder to write, new or empty; a new file for gguf
+        base: base model of the adapter, if not the one that its configuration names
+        llama_cpp: folder of llama.cpp's sources, whose converter makes the gguf
+    """
+    from castlora.conversion import convert as run
+
+    run(adapter, to, out, base, llama_cpp)
+
+
+def _push(adapter: str, repo: str, private: bool = False, report: bool = False) -> None:
+    """Uploads an adapter that transfer wrote to the hub, with its card and manifest.
+
+    Args:
+        adapter: folder that castlora transfer wrote
+        repo: OWNER/NAME; made if there is none
+        private: whether a new repository is private
+        report: whether report.html goes along, which shows some of the prompts
+    """
+    from castlora.hub import push as run
+
+    print(run(adapter, repo, private, report))
+
+
+def _steer(
+    adapter: str,
+    target: str,
+    task: str,
+    source: str | None = None,
+    text: str | None = None,
+    prompts: str | None = None,
+    layer: int | None = None,
+    strength: float = 1.0,
+    seed: int = 0,
+    out: str | None = None,
+) -> None:
+    """Steers the target with source + LoRA while it answers a task; needs both models and writes no adapter.
+
+    Args:
+        adapter: folder or hub id of a PEFT LoRA
+        target: folder or hub id of the model to steer
+        task: JSON lines with prompt, completion and choices
+        source: base model of the adapter, if not the one that its configuration names
+        text: general text to fit the bridge on: .txt or .jsonl, gzipped or not, or a hub data set
+        prompts: file of unlabelled prompts to fit the bridge on instead
+        layer: decoder layer of the target whose output is replaced; by default at two thirds of the depth
+        strength: 0 keeps the target's own hidden states, 1 replaces them
+        seed: of everything random
+        out: JSON file for the result
+    """
+    from castlora.steering import describe
+    from castlora.steering import steer as run
+
+    print(describe(run(adapter, target, task, source, text, prompts, layer, strength, seed, out)))
+
+
+def _demo(out: str = "castlora-demo", seed: int = 0) -> None:
+    """Moves a skill between the two bundled models, and shows how much of it arrived.
+
+    Args:
+        out: folder to write, new or empty
+        seed: of everything random
+    """
+    from castlora.demonstration import demonstrate
+
+    demonstrate(out, seed)
+
+
+def _bench_quality(
+    out: str,
+    spec: str | None = None,
+    pairs: str | None = None,
+    skills: str | None = None,
+    methods: str | None = None,
+    regimes: str | None = None,
+    seeds: int = 3,
+    steps: int = 800,
+    batch_size: int = 4,
+    lm_eval: str | None = None,
+    lm_eval_tasks: str | None = None,
+    lm_eval_shots: int | None = None,
+) -> None:
+    """Measures how much of a skill arrives, for each method; runs that are already there are skipped.
+
+    Args:
+        out: folder of the records and the tables
+        spec: YAML file of models, adapters, pairs, skills and text; by default the bundled models
+        pairs: SOURCE:TARGET,SOURCE:TARGET and so on; by default all of the specification
+        skills: names of skills, with commas between; by default all of the specification
+        methods: names of methods, with commas between; by default all
+        regimes: of none (weights alone), general (text), format (text in the prompt format) and prompts; by default all
+            of the specification
+        seeds: number of seeds
+        steps: optimizer steps of each run
+        batch_size: passages per step
+        lm_eval: tasks of lm-evaluation-harness, with commas between, to be the skills; each needs adapters of its name
+        lm_eval_tasks: folder with task files of your own for the harness
+        lm_eval_shots: examples before each item of the harness; by default as many as the task has
+    """
+    from pathlib import Path
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from castlora.bench.quality import run_quality
+    from castlora.bench.spec import read_spec
+    from castlora.bench.tables import write_page
+
+    disable_progress_bar()
+    records = Path(out) / "quality"
+    described = read_spec(spec)
+    if lm_eval is not None:
+        described = described.of_harness(_split(lm_eval) or [], lm_eval_tasks, lm_eval_shots)
+    narrowed = described.narrowed(_split(pairs), _split(skills), _split(regimes))
+    run_quality(narrowed, records, _split(methods), seeds, steps, batch_size)
+    write_page(records, Path(out) / "results.md")
+    print(f"Wrote {Path(out) / 'results.md'}")
+
+
+def _print_json(value: Any) -> None:
+    """The only thing that a command prints to standard output; all else goes to standard error."""
+    from json import dumps
+
+    print(dumps(value, indent=1))
+
+
+def _split(names: str | None) -> list[str] | None:
+    """Names with commas between; a comma before a space belongs to a name."""
+    return None if names is None else re.split(r",(?! )", names)
+
+
+# The names differ from the package's public ones, which jsonargparse would look up and so import.
+COMMANDS: dict[str, Callable[..., None]] = {
+    "transfer": _transfer,
+    "teach": _teach,
+    "evaluate": _evaluate,
+    "inspect": _inspect,
+    "check": _check,
+    "convert": _convert,
+    "push": _push,
+    "steer": _steer,
+    "demo": _demo,
+}
+BENCHMARKS: dict[str, Callable[..., None]] = {"quality": _bench_quality}

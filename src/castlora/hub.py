@@ -1,0 +1,57 @@
+"""Publishing: an adapter goes to the hub with its card and manifest, and nothing that was not asked for."""
+
+import logging
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+
+from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from castlora.chat import TEMPLATE_FILE
+from castlora.errors import UserError
+from castlora.manifest import MANIFEST_FILE
+from castlora.portable import check_portable
+from castlora.record import REPORT_FILE
+
+logger = logging.getLogger("castlora")
+
+CARD_FILE = "README.md"
+PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, MANIFEST_FILE, TEMPLATE_FILE)
+
+
+def push(adapter: str, repo: str, private: bool = False, report: bool = False) -> str:
+    """Uploads an adapter to the hub, as whoever `hf auth login` has logged in.
+
+    Args:
+        adapter: folder that `castlora transfer` wrote
+        repo: OWNER/NAME; made if there is none, and added to if there is
+        private: whether a new repository is private
+        report: whether the report goes along, which shows some of the prompts
+
+    Returns:
+        the address of the commit
+
+    Raises:
+        UserError: others could not load the adapter, or the hub does not take it; nothing has been uploaded then.
+    """
+    folder = Path(adapter)
+    findings = check_portable(folder)
+    if findings:
+        raise UserError(f"{adapter!r} cannot be loaded everywhere: {findings[0].problem} castlora check says all.")
+    if not (folder / CARD_FILE).is_file():
+        raise UserError(f"{adapter!r} has no {CARD_FILE}; give a folder that castlora transfer wrote.")
+    files = [name for name in (*PUBLISHED, *([REPORT_FILE] if report else [])) if (folder / name).is_file()]
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=files, commit_message="Upload adapter moved by castlora"
+        )
+    # What the hub answers may quote the request; its type says enough.
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"--repo {repo!r}: the hub does not take it ({type(error).__name__}); log in with hf auth login, and give "
+            "OWNER/NAME of a repository that you may write to."
+        ) from error
+    logger.info("Uploaded %s to %s", ", ".join(files), repo)
+    return str(commit.commit_url)

@@ -1,0 +1,97 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub.errors import HFValidationError, HTTPError
+
+from castlora import UserError, hub, push
+from castlora.adapters import LowRank, write_portable
+from castlora.cli import main
+from castlora.models import linear_slots, load_config, skeleton
+
+
+@pytest.fixture
+def moved(base_model, tmp_path):
+    """What a transfer to a model of the hub leaves behind, and a file of the user's own."""
+    config = load_config(str(base_model("llama")))
+    slots = linear_slots(skeleton(config), config)
+    factors = {name: LowRank(torch.ones(3, slot.d_in), torch.ones(slot.d_out, 3)) for name, slot in slots.items()}
+    folder = tmp_path / "moved"
+    write_portable(folder, factors, slots, 8, "owner/base", None)
+    for name in ("README.md", "castlora.json", "report.html", "notes.txt"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """What the hub was asked for."""
+    asked = []
+
+    class Api:
+        def create_repo(self, repo, **options):
+            asked.append(("create", repo, options))
+
+        def upload_folder(self, **options):
+            asked.append(("upload", options["repo_id"], options))
+            return SimpleNamespace(commit_url=f"https://hub/{options['repo_id']}/commit/1")
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    return asked
+
+
+@pytest.mark.parametrize("report", [False, True])
+def test_only_what_belongs_to_the_adapter_is_uploaded(moved, uploads, report):
+    assert push(str(moved), "owner/name", private=True, report=report) == "https://hub/owner/name/commit/1"
+    (_, created, how), (_, uploaded, what) = uploads
+    assert created == uploaded == "owner/name" and how == {"private": True, "exist_ok": True}
+    expected = ["adapter_config.json", "adapter_model.safetensors", "README.md", "castlora.json"]
+    assert what["allow_patterns"] == expected + ["report.html"] * report
+    assert what["folder_path"] == moved
+
+
+def test_a_chat_template_beside_the_adapter_goes_along(moved, uploads, capsys):
+    (moved / "chat_template.jinja").write_text("template")
+    main(["push", "--adapter", str(moved), "--repo", "owner/name"])
+    assert "chat_template.jinja" in uploads[1][2]["allow_patterns"]
+    assert capsys.readouterr().out == "https://hub/owner/name/commit/1\n"
+
+
+def test_an_adapter_that_names_its_base_by_a_folder_is_not_published(moved, uploads):
+    path = moved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "/home/ann/base"}))
+    with pytest.raises(UserError, match=r"cannot be loaded everywhere: .* castlora check says all"):
+        push(str(moved), "owner/name")
+    (moved / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match="adapter_config"):
+        push(str(moved), "owner/name")
+    assert uploads == []
+
+
+def test_an_adapter_without_a_card_is_not_published(moved, uploads):
+    (moved / "README.md").unlink()
+    with pytest.raises(UserError, match=r"has no README\.md; give a folder that castlora transfer wrote"):
+        push(str(moved), "owner/name")
+    assert uploads == []
+
+
+@pytest.mark.parametrize("error", [HFValidationError("hf_secret"), HTTPError("Bearer hf_secret")])
+def test_what_the_hub_answers_is_not_repeated(moved, monkeypatch, error):
+    class Api:
+        def create_repo(self, *_arguments, **_options):
+            raise error
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    with pytest.raises(
+        UserError, match=rf"--repo 'a/b': the hub does not take it \({type(error).__name__}\)"
+    ) as raised:
+        push(str(moved), "a/b")
+    assert "hf_secret" not in str(raised.value)
+
+
+def test_without_a_network_the_command_ends_in_one_sentence(moved, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["push", "--adapter", str(moved), "--repo", "owner/name"])
+    assert stopped.value.code == 2
+    assert "the hub does not take it (OfflineModeIsEnabled)" in capsys.readouterr().err
