@@ -141,3 +141,8 @@ def test_a_bridge_out_of_bounds_is_named(loaded):
     bridge = Bridge(torch.full((width, width), torch.inf), torch.zeros(width), torch.zeros(width))
     with pytest.raises(UserError, match="--strength"):
         evaluate_steered(models, Layers.at(plan, 1), ITEMS, bridge, 1.0)
+
+
+def test_a_seed_that_no_generator_takes_is_refused():
+    with pytest.raises(UserError, match="seed is -1; give a whole number from 0"):
+        steer("adapter", "target", "task.jsonl", seed=-1)

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 
 from huggingface_hub import HfApi
+
+# The one that the hub's client raises where there is no network; the package does not list it as its own.
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
 from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
@@ -32,7 +34,7 @@ def push(adapter: str, repo: str, private: bool = False, report: bool = False) -
         the address of the commit
 
     Raises:
-        UserError: others could not load the adapter, or the hub does not take it; nothing has been uploaded then.
+        UserError: others could not load the adapter, or the hub does not take it; no file has been uploaded then.
     """
     folder = Path(adapter)
     findings = check_portable(folder)

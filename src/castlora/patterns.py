@@ -16,13 +16,14 @@ _PLAIN = re.compile(r"[\w.-]*")
 # PEFT's own form for the keys of tables; what ends in time within it does so in PEFT's other forms.
 _MATCH = r"""
 import json, re, sys
-pattern, names = json.load(sys.stdin)
-try:
-    compiled = re.compile(rf"(.*\.)?({pattern})$")
-except (re.error, OverflowError, RecursionError):
-    sys.exit()
-for name in names:
-    compiled.match(name)
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    try:
+        compiled = re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError):
+        continue
+    for name in names:
+        compiled.match(name)
 """
 
 
@@ -37,23 +38,20 @@ def check_patterns(adapter: str, config: PeftConfig, modules: Iterable[str]) -> 
         modules: names of the base model's modules
 
     Raises:
-        UserError: an expression takes too long.
+        UserError: the expressions take too long.
     """
-    names = list(modules)
-    for field, pattern in _patterns(config):
-        try:
-            subprocess.run(
-                [sys.executable, "-I", "-c", _MATCH],
-                input=json.dumps([pattern, names]),
-                text=True,
-                timeout=_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise UserError(
-                f"Adapter {adapter!r}: {field} holds a regular expression that cannot be matched within {_SECONDS} "
-                "seconds; name modules by their last part, as q_proj."
-            ) from None
+    patterns = list(_patterns(config))
+    if not patterns:
+        return
+    request = json.dumps([[pattern for _, pattern in patterns], list(modules)])
+    try:
+        subprocess.run([sys.executable, "-I", "-c", _MATCH], input=request, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        fields = " and ".join(dict.fromkeys(field for field, _ in patterns))
+        raise UserError(
+            f"Adapter {adapter!r}: the regular expressions in {fields} cannot be matched within {_SECONDS} seconds; "
+            "name modules by their last part, as q_proj."
+        ) from None
 
 
 def _patterns(config: PeftConfig) -> Iterator[tuple[str, str]]:

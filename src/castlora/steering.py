@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from castlora.capture import capture, change_output
-from castlora.config import DEFAULT, Recipe
+from castlora.config import DEFAULT, Recipe, check_seed
 from castlora.errors import UserError
 from castlora.evaluation import Evaluation, judge_choices
 from castlora.manifest import versions
@@ -138,6 +138,7 @@ def steer(
     """
     if not 0 <= strength <= 1:
         raise UserError(f"--strength is {strength}; give a number from 0 to 1.")
+    check_seed(seed)
     items = load_task(task)
     if items[0].choices is None:
         raise UserError(f"{task}: steering is measured on choices, and the items have none; give items with 'choices'.")
