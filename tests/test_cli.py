@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
-from castlora import commands, pipeline, steering
+from castlora import commands, hub, pipeline, steering, teaching
 from castlora.cli import main
 from castlora.config import Tuning
 
@@ -274,7 +274,13 @@ def test_incomplete_commands_are_explained_in_one_sentence(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "function"), [(commands._transfer, pipeline.transfer), (commands._steer, steering.steer)]
+    ("command", "function"),
+    [
+        (commands._transfer, pipeline.transfer),
+        (commands._teach, teaching.teach),
+        (commands._push, hub.push),
+        (commands._steer, steering.steer),
+    ],
 )
 def test_the_commands_take_what_the_library_takes(command, function):
     taken = [name for name in inspect.signature(command).parameters if name != "json"]

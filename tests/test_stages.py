@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import tiny
+import torch
 
 from castlora.config import DEFAULT
 from castlora.errors import UserError
@@ -134,3 +135,15 @@ def test_maps_whose_fold_no_engine_accepts_are_refused_and_a_fresh_start_is_not(
     with pytest.raises(UserError, match="need rank 192, serving engines accept 128; give --start fresh"):
         plan.rank(replace(DEFAULT, start="ridge"), None)
     assert plan.rank(replace(DEFAULT, start="fresh"), None) == 64
+
+
+def test_the_teacher_has_what_the_adapter_trains_beyond_maps(base_model, tmp_path):
+    base, ids = base_model("llama"), torch.tensor([[5, 6, 7]])
+    extra = tiny.save_adapter(tmp_path, base, ("q_proj",), modules_to_save=["lm_head"])
+    without = tiny.logits(extra, ids)
+    with torch.no_grad():
+        extra.get_base_model().lm_head.modules_to_save["default"].weight.mul_(-1)
+    extra.save_pretrained(tmp_path)
+    models = load_models(plan_transfer(str(tmp_path), str(base_model("gpt2")), str(base)))
+    torch.testing.assert_close(tiny.logits(models.teacher, ids), -without)
+    assert models.target.config.model_type == "gpt2"
