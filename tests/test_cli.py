@@ -1,5 +1,6 @@
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
-from castlora import commands, hub, pipeline, steering, teaching
+from castlora import commands, hub, pipeline, steering, teaching, tracking
 from castlora.cli import main
 from castlora.config import Tuning
 
@@ -318,6 +319,44 @@ def test_an_unknown_option_in_a_process_of_its_own():
     finished = run("inspect", "--adaptor", "x")
     assert finished.returncode == 2
     assert finished.stderr.startswith("castlora: ") and finished.stderr.count("\n") == 1
+
+
+def test_quiet_runs_show_no_progress(settings):
+    finished = run(*words(settings), "-q")
+    assert finished.returncode == 0
+    assert finished.stdout == ""
+    # Libraries may still warn.
+    assert not re.search("it/s|Wrote|Held-out|Text:", finished.stderr)
+    assert (Path(settings["out"]) / "adapter_config.json").exists()
+
+
+def test_verbose_runs_show_what_libraries_say(settings):
+    said = {option: run(*words(settings | {"out": settings["out"] + option}), *option.split()) for option in ("", "-v")}
+    assert "loading configuration file" in said["-v"].stderr
+    assert "loading configuration file" not in said[""].stderr
+    assert re.search(r"^\d{4}-\d\d-\d\d .* castlora: Wrote ", said["-v"].stderr, flags=re.MULTILINE)
+    assert re.search("^Wrote ", said[""].stderr, flags=re.MULTILINE)
+
+
+def test_quiet_and_verbose_exclude_each_other(settings, calls, capsys):
+    assert "--quiet and --verbose" in complaint([*words(settings), "-q", "-v"], capsys)
+    assert calls == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shells_complete_commands_and_options(shell, tmp_path):
+    finished = run("--print-completion", f"shtab-{shell}")
+    assert all(name in finished.stdout for name in (*commands.COMMANDS, "--adapter", "tensorboard"))
+    if shutil.which(shell):
+        (tmp_path / "script").write_text(finished.stdout)
+        subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
+
+
+def test_a_tracker_that_is_not_installed_is_named(settings, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    said = complaint(words(settings | {"report-to": "wandb"}), capsys)
+    assert "--report-to wandb" in said and "pip install wandb" in said
+    assert not Path(settings["out"]).exists()
 
 
 def test_results_are_printed_as_json_for_scripts(settings, capsys, tmp_path):

@@ -23,8 +23,9 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         rejected = re.search(r'key "(?P<key>\S+)":.*(Given|Got) value: (?P<value>.*)', message, flags=re.DOTALL)
-        complaint = f"--{rejected['key']} does not accept {rejected['value']!r}" if rejected else message
-        complaint = re.sub(r'Parser key "(\S+)":', r"--\1:", " ".join(complaint.split())).rstrip(".")
+        if rejected:
+            message = f"--{rejected['key'].replace('_', '-')} does not accept {rejected['value']!r}"
+        complaint = re.sub(r'Parser key "(\S+)":', r"--\1:", " ".join(message.split())).rstrip(".")
         print(f"castlora: {complaint}; see {self.prog.replace(' [options]', '')} --help.", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
@@ -38,7 +39,7 @@ class _DashedHelp(DefaultHelpFormatter):
 
 def parser() -> ArgumentParser:
     """The parser of all commands, each with `--config` and `--print_config`."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, add_print_completion_argument=True)
     whole = _Parser(
         prog="castlora",
         description="Moves a LoRA adapter from one language model to another.",
@@ -57,6 +58,8 @@ def _add_commands(place: Any, functions: Mapping[str, Callable[..., None]]) -> N
     for name, function in functions.items():
         command = _Parser(formatter_class=_DashedHelp)
         command.add_argument("--config", action="config", help="YAML file with any of these settings")
+        command.add_argument("-q", "--quiet", action="store_true", help="show no progress, only warnings and errors")
+        command.add_argument("-v", "--verbose", action="store_true", help="show what libraries say too, with the time")
         command.add_function_arguments(function, as_positional=False)
         place.add_subcommand(name, command, help=(function.__doc__ or "").splitlines()[0])
 
@@ -72,11 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
         run, settings = BENCHMARKS[settings.benchmark], settings[settings.benchmark]
     settings.pop("config", None)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("castlora").setLevel(logging.INFO)
-    # What libraries will change among themselves is no concern of whoever types a command.
-    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
+        _set_verbosity(settings.pop("quiet"), settings.pop("verbose"))
         run(**vars(settings))
     except UserError as error:
         print(f"castlora: {error}", file=sys.stderr)
@@ -84,6 +84,22 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("castlora: interrupted; the same command continues a transfer where it was", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _set_verbosity(quiet: bool, verbose: bool) -> None:
+    """Sets what is written to standard error; the variables are read by libraries that no command has imported yet."""
+    if quiet and verbose:
+        raise UserError("--quiet and --verbose contradict each other; give one of them.")
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        os.environ |= {"TRANSFORMERS_VERBOSITY": "info", "HF_HUB_VERBOSITY": "info"}
+        return
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("castlora").setLevel(logging.WARNING if quiet else logging.INFO)
+    # What libraries will change among themselves is no concern of whoever types a command.
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _underscored(word: str) -> str:

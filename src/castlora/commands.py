@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from castlora.config import Form, RecipeName, Start, Tuning
+from castlora.config import Form, RecipeName, Start, Tracker, Tuning
 
 NOT_PORTABLE = 1
 
@@ -27,6 +27,7 @@ def _transfer(
     seed: int = 0,
     rank: int | None = None,
     tuning: Tuning = Tuning(),  # noqa: B008  # frozen, and jsonargparse reads the fields from it
+    report_to: Tracker | None = None,
     json: bool = False,
 ) -> None:
     r"""Moves an adapter to another base model and writes a standard PEFT LoRA.
@@ -50,6 +51,7 @@ def _transfer(
         seed: the same seed gives the same bytes on the same machine
         rank: rank of the adapter to write; by default the smallest that holds the update
         tuning: departures from the recipe's other numbers
+        report_to: tracker that shows the losses while the training runs; TensorBoard's files lie in runs
         json: whether the manifest is printed when all is done
     """
     from transformers.utils.logging import disable_progress_bar
@@ -59,7 +61,7 @@ def _transfer(
     disable_progress_bar()
     result = run(
         adapter, target, out, source, text, _prompt_format(prompt_format), prompts, chat, taught, recipe, start, steps,
-        batch_size, seed, rank, tuning,
+        batch_size, seed, rank, tuning, report_to,
     )  # fmt: skip
     if json:
         _print_json(result.manifest)

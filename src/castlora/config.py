@@ -9,6 +9,8 @@ from castlora.errors import UserError
 Start = Literal["paper", "ridge", "fresh"]
 Trained = Literal["maps", "factors"]
 RecipeName = Literal["default", "paper"]
+Tracker = Literal["tensorboard", "trackio", "wandb"]
+"""Where the losses of a training can be shown while it runs."""
 Regime = Literal["none", "general", "format", "prompts"]
 """What a method may read: weights alone, general text, text in the adapter's prompt format, or unlabelled prompts."""
 Form = Literal["peft", "mlx", "merged", "gguf", "safetensors"]

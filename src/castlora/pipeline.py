@@ -14,7 +14,7 @@ from transformers import set_seed
 from castlora import __version__
 from castlora.adapters import LowRank, write_portable
 from castlora.chat import TEMPLATE_FILE, target_template
-from castlora.config import Recipe, RecipeName, Start, Tuning, check_seed, resolve_recipe
+from castlora.config import Recipe, RecipeName, Start, Tracker, Tuning, check_seed, resolve_recipe
 from castlora.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
 from castlora.errors import UserError
 from castlora.imitation import compare_answers
@@ -37,6 +37,7 @@ from castlora.stages import Models, align_text, hold_teacher, load_models, start
 from castlora.starts import student_factors
 from castlora.teaching import TextSource, prompt_formats, teach_text
 from castlora.text import Passage
+from castlora.tracking import check_tracker, tracking
 from castlora.verification import check_written, live_logits
 
 logger = logging.getLogger("castlora")
@@ -72,6 +73,7 @@ def transfer(
     seed: int = 0,
     rank: int | None = None,
     tuning: Tuning | None = None,
+    report_to: Tracker | None = None,
 ) -> TransferResult:
     """Moves an adapter to another base model and writes a standard PEFT LoRA.
 
@@ -96,6 +98,7 @@ def transfer(
         seed: of everything random; the same seed gives the same bytes on the same machine
         rank: rank of the adapter to write; by default the smallest that holds the update
         tuning: departures from the recipe's other numbers
+        report_to: tracker that shows the losses while the training runs; it does not change the result
 
     Returns:
         the folder, the manifest and the training log
@@ -112,6 +115,7 @@ def transfer(
     }  # fmt: skip
     resolved = resolve_recipe(recipe, start, steps, batch_size, tuning)
     check_seed(seed)
+    check_tracker(report_to)
     settings = {**request, "resolved_recipe": asdict(resolved), "castlora_version": __version__}
     check_output(out, settings)
     started = time.monotonic()
@@ -136,7 +140,7 @@ def transfer(
             raise
         masses = _report_shared_mass(models, held_out)
         student = start_student(models, plan, resolved, training, output_rank, seed)
-        trained = _train(run, models, student, training, held_out, resolved, seed)
+        trained = _train(run, models, student, training, held_out, resolved, seed, report_to)
         imitation = compare_answers(
             (models.source, models.source_tokenizer),
             (models.target, models.target_tokenizer),
@@ -213,12 +217,17 @@ def _train(
     held_out: list[AlignedPassage],
     recipe: Recipe,
     seed: int,
+    report_to: Tracker | None,
 ) -> _Trained:
     """Trains the student from where the run was, chooses its scale, and measures it on held-out text."""
     teacher = hold_teacher(models, training, held_out, recipe)
     measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
     before = measure(student)
-    log = train_student(teacher, student, models.shared, training, recipe, seed, run.checkpoints, run.last_checkpoint())
+    name = run.out.resolve().name
+    log = train_student(
+        teacher, student, models.shared, training, recipe, seed, run.checkpoints, run.last_checkpoint(),
+        callbacks=tracking(report_to, name), run_name=name,
+    )  # fmt: skip
     scale = keep_best_scale(student, measure, TRAINED_SCALES)
     after = measure(student)
     logger.info("Held-out KL to source + LoRA: %.4f before, %.4f after (nats per position)", before.kl, after.kl)

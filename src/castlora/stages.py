@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
     ProgressCallback,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -36,6 +37,7 @@ from castlora.starts import (
 from castlora.teacher import RECORD_BYTES, LiveTeacher, RecordedTeacher, Teacher, record_bytes
 from castlora.text import Passage
 from castlora.tokens import ByteTokenizer
+from castlora.tracking import PROJECT
 from castlora.vocabulary import SharedVocabulary
 
 logger = logging.getLogger("castlora")
@@ -157,6 +159,8 @@ def train_student(
     state_folder: Path,
     checkpoint: str | None = None,
     quiet: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    run_name: str | None = None,
 ) -> list[dict[str, float]]:
     """Trains to the last step, from the checkpoint if one is given.
 
@@ -173,13 +177,16 @@ def train_student(
         save_total_limit=2,
         seed=seed,
         report_to="none",
+        project=PROJECT,
+        run_name=run_name,
         disable_tqdm=quiet,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     examples = reading_order(training, recipe.steps * recipe.batch_size, recipe.batch_size, seed)
     trainer = DistillationTrainer(teacher, student, examples, shared, recipe, arguments)
-    trainer.add_callback(SealCheckpoints())
+    for callback in (SealCheckpoints(), *callbacks):
+        trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback if quiet else ProgressCallback)
     if not quiet:
         trainer.add_callback(LossProgress())
