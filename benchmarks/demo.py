@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from castlora.bench.grid import environment
-from castlora.demonstration.story import RESULTS_FILE, demonstrate
+from castlora.demonstration.story import demonstrate
 
 
 def main(out: Path = Path("benchmarks/results/demo.json"), seed: int = 0) -> None:
@@ -18,8 +18,7 @@ def main(out: Path = Path("benchmarks/results/demo.json"), seed: int = 0) -> Non
         seed: of everything random
     """
     with tempfile.TemporaryDirectory() as folder:
-        demonstrate(folder, seed)
-        record = json.loads((Path(folder) / RESULTS_FILE).read_text(encoding="utf-8"))
+        record = demonstrate(folder, seed).record
     out.write_text(json.dumps({**record, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -333,6 +333,7 @@ def test_quiet_runs_show_no_progress(settings):
 def test_verbose_runs_show_what_libraries_say(settings):
     said = {option: run(*words(settings | {"out": settings["out"] + option}), *option.split()) for option in ("", "-v")}
     assert "loading configuration file" in said["-v"].stderr
+    assert " castlora: Start ridge: " in said["-v"].stderr
     assert "loading configuration file" not in said[""].stderr
     assert re.search(r"^\d{4}-\d\d-\d\d .* castlora: Wrote ", said["-v"].stderr, flags=re.MULTILINE)
     assert re.search("^Wrote ", said[""].stderr, flags=re.MULTILINE)

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -14,6 +15,10 @@ from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
 
 
+def text_of(*arguments: str, **options: object) -> str:
+    return str(inspect(*arguments, **options))
+
+
 @pytest.fixture
 def weightless(base_model, tmp_path):
     """Copies of tiny models without their weights."""
@@ -25,7 +30,7 @@ def weightless(base_model, tmp_path):
 
 
 def test_a_transfer_is_described_without_any_weights(adapter, weightless):
-    text = inspect(str(adapter("gpt2-deep")), str(weightless("llama")), source=str(weightless("gpt2-deep")), steps=10)
+    text = text_of(str(adapter("gpt2-deep")), str(weightless("llama")), source=str(weightless("gpt2-deep")), steps=10)
     assert "source    gpt2            5     40" in text
     assert "target    llama           3     32" in text
     assert "20 modules of rank 4. The folded maps need rank 4, a fresh start 4;" in text
@@ -43,7 +48,7 @@ def test_a_transfer_is_described_without_any_weights(adapter, weightless):
 
 def test_the_command_that_moves_the_adapter_is_given(adapter, base_model, tmp_path):
     path = adapter("llama")
-    text = inspect(str(path), str(base_model("phi3")), source=str(base_model("llama")))
+    text = text_of(str(path), str(base_model("phi3")), source=str(base_model("llama")))
     command = f"castlora transfer --adapter {path.name} --target phi3 --source llama --out NEW-FOLDER --prompts FILE"
     assert f"To move it:\n  {command}\n" in text
     parsed = parser().parse_args([word.replace("NEW-FOLDER", str(tmp_path)) for word in command.split()[1:]])
@@ -51,17 +56,17 @@ def test_the_command_that_moves_the_adapter_is_given(adapter, base_model, tmp_pa
 
 
 def test_one_tokenizer_is_recognised(adapter, base_model):
-    assert "Tokenizers: the same, 309 tokens." in inspect(str(adapter("llama")), str(base_model("phi3")))
+    assert "Tokenizers: the same, 309 tokens." in text_of(str(adapter("llama")), str(base_model("phi3")))
 
 
 def test_a_part_of_a_module_that_is_lost_is_named(adapter, base_model):
-    text = inspect(str(adapter("phi3")), str(base_model("gpt2")))
+    text = text_of(str(adapter("phi3")), str(base_model("gpt2")))
     assert "model.layers.2.mlp.gate_up_proj(gate)" in text
 
 
 def test_no_place_of_this_machine_is_shown(adapter, base_model):
     path = adapter("llama")
-    assert str(path.parent) not in inspect(str(path), str(base_model("mistral")))
+    assert str(path.parent) not in text_of(str(path), str(base_model("mistral")))
 
 
 def test_parameters_are_counted_as_transformers_counts_them(adapter, base_model):
@@ -75,7 +80,7 @@ def test_an_adapter_that_names_no_base_needs_one_from_the_user(base_model, tmp_p
     config.write_text(config.read_text().replace(str(base_model("llama")), ""))
     with pytest.raises(UserError, match="names no base model; name it with --source"):
         inspect(str(tmp_path), str(base_model("gpt2")))
-    assert "target module <- source module" in inspect(str(tmp_path), str(base_model("gpt2")), str(base_model("llama")))
+    assert "target module <- source module" in text_of(str(tmp_path), str(base_model("gpt2")), str(base_model("llama")))
 
 
 def test_the_plan_knows_which_ranks_hold_the_update(adapter, base_model):
@@ -89,5 +94,20 @@ def test_the_plan_knows_which_ranks_hold_the_update(adapter, base_model):
 
 def test_what_no_map_carries_is_said_before_a_model_is_loaded(base_model, adapter):
     extra = adapter("llama", ("q_proj",), modules_to_save=("lm_head",))
-    assert "also trains lm_head. No map carries that;" in inspect(str(extra), str(base_model("mistral")))
-    assert "also trains" not in inspect(str(adapter("llama")), str(base_model("mistral")))
+    assert "also trains lm_head. No map carries that;" in text_of(str(extra), str(base_model("mistral")))
+    assert "also trains" not in text_of(str(adapter("llama")), str(base_model("mistral")))
+
+
+def test_programs_find_in_the_record_what_the_text_says(adapter, base_model):
+    found = inspect(str(adapter("phi3")), str(base_model("gpt2")), steps=7, batch_size=3)
+    record = json.loads(json.dumps(found.record))
+    assert (record["source"]["family"], record["target"]["family"]) == ("phi3", "gpt2")
+    assert {entry["target"] for entry in record["pairing"] if not entry["sources"]} == set(record["unchanged"])
+    assert "model.layers.2.mlp.gate_up_proj(gate)" in record["dropped"]
+    assert record["adapter"]["rank_of_folded_maps"] >= record["adapter"]["rank_of_fresh_start"] == 4
+    assert set(record["adapter"]["ranks"].values()) == {4} and record["adapter"]["beyond_maps"] == []
+    assert (record["forecast"]["steps"], record["forecast"]["batch_size"]) == (7, 3)
+    assert record["forecast"]["seconds"] > 0 and record["forecast"]["memory_bytes"] > 0
+    assert record["command"] in str(found)
+    same = inspect(str(adapter("llama")), str(base_model("phi3"))).record["tokenizers"]
+    assert same == {"same": True, "source_tokens": 309, "target_tokens": 309, "spelled_alike": 309}

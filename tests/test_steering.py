@@ -103,10 +103,11 @@ def test_the_layer_must_be_one_of_the_targets(loaded):
 
 def test_steer_reports_and_writes_what_it_measured(base_model, adapter, text_file, task_file, tmp_path, capsys):
     out = tmp_path / "results" / "steer.json"
-    main([
+    command = [
         "steer", "--adapter", str(adapter("llama")), "--source", str(base_model("llama")),
         "--target", str(base_model("gpt2")), "--task", str(task_file), "--text", str(text_file), "--out", str(out),
-    ])  # fmt: skip
+    ]  # fmt: skip
+    main(command)
     record = json.loads(out.read_text())
     assert record["n"] == 9 and record["text"] == "general text"
     for name in (STEERED, CONTROL):
@@ -114,6 +115,8 @@ def test_steer_reports_and_writes_what_it_measured(base_model, adapter, text_fil
     assert record[STEERED]["r_squared"] > record[CONTROL]["r_squared"]
     table = capsys.readouterr().out
     assert "permuted pairs" in table and f"{record[STEERED]['score']:.3f}" in table
+    main([*command, "--json", "true"])
+    assert json.loads(capsys.readouterr().out) == record
 
 
 def test_steering_needs_choices(base_model, adapter, tmp_path):

@@ -46,6 +46,7 @@ def parser() -> ArgumentParser:
         version=__version__,
         formatter_class=_DashedHelp,
     )
+    _add_verbosity(whole)
     commands = whole.add_subcommands(required=True, dest="command")
     _add_commands(commands, COMMANDS)
     bench = _Parser(formatter_class=_DashedHelp)
@@ -58,10 +59,14 @@ def _add_commands(place: Any, functions: Mapping[str, Callable[..., None]]) -> N
     for name, function in functions.items():
         command = _Parser(formatter_class=_DashedHelp)
         command.add_argument("--config", action="config", help="YAML file with any of these settings")
-        command.add_argument("-q", "--quiet", action="store_true", help="show no progress, only warnings and errors")
-        command.add_argument("-v", "--verbose", action="store_true", help="show what libraries say too, with the time")
+        _add_verbosity(command)
         command.add_function_arguments(function, as_positional=False)
         place.add_subcommand(name, command, help=(function.__doc__ or "").splitlines()[0])
+
+
+def _add_verbosity(place: ArgumentParser) -> None:
+    place.add_argument("-q", "--quiet", action="store_true", help="show no progress, only warnings and errors")
+    place.add_argument("-v", "--verbose", action="store_true", help="show every step and what libraries say, timed")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,9 +79,11 @@ def main(arguments: list[str] | None = None) -> None:
     if run is None:
         run, settings = BENCHMARKS[settings.benchmark], settings[settings.benchmark]
     settings.pop("config", None)
+    # Before the name of the command or after it.
+    quiet, verbose = settings.pop("quiet") or parsed.quiet, settings.pop("verbose") or parsed.verbose
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        _set_verbosity(settings.pop("quiet"), settings.pop("verbose"))
+        _set_verbosity(quiet, verbose)
         run(**vars(settings))
     except UserError as error:
         print(f"castlora: {error}", file=sys.stderr)
@@ -94,6 +101,7 @@ def _set_verbosity(quiet: bool, verbose: bool) -> None:
         os.environ["TQDM_DISABLE"] = "1"
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        logging.getLogger("castlora").setLevel(logging.DEBUG)
         os.environ |= {"TRANSFORMERS_VERBOSITY": "info", "HF_HUB_VERBOSITY": "info"}
         return
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -134,7 +134,14 @@ def _evaluate(
     print(f"{result['metric']} {result['score']:.3f} [{low:.3f}, {high:.3f}]  nll {result['nll']:.3f}  n {result['n']}")
 
 
-def _inspect(adapter: str, target: str, source: str | None = None, steps: int = 1000, batch_size: int = 16) -> None:
+def _inspect(
+    adapter: str,
+    target: str,
+    source: str | None = None,
+    steps: int = 1000,
+    batch_size: int = 16,
+    json: bool = False,
+) -> None:
     """Shows before a transfer what will be paired, what will be dropped, and what it will cost.
 
     Args:
@@ -143,10 +150,15 @@ def _inspect(adapter: str, target: str, source: str | None = None, steps: int = 
         source: base model of the adapter, if not the one that its configuration names
         steps: optimizer steps to forecast
         batch_size: passages per step to forecast
+        json: whether all this is printed as JSON
     """
     from castlora.inspection import inspect as run
 
-    print(run(adapter, target, source, steps, batch_size))
+    found = run(adapter, target, source, steps, batch_size)
+    if json:
+        _print_json(found.record)
+    else:
+        print(found)
 
 
 def _check(adapter: str, json: bool = False) -> None:
@@ -208,6 +220,7 @@ def _steer(
     strength: float = 1.0,
     seed: int = 0,
     out: str | None = None,
+    json: bool = False,
 ) -> None:
     """Steers the target with source + LoRA while it answers a task; needs both models and writes no adapter.
 
@@ -222,23 +235,33 @@ def _steer(
         strength: 0 keeps the target's own hidden states, 1 replaces them
         seed: of everything random
         out: JSON file for the result
+        json: whether the result is printed as JSON
     """
     from castlora.steering import describe
     from castlora.steering import steer as run
 
-    print(describe(run(adapter, target, task, source, text, prompts, layer, strength, seed, out)))
+    result = run(adapter, target, task, source, text, prompts, layer, strength, seed, out)
+    if json:
+        _print_json(result)
+    else:
+        print(describe(result))
 
 
-def _demo(out: str = "castlora-demo", seed: int = 0) -> None:
+def _demo(out: str = "castlora-demo", seed: int = 0, json: bool = False) -> None:
     """Moves a skill between the two bundled models, and shows how much of it arrived.
 
     Args:
         out: folder to write, new or empty
         seed: of everything random
+        json: whether the figures are printed as JSON
     """
     from castlora.demonstration import demonstrate
 
-    demonstrate(out, seed)
+    result = demonstrate(out, seed)
+    if json:
+        _print_json(result.record)
+    else:
+        print(result)
 
 
 def _bench_quality(

@@ -2,12 +2,15 @@
 
 import time
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from castlora.adapters import PORTABLE_RANKS
 from castlora.config import DEFAULT
-from castlora.manifest import command_line
+from castlora.manifest import command_line, describe_pairing
 from castlora.models import load_tokenizer, public_name, skeleton
 from castlora.pairing import describe
 from castlora.plan import Plan, describe_beyond, plan_transfer
@@ -22,7 +25,21 @@ _UTILISATION = 0.35
 """Share of the measured matrix-product rate that a training step reaches."""
 
 
-def inspect(adapter: str, target: str, source: str | None = None, steps: int = 1000, batch_size: int = 16) -> str:
+@dataclass(frozen=True)
+class Inspection:
+    """What a transfer will pair, drop and cost; `str` of it is a text for the terminal."""
+
+    record: dict[str, Any]
+    """The same for programs: numbers, names and lists that JSON holds."""
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def inspect(
+    adapter: str, target: str, source: str | None = None, steps: int = 1000, batch_size: int = 16
+) -> Inspection:
     """Describes a transfer without loading a model.
 
     Args:
@@ -33,7 +50,7 @@ def inspect(adapter: str, target: str, source: str | None = None, steps: int = 1
         batch_size: passages per step to forecast
 
     Returns:
-        a text for the terminal
+        a text for the terminal, and the record that it was made from
 
     Raises:
         UserError: something is missing, damaged or does not fit.
@@ -41,16 +58,26 @@ def inspect(adapter: str, target: str, source: str | None = None, steps: int = 1
     plan = plan_transfer(adapter, target, source)
     source_bytes = ByteTokenizer.from_tokenizer(load_tokenizer(plan.source, plan.source_revision))
     target_bytes = ByteTokenizer.from_tokenizer(load_tokenizer(plan.target))
+    record: dict[str, Any] = {
+        **_bases(plan),
+        "adapter": _adapter(plan),
+        "tokenizers": _tokenizers(plan, source_bytes, target_bytes),
+        "pairing": describe_pairing(plan.pairing),
+        "dropped": list(plan.pairing.dropped),
+        "unchanged": [pair.target.name for pair in plan.pairing.pairs if not pair.branches],
+        "forecast": asdict(_forecast(plan, steps, batch_size)),
+        "command": _command(adapter, target, source),
+    }
     sections = [
-        _bases(plan),
-        _ranks(plan),
-        _vocabularies(plan, source_bytes, target_bytes),
+        _say_bases(record),
+        _say_ranks(plan),
+        _say_tokenizers(record["tokenizers"]),
         describe(plan.pairing),
-        _not_carried(plan),
-        _forecast(plan, steps, batch_size),
-        _advice(adapter, target, source),
+        _say_not_carried(plan, record),
+        _say_forecast(_Forecast(**record["forecast"])),
+        _say_command(record["command"]),
     ]
-    return "\n\n".join(sections)
+    return Inspection(record, "\n\n".join(sections))
 
 
 def parameter_count(plan: Plan) -> tuple[int, int]:
@@ -58,19 +85,43 @@ def parameter_count(plan: Plan) -> tuple[int, int]:
     return skeleton(plan.source_config).num_parameters(), skeleton(plan.target_config).num_parameters()
 
 
-def _bases(plan: Plan) -> str:
-    lines = ["          family     layers  width  parameters"]
-    counts = parameter_count(plan)
+def _bases(plan: Plan) -> dict[str, dict[str, Any]]:
     bases = (("source", plan.source_config, plan.source), ("target", plan.target_config, plan.target))
-    for (label, config, name), count in zip(bases, counts, strict=True):
+    return {
+        label: {
+            "name": public_name(name),
+            "family": config.model_type,
+            "layers": config.num_hidden_layers,
+            "width": config.hidden_size,
+            "parameters": parameters,
+        }
+        for (label, config, name), parameters in zip(bases, parameter_count(plan), strict=True)
+    }
+
+
+def _say_bases(record: Mapping[str, Any]) -> str:
+    lines = ["          family     layers  width  parameters"]
+    for label in ("source", "target"):
+        base = record[label]
         lines.append(
-            f"{label}    {config.model_type:<10} {config.num_hidden_layers:>6} {config.hidden_size:>6}"
-            f"  {count / 1e6:>8.2f} M  {public_name(name)}"
+            f"{label}    {base['family']:<10} {base['layers']:>6} {base['width']:>6}"
+            f"  {base['parameters'] / 1e6:>8.2f} M  {base['name']}"
         )
     return "\n".join(lines)
 
 
-def _ranks(plan: Plan) -> str:
+def _adapter(plan: Plan) -> dict[str, Any]:
+    return {
+        "name": public_name(plan.adapter.name),
+        "kind": plan.adapter.kind,
+        "ranks": {name: factors.rank for name, factors in plan.factors.items()},
+        "beyond_maps": list(plan.beyond),
+        "rank_of_folded_maps": plan.exact_rank,
+        "rank_of_fresh_start": plan.adapter_rank,
+    }
+
+
+def _say_ranks(plan: Plan) -> str:
     ranks = Counter(factors.rank for factors in plan.factors.values())
     adapted = ", ".join(f"{count} modules of rank {rank}" for rank, count in sorted(ranks.items()))
     accepted = ", ".join(map(str, PORTABLE_RANKS))
@@ -82,50 +133,83 @@ def _ranks(plan: Plan) -> str:
     )
 
 
-def _vocabularies(plan: Plan, source: ByteTokenizer, target: ByteTokenizer) -> str:
+def _tokenizers(plan: Plan, source: ByteTokenizer, target: ByteTokenizer) -> dict[str, Any]:
     shared = SharedVocabulary.of(source, target, plan.source_config.vocab_size, plan.target_config.vocab_size)
-    if shared.is_whole:
-        return f"Tokenizers: the same, {len(source.spellings)} tokens."
-    count = len(shared.source_ids)
+    return {
+        "same": shared.is_whole,
+        "source_tokens": len(source.spellings),
+        "target_tokens": len(target.spellings),
+        "spelled_alike": len(shared.source_ids),
+    }
+
+
+def _say_tokenizers(tokenizers: Mapping[str, Any]) -> str:
+    if tokenizers["same"]:
+        return f"Tokenizers: the same, {tokenizers['source_tokens']} tokens."
+    count = tokenizers["spelled_alike"]
     return (
-        f"Tokenizers differ: {count} tokens are spelled alike, {count / len(source.spellings):.0%} of the source's and "
-        f"{count / len(target.spellings):.0%} of the target's."
+        f"Tokenizers differ: {count} tokens are spelled alike, {count / tokenizers['source_tokens']:.0%} of the "
+        f"source's and {count / tokenizers['target_tokens']:.0%} of the target's."
     )
 
 
-def _not_carried(plan: Plan) -> str:
-    without = [pair.target.name for pair in plan.pairing.pairs if not pair.branches]
-    dropped = ", ".join(plan.pairing.dropped) or "nothing"
-    lines = [f"Source modules dropped: {dropped}. Target modules left unchanged: {len(without)}."]
+def _say_not_carried(plan: Plan, record: Mapping[str, Any]) -> str:
+    dropped = ", ".join(record["dropped"]) or "nothing"
+    lines = [f"Source modules dropped: {dropped}. Target modules left unchanged: {len(record['unchanged'])}."]
     if plan.beyond:
         lines.append(describe_beyond(plan.beyond))
     return "\n".join(lines)
 
 
-def _forecast(plan: Plan, steps: int, batch_size: int) -> str:
+@dataclass(frozen=True)
+class _Forecast:
+    """What a transfer needs on this machine."""
+
+    steps: int
+    batch_size: int
+    seconds: float
+    candidate_prompts: int
+    """Prompts made of general text that source + LoRA reads before the first step."""
+    reading_seconds: float
+    memory_bytes: int
+
+
+def _forecast(plan: Plan, steps: int, batch_size: int) -> _Forecast:
     source_count, target_count = parameter_count(plan)
     tokens = steps * batch_size * DEFAULT.max_length
     # Two operations per weight and token forward, and two more for the student's way back through frozen weights.
     operations = tokens * (2 * source_count + 4 * target_count)
     rate = _product_rate()
-    seconds = operations / (_UTILISATION * rate)
     candidates = (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.candidates
     read = candidates * _PROMPT_TOKENS + (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.answer_tokens
-    reading_seconds = 2 * source_count * read / (_UTILISATION * rate)
-    memory = (source_count + target_count) * _BYTES_PER_WEIGHT + 4 * batch_size * DEFAULT.max_length * (
-        plan.source_config.vocab_size + 3 * plan.target_config.vocab_size
+    return _Forecast(
+        steps,
+        batch_size,
+        seconds=operations / (_UTILISATION * rate),
+        candidate_prompts=candidates,
+        reading_seconds=2 * source_count * read / (_UTILISATION * rate),
+        memory_bytes=(source_count + target_count) * _BYTES_PER_WEIGHT
+        + 4 * batch_size * DEFAULT.max_length * (plan.source_config.vocab_size + 3 * plan.target_config.vocab_size),
     )
+
+
+def _say_forecast(forecast: _Forecast) -> str:
     return (
-        f"Forecast for {steps} steps of {batch_size} passages on this machine: about {_duration(seconds)} and "
-        f"{memory / 2**30:.1f} GiB of memory beyond Python's own. Before them, source + LoRA reads {candidates} "
-        f"candidate prompts and writes answers: about {_duration(reading_seconds)}, less where --prompts are given."
+        f"Forecast for {forecast.steps} steps of {forecast.batch_size} passages on this machine: about "
+        f"{_duration(forecast.seconds)} and {forecast.memory_bytes / 2**30:.1f} GiB of memory beyond Python's own. "
+        f"Before them, source + LoRA reads {forecast.candidate_prompts} candidate prompts and writes answers: about "
+        f"{_duration(forecast.reading_seconds)}, less where --prompts are given."
     )
 
 
-def _advice(adapter: str, target: str, source: str | None) -> str:
+def _command(adapter: str, target: str, source: str | None) -> str:
     places = {"adapter": adapter, "target": target, "source": source, "out": "NEW-FOLDER", "prompts": "FILE"}
+    return command_line({**places, "tuning": {}})
+
+
+def _say_command(command: str) -> str:
     return (
-        f"To move it:\n  {command_line({**places, 'tuning': {}})}\n"
+        f"To move it:\n  {command}\n"
         "FILE holds prompts of the task without answers, one per line; with them most of a skill arrives. Without them "
         "give --prompt-format 'Question: {text}\\nAnswer:', as the adapter was asked in training, and less arrives; "
         "with general text alone castlora looks for such formats itself."

@@ -1,5 +1,6 @@
 """Base models: loading them safely, and the table of which linear module plays which role."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from castlora.errors import UserError, first_line
+
+logger = logging.getLogger("castlora")
 
 LIBRARY_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
@@ -175,6 +178,7 @@ def load_model(
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f"Weights of {name_or_path!r} hold NaN or infinity in {name!r}; use an intact checkpoint.")
+    logger.debug("Loaded %s in %s on %s", public_name(name_or_path), dtype, device)
     return model.eval().to(device=torch.device(device)), load_tokenizer(name_or_path, revision)
 
 

@@ -190,6 +190,7 @@ def _read(run: RunDirectory, models: Models, text: TextSource, recipe: Recipe, s
     """Passages with answers; written once, so that a resumed run does not look for them again."""
     path = run.reading / PASSAGES_FILE
     if is_sealed(run.reading):
+        logger.debug("The text of the interrupted run is read again")
         record = json.loads(path.read_text(encoding="utf-8"))
         return _Reading(record["formats"], [Passage(**passage) for passage in record["passages"]])
     formats = prompt_formats(models, text, recipe, seed)
@@ -224,8 +225,11 @@ def _train(
     measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
     before = measure(student)
     name = run.out.resolve().name
+    checkpoint = run.last_checkpoint()
+    if checkpoint:
+        logger.debug("Training goes on from %s", Path(checkpoint).name)
     log = train_student(
-        teacher, student, models.shared, training, recipe, seed, run.checkpoints, run.last_checkpoint(),
+        teacher, student, models.shared, training, recipe, seed, run.checkpoints, checkpoint,
         callbacks=tracking(report_to, name), run_name=name,
     )  # fmt: skip
     scale = keep_best_scale(student, measure, TRAINED_SCALES)
@@ -255,7 +259,9 @@ def _write_adapter(run: RunDirectory, plan: Plan, student: Student, rank: int, h
     ids, mask = batch["target_ids"], batch["target_mask"]
     device = next(student.parameters()).device
     live = live_logits(student.model, ids.to(device), mask.to(device)).cpu()
-    return check_written(run.finished, plan.target, None, ids, mask, live)
+    difference = check_written(run.finished, plan.target, None, ids, mask, live)
+    logger.debug("Loaded again, the adapter's logits differ by %.1e of the largest", difference)
+    return difference
 
 
 def _losses(before: HeldOut, after: HeldOut) -> dict[str, float]:

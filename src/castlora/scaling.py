@@ -62,6 +62,7 @@ def keep_best_scale(student: Student, measure: Callable[[Student], HeldOut], sca
     """
     losses = losses_by_scale(student, measure, scales)
     scale = best_scale(losses)
+    logger.debug("Held-out loss by scale of the update: %s", losses)
     scale_student(student, scale)
     if scale == 0:
         logger.warning(

@@ -100,6 +100,7 @@ def align_text(
     if len(aligned) < 2:
         raise UserError("Too little of the text has positions where both tokenizers agree; give longer text.")
     held_out = max(1, min(HELD_OUT_PASSAGES, len(aligned) // 5))
+    logger.debug("%d of %d passages have positions where both tokenizers agree", len(aligned), len(passages))
     return aligned[:-held_out][: recipe.passages], aligned[-held_out:]
 
 
@@ -133,6 +134,7 @@ def start_student(
     elif maps is not None:
         parametrize_by_maps(peft_model, plan.pairing, plan.factors, maps)
     with_head = recipe.mse_weight > 0
+    logger.debug("Start %s: %d modules of the target learn %s", recipe.start, len(plan.target_modules), recipe.trained)
     widths = models.target.config.hidden_size, models.teacher.config.hidden_size
     return Student(peft_model, *widths, with_head=with_head).to(best_device())
 
@@ -144,8 +146,11 @@ def hold_teacher(
     passages = [*training, *held_out]
     with_hidden = recipe.mse_weight > 0
     is_read_again = recipe.steps * recipe.batch_size > len(training)
-    if is_read_again and record_bytes(models.source.config, passages, with_hidden) <= RECORD_BYTES:
+    needed = record_bytes(models.source.config, passages, with_hidden)
+    if is_read_again and needed <= RECORD_BYTES:
+        logger.debug("What source + LoRA predicts is kept in memory: %d MiB at most", needed >> 20)
         return RecordedTeacher(models.teacher, passages, with_hidden)
+    logger.debug("source + LoRA reads each passage when it is trained on")
     return LiveTeacher(models.teacher, with_hidden)
 
 

@@ -4,7 +4,9 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -39,12 +41,26 @@ _SHOWN = 4
 _GENERATED_TOKENS = 12
 
 
-def demonstrate(out: str, seed: int = 0) -> None:
-    """Moves the bundled skill, measures what arrived, and prints and writes the result.
+@dataclass(frozen=True)
+class Demonstration:
+    """What the demo measured; `str` of it is a text for the terminal."""
+
+    record: dict[str, Any]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def demonstrate(out: str, seed: int = 0) -> Demonstration:
+    """Moves the bundled skill, measures what arrived, and writes the result.
 
     Args:
         out: folder to write, new or empty
         seed: of everything random
+
+    Returns:
+        scores and answers side by side, and the record of them that was written
 
     Raises:
         UserError: `out` is not empty.
@@ -77,12 +93,11 @@ def demonstrate(out: str, seed: int = 0) -> None:
         Sample(item.prompt, {name: texts[index] for name, texts in outputs.items()}, item.completion)
         for index, item in enumerate(shown)
     ]
-    _write_results(folder, skill, result, evaluations, lift, samples)
-    logger.info("\n%s", _table(evaluations, lift))
-    logger.info("\n%s", _side_by_side(samples))
+    record = _write_results(folder, skill, result, evaluations, lift, samples)
     paths = (folder / "adapter", folder / RESULTS_FILE, folder / REPORT_FILE)
     logger.info("\nWrote:\n%s", "\n".join(f"  {path}" for path in paths))
-    logger.info("Finished in %.0f seconds.", time.monotonic() - started)
+    logger.info("Finished in %.0f seconds.\n", time.monotonic() - started)
+    return Demonstration(record, f"{_table(evaluations, lift)}\n\n{_side_by_side(samples)}")
 
 
 def _evaluate_all(
@@ -117,7 +132,7 @@ def _write_results(
     evaluations: Mapping[str, Evaluation],
     lift: Lift,
     samples: Sequence[Sample],
-) -> None:
+) -> dict[str, Any]:
     scores = {name: Score(found.score, found.ci95, found.nll) for name, found in evaluations.items()}
     record = {
         "skill": skill.name,
@@ -143,6 +158,7 @@ def _write_results(
         files=["adapter/", RESULTS_FILE, REPORT_FILE],
     )
     write_report(report, folder / REPORT_FILE)
+    return record
 
 
 def _table(evaluations: Mapping[str, Evaluation], lift: Lift) -> str:
