@@ -50,13 +50,33 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "seed": 17,
         "versions": {"torch": "2.13.0", "peft": "0.21.2"},
         "scale": {"scale": 0.75, "tried": [0.0, 0.75, 1.0], "losses": [3.0, 0.552, 0.6]},
-        "losses": {"held_out_before": 2.91, "held_out_after": 0.552, "agreement_before": 0.31, "agreement_after": 0.84},
+        "losses": {
+            "held_out_before": 2.91, "held_out_after": 0.552, "agreement_before": 0.31, "agreement_after": 0.84,
+            "kl_before": 2.5, "kl_after": 0.21,
+        },
+        "licences": {"source adapter": "mit", "source base model": "mit", "target base model": "mit", "text": "mit"},
         "answers": {"prompts": 64, "same_before": 0.02, "same_after": 0.81, "ci95": [0.7, 0.9]},
         "command": "castlora transfer --adapter org/trec-lora --target org/mistral-s --out out",
         "seconds": 252.34,
         "peak_memory_bytes": 2 << 30,
         **changes,
     }  # fmt: skip
+
+
+def measured(card: ModelCard) -> dict[tuple[str, str], float]:
+    """Values of a card's model index by data set and kind of metric."""
+    (index,) = card.data.to_dict()["model-index"]
+    return {
+        (result["dataset"]["type"], metric["type"]): metric["value"]
+        for result in index["results"]
+        for metric in result["metrics"]
+    }
+
+
+def strings(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for one in value for text in strings(one)] if isinstance(value, list) else [str(value)]
 
 
 def without_code(text: str) -> str:
@@ -67,8 +87,11 @@ def without_code(text: str) -> str:
 
 def test_metadata() -> None:
     data = make_card(manifest()).data.to_dict()
+    assert data.pop("model-index")[0]["name"] == "trec-lora"
     assert data == {
         "base_model": "org/mistral-s",
+        "base_model_relation": "adapter",
+        "datasets": ["allenai/c4"],
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["castlora", "lora", "base_model:adapter:org/mistral-s"],
@@ -98,6 +121,34 @@ def test_evaluation() -> None:
     assert "how much of the skill arrived is not known" not in text
     assert "| `trec (accuracy)` | `transferred` | 0.688 | [0.650, 0.720] | 0.930 | 86\xa0% [79, 93] |" in text
     assert "| `trec (accuracy)` | `retrained` | 0.779 |  | – |  |" in text
+
+
+def test_the_hub_can_read_what_was_measured(tmp_path: Path) -> None:
+    held_out = {
+        ("allenai/c4", "agreement"): 0.84, ("allenai/c4", "kl_divergence"): 0.21, ("allenai/c4", "exact_match"): 0.81,
+    }  # fmt: skip
+    written = ModelCard.load(write_card(tmp_path, manifest(), [SKILL]))
+    assert measured(written) == {**held_out, ("trec", "accuracy"): 0.688, ("trec", "lift"): 0.859}
+    assert measured(make_card(manifest())) == held_out
+
+
+def test_what_was_not_measured_is_in_no_index() -> None:
+    private = {**manifest()["text"], "text": None, "prompts": "p.txt"}
+    losses = {**manifest()["losses"], "kl_after": float("nan")}
+    small_gain = Skill(SKILL.name, {BARE_TARGET: Score(0.7)}, Lift(3.0, (1.0, 9.0), 1.0, countable=False))
+    card = make_card(manifest(text=private, losses=losses, answers=None), [small_gain])
+    assert measured(card) == {("held-out", "agreement"): 0.84}
+    assert card.data.datasets is None
+
+
+def test_licences_are_named() -> None:
+    same = make_card(manifest()).text
+    assert "Licences: source adapter `mit`, source base model `mit`, target base model `mit`, text `mit`." in same
+    licences = {"source adapter": "mit", "source base model": "llama2", "target base model": None, "text": None}
+    unlike = make_card(manifest(licences=licences)).text
+    expected = "Licences differ: source adapter `mit`, source base model `llama2`; not known: that of the target base"
+    assert f"{expected} model, that of the text." in unlike
+    assert make_card(manifest(licences=licences)).data.license is None
 
 
 def test_python_snippet_is_python() -> None:
@@ -133,7 +184,10 @@ class TestHostileNames:
 
     def test_metadata_is_ours(self, content: str) -> None:
         front = content.split("\n---\n")[0].removeprefix("---\n")
-        assert yaml.safe_load(front) == {
+        metadata = yaml.safe_load(front)
+        (index,) = metadata.pop("model-index")
+        assert all(re.fullmatch(r"[\w .+,()/−-]+", text) for text in strings(index)), strings(index)
+        assert metadata == {
             "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["castlora", "lora"],
         }  # fmt: skip
 

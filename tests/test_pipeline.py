@@ -225,7 +225,8 @@ def test_a_prompt_format_is_filled_and_answered(quick_transfer, taught):
 
 def test_prompts_are_answered(quick_transfer, taught, prompts_file):
     result = quick_transfer("llama", "mistral", prompts=str(prompts_file), tuning=ANSWERED)
-    assert result.manifest["text"]["regime"] == "unlabelled prompts"
+    assert result.manifest["text"]["regime"] == "unlabelled prompts" and result.manifest["text"]["text"] is None
+    assert result.manifest["licences"].keys() == {"source adapter", "source base model", "target base model"}
     prompts = {passage.text.encode()[: passage.answer_start].decode() for passage in taught}
     assert prompts == set(prompts_file.read_text().splitlines())
 

@@ -5,6 +5,7 @@ import logging
 import os
 
 import pytest
+from huggingface_hub import ModelCard
 
 from castlora import commands
 from castlora.cli import main
@@ -74,4 +75,7 @@ def test_the_demo_prints_what_it_wrote(monkeypatch, capsys, tmp_path, checked_in
     main(["demo", "--out", str(tmp_path / "demo"), "--json", "true"])
     record = json.loads(capsys.readouterr().out)
     assert record == json.loads((tmp_path / "demo" / "results.json").read_text())
+    card = ModelCard.load(tmp_path / "demo" / "adapter" / "README.md")
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values["lift"] == record["lift"]["value"] and values["agreement"] > 0
     assert record["scores"]["retrained"]["score"] > 0.9 and record["transfer"]["recipe"]["steps"] == 2

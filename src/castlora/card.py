@@ -7,9 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from castlora.formatting import MISSING, number, percent, percent_interval, printable, score, score_interval
+from castlora.formatting import (
+    MISSING,
+    is_number,
+    number,
+    percent,
+    percent_interval,
+    printable,
+    score,
+    score_interval,
+)
+from castlora.licences import CARD_FILE, describe_licences
 from castlora.report import TRANSFERRED, Skill
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -22,7 +32,7 @@ _NAMED_MODULES = 4
 _LIMITS = """\
 - The adapter imitates the source model with its adapter, mistakes and biases included. No labels were used.
 - It belongs to the revision of the base model named above; on another one it may do harm.
-- The licences and terms of the source adapter and of both base models apply.
+- The licences and terms of the source adapter, of both base models and of the text apply.
 """
 
 _CITATION = """\
@@ -49,7 +59,7 @@ def write_card(folder: Path, manifest: Mapping[str, Any], skills: Sequence[Skill
     Returns:
         The card's path.
     """
-    path = folder / "README.md"
+    path = folder / CARD_FILE
     make_card(manifest, skills).save(path)
     return path
 
@@ -73,21 +83,55 @@ def make_card(manifest: Mapping[str, Any], skills: Sequence[Skill] = ()) -> Mode
         _fenced("shell", public_command(shlex.split(manifest["command"]))),
         "Versions: " + ", ".join(_code(f"{name} {version}") for name, version in manifest["versions"].items()),
         "## Limits",
-        _LIMITS.strip(),
+        f"{_LIMITS}- {describe_licences(manifest['licences'], _code)}",
         "## Citation",
         _fenced("bibtex", _CITATION),
     ]
-    return ModelCard(f"---\n{_metadata(manifest['target']['name']).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    return ModelCard(f"---\n{_metadata(manifest, skills).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def _metadata(target: str) -> ModelCardData:
+def _metadata(manifest: Mapping[str, Any], skills: Sequence[Skill]) -> ModelCardData:
+    target, text = manifest["target"]["name"], manifest["text"]["text"]
     base_model = target if is_hub_id(target) else None
     return ModelCardData(
         base_model=base_model,
+        base_model_relation="adapter" if base_model else None,
+        datasets=[text] if text and is_hub_id(text) else None,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["castlora", "lora", *([f"base_model:adapter:{base_model}"] if base_model else [])],
+        model_name=_slug(manifest["adapter"]["name"]),
+        eval_results=[*_fidelity(manifest), *(result for skill in skills for result in _skill_results(skill))],
     )
+
+
+def _fidelity(manifest: Mapping[str, Any]) -> list[EvalResult]:
+    """How close the target came to its teacher on held-out text, in the form that the hub reads."""
+    text, losses, answers = manifest["text"]["text"], manifest["losses"], manifest["answers"]
+    measured = [
+        ("agreement", "share of positions with the next token of source + LoRA", losses["agreement_after"]),
+        ("kl_divergence", "KL divergence to source + LoRA per position, in nats", losses["kl_after"]),
+    ]
+    if answers is not None:
+        measured.append(("exact_match", "share of prompts with the answer of source + LoRA", answers["same_after"]))
+    return _results(text if text and is_hub_id(text) else "held-out", "held-out text of the run", measured)
+
+
+def _skill_results(skill: Skill) -> list[EvalResult]:
+    lift = skill.countable_lift
+    measured = [
+        (_slug(skill.metric), "score of the transferred adapter", skill.value(TRANSFERRED)),
+        ("lift", "(transferred - bare target) / (retrained - bare target)", lift.lift if lift else None),
+    ]
+    return _results(_slug(skill.name), _slug(skill.name), measured)
+
+
+def _results(data_type: str, data: str, measured: Sequence[tuple[str, str, float | None]]) -> list[EvalResult]:
+    return [
+        EvalResult("text-generation", data_type, data, metric_type=kind, metric_name=name, metric_value=value)
+        for kind, name, value in measured
+        if is_number(value)
+    ]
 
 
 def is_hub_id(name: str) -> bool:
@@ -223,12 +267,18 @@ model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 
 def _vllm_snippet(manifest: Mapping[str, Any]) -> str:
     revision = manifest["target"]["revision"]
-    name = re.sub(r"[^\w.-]+", "-", public_name(manifest["adapter"]["name"]).split("/")[-1]).strip("-") or "adapter"
+    name = _slug(manifest["adapter"]["name"])
     parts = ["vllm", "serve", public_name(manifest["target"]["name"])]
     parts += ["--revision", revision] if revision else []
     parts += ["--enable-lora", "--max-lora-rank", str(manifest["rank"])]
     parts += ["--lora-modules", f"{name}=path/to/this/adapter"]
     return shlex.join(parts)
+
+
+def _slug(name: str) -> str:
+    """A name without any character that means something to YAML, a shell or Markdown."""
+    last = public_name(name).split("/")[-1]
+    return re.sub(r"[^\w.-]+", "-", last, flags=re.ASCII).strip("-")[:_LONGEST_NAME] or "adapter"
 
 
 def _name(name: str) -> str:

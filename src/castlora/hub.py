@@ -11,13 +11,13 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[
 from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from castlora.chat import TEMPLATE_FILE
 from castlora.errors import UserError
+from castlora.licences import CARD_FILE
 from castlora.manifest import MANIFEST_FILE
 from castlora.portable import check_portable
 from castlora.record import REPORT_FILE
 
 logger = logging.getLogger("castlora")
 
-CARD_FILE = "README.md"
 PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, MANIFEST_FILE, TEMPLATE_FILE)
 
 

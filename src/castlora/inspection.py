@@ -10,6 +10,7 @@ import torch
 
 from castlora.adapters import PORTABLE_RANKS
 from castlora.config import DEFAULT
+from castlora.licences import describe_licences, read_licences
 from castlora.manifest import command_line, describe_pairing
 from castlora.models import load_tokenizer, public_name, skeleton
 from castlora.pairing import describe
@@ -65,6 +66,7 @@ def inspect(
         "pairing": describe_pairing(plan.pairing),
         "dropped": list(plan.pairing.dropped),
         "unchanged": [pair.target.name for pair in plan.pairing.pairs if not pair.branches],
+        "licences": read_licences(plan),
         "forecast": asdict(_forecast(plan, steps, batch_size)),
         "command": _command(adapter, target, source),
     }
@@ -74,6 +76,7 @@ def inspect(
         _say_tokenizers(record["tokenizers"]),
         describe(plan.pairing),
         _say_not_carried(plan, record),
+        describe_licences(record["licences"]),
         _say_forecast(_Forecast(**record["forecast"])),
         _say_command(record["command"]),
     ]

@@ -44,7 +44,7 @@ def describe_inputs(plan: Plan, models: Models, text: TextSource, formats: Seque
         },
         "text": {
             "regime": text.regime,
-            "text": public_name(text.text) if text.text else None,
+            "text": public_name(text.general) if text.general else None,
             "prompt_format": text.prompt_format,
             "prompts": public_name(text.prompts) if text.prompts else None,
             "chat": text.chat,

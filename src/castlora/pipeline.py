@@ -18,6 +18,7 @@ from castlora.config import Recipe, RecipeName, Start, Tracker, Tuning, check_se
 from castlora.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
 from castlora.errors import UserError
 from castlora.imitation import compare_answers
+from castlora.licences import read_licences
 from castlora.manifest import (
     command_line,
     describe_imitation,
@@ -128,6 +129,7 @@ def transfer(
         logger.info(describe_beyond(plan.beyond))
     text_source = TextSource(text, prompt_format, prompts, chat, taught)
     text_source.check()
+    licences = read_licences(plan, text_source.general)
     models = load_models(plan)
     check_objective(models.shared, resolved)
 
@@ -151,6 +153,7 @@ def transfer(
         )
         manifest = {
             **describe_inputs(plan, models, text_source, reading.formats),
+            "licences": licences,
             "castlora_version": __version__,
             "rank": output_rank,
             "pairing": describe_pairing(plan.pairing),

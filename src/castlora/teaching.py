@@ -65,6 +65,11 @@ class TextSource:
         return "chat template" if self.chat else "general text"
 
     @property
+    def general(self) -> str | None:
+        """The general text that is read: a file or a hub data set; None where prompts or taught text stand for it."""
+        return None if self.prompts or self.taught else self.text or HUB_DEFAULT
+
+    @property
     def known_formats(self) -> Sequence[str]:
         """What general text is put into, as far as that is known; a chat template needs nothing around the text."""
         if self.prompts is not None or self.taught is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from castlora.card import write_card
 from castlora.completions import generate
 from castlora.config import Tuning
 from castlora.demonstration.bundle import SOURCE, TARGET, DemoSkill, demo_models_path, demo_skill
@@ -146,6 +147,7 @@ def _write_results(
     (folder / RESULTS_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     any_evaluation = evaluations[TRANSFERRED]
     shown_skill = Skill(skill.title, scores, lift, any_evaluation.metric, any_evaluation.n)
+    write_card(result.folder, result.manifest, [shown_skill])
     report = Report(
         title=f"{skill.title}: {SOURCE} → {TARGET}",
         facts={"source": SOURCE, "target": TARGET, "text": "unlabelled prompts"},
