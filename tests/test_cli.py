@@ -353,6 +353,22 @@ def test_shells_complete_commands_and_options(shell, tmp_path):
         subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
 
 
+def test_options_complete_as_people_type_them(tmp_path):
+    (tmp_path / "script").write_text(run("--print-completion", "shtab-bash").stdout)
+    typed = "source ./script; COMP_WORDS=({}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); "
+    asked = typed + "_shtab_castlora; echo ${{COMPREPLY[@]}}"
+
+    def completed(words: str) -> list[str]:
+        command = ["bash", "-c", asked.format(words)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+
+    assert completed("castlora ins") == ["inspect"]
+    assert completed("castlora transfer --prompt-f") == ["--prompt-format"]
+    assert completed("castlora transfer --tuning.kl") == ["--tuning.kl-weight"]
+    assert completed("castlora transfer --recipe pa") == ["paper"]
+    assert completed("castlora steer --batch_") == []
+
+
 def test_a_tracker_that_is_not_installed_is_named(settings, monkeypatch, capsys):
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     said = complaint(words(settings | {"report-to": "wandb"}), capsys)

@@ -16,6 +16,7 @@ from castlora.commands import BENCHMARKS, COMMANDS
 from castlora.errors import BAD_INPUT, UserError
 
 INTERRUPTED = 130
+_OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
 
 
 class _Parser(ArgumentParser):
@@ -29,12 +30,24 @@ class _Parser(ArgumentParser):
         print(f"castlora: {complaint}; see {self.prog.replace(' [options]', '')} --help.", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
+    def get_completion_script(self, completion_type: str, **options: Any) -> str:
+        """A script for a shell, with options as people type them; or the schema of the settings, as files have them."""
+        script = str(super().get_completion_script(completion_type, **options))
+        return _OPTION.sub(_dashed, script) if completion_type.startswith("shtab-") else script
+
 
 class _DashedHelp(DefaultHelpFormatter):
     """Help that shows options the way people type them: `--prompt-format`."""
 
     def _format_action_invocation(self, action: Action) -> str:
         return str(super()._format_action_invocation(action).replace("_", "-"))
+
+    def _format_usage(self, *arguments: Any) -> str:
+        return _OPTION.sub(_dashed, str(super()._format_usage(*arguments)))
+
+
+def _dashed(option: re.Match[str]) -> str:
+    return option[0].replace("_", "-")
 
 
 def parser() -> ArgumentParser:
