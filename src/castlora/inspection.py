@@ -55,6 +55,13 @@ def inspect(
 
     Raises:
         UserError: something is missing, damaged or does not fit.
+
+    Example:
+        >>> from castlora.demonstration.bundle import SKILL, demo_adapters_path, demo_models_path
+        >>> models, adapter = demo_models_path(), demo_adapters_path() / "llama-s" / SKILL
+        >>> found = inspect(str(adapter), str(models / "mistral-s"), source=str(models / "llama-s"))
+        >>> found.record["source"]["layers"], found.record["target"]["layers"], found.record["dropped"]
+        (4, 5, [])
     """
     plan = plan_transfer(adapter, target, source)
     source_bytes = ByteTokenizer.from_tokenizer(load_tokenizer(plan.source, plan.source_revision))

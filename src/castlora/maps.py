@@ -41,6 +41,19 @@ def fold_from_source(map_from_source: Tensor, b: Tensor) -> Tensor:
 class CastLayer(nn.Module):
     """The live form of one branch: a frozen source LoRA between two trainable maps.
 
+    Example:
+        Folded, it is a plain LoRA that computes the same update:
+
+        >>> random = torch.Generator().manual_seed(0)
+        >>> lora = LowRank(torch.randn(4, 16, generator=random), torch.randn(16, 4, generator=random))
+        >>> to_source, from_source = torch.randn(16, 24, generator=random), torch.randn(24, 16, generator=random)
+        >>> layer, activations = CastLayer(lora, to_source, from_source), torch.randn(3, 24, generator=random)
+        >>> plain = layer.fold()
+        >>> plain.rank, tuple(plain.a.shape), tuple(plain.b.shape)
+        (4, (4, 24), (24, 4))
+        >>> torch.allclose(layer(activations), activations @ plain.a.T @ plain.b.T, rtol=1e-3, atol=1e-2)
+        True
+
     Attributes:
         map_to_source: target activations → source activations, shape (d_source_in, d_target_in)
         lora_a: frozen A, shape (r, d_source_in)
@@ -104,6 +117,14 @@ def balance(lora: LowRank) -> LowRank:
 
     The factors of a fold differ in size; balanced, both learn at the rate of a plain LoRA. A rank above the smaller
     side of the module shrinks to it.
+
+    Example:
+        >>> lora = LowRank(100 * torch.eye(2, 3), torch.eye(4, 2) / 25)
+        >>> even = balance(lora)
+        >>> torch.allclose(even.b @ even.a, lora.b @ lora.a)
+        True
+        >>> round(float(even.a.norm() / even.b.norm()), 4)
+        1.0
     """
     q_b, r_b = torch.linalg.qr(lora.b.double())
     q_a, r_a = torch.linalg.qr(lora.a.double().T)

@@ -78,6 +78,13 @@ def check_portable(folder: str | Path) -> list[Finding]:
 
     Raises:
         UserError: a file is missing or cannot be read.
+
+    Example:
+        An adapter as PEFT wrote it, of the demo:
+
+        >>> from castlora.demonstration.bundle import SKILL, SOURCE, demo_adapters_path
+        >>> [finding.rule for finding in check_portable(demo_adapters_path() / SOURCE / SKILL)]
+        ['plain scale', 'plain targets']
     """
     contents = _read(Path(folder))
     return [Finding(name, problem) for name, rule in RULES.items() for problem in rule.check(contents)]
