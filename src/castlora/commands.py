@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from castlora.config import Form, RecipeName, Start, Tracker, Tuning
+from castlora.config import Form, RecipeName, ShapeName, Start, Tracker, Tuning
 
 NOT_PORTABLE = 1
 
@@ -314,6 +314,34 @@ def _bench_quality(
     print(f"Wrote {Path(out) / 'results.md'}")
 
 
+def _bench_speed(out: str, page: str, shape: ShapeName = "zoo", repeats: int = 5, seed: int = 0) -> None:
+    """Measures what transfers cost beside the bare work in them, as ratios taken side by side.
+
+    Args:
+        out: JSON file to write
+        page: Markdown file to write
+        shape: sizes of the models, which have random weights: those of the zoo, or of about 1 or 7 billion parameters
+        repeats: how often each time is taken
+        seed: of weights and text
+    """
+    from json import dumps
+    from pathlib import Path
+
+    from castlora.bench.grid import environment
+    from castlora.bench.speed import measure_speed
+    from castlora.bench.speed_page import render_speed
+    from castlora.errors import UserError
+    from castlora.run_directory import write_whole
+
+    for path in (out, page):
+        if not Path(path).parent.is_dir():
+            raise UserError(f"{path!r} lies in no folder that exists; make the folder first.")
+    record = {**measure_speed(shape, repeats, seed), "environment": environment()}
+    write_whole(Path(out), dumps(record, indent=1) + "\n")
+    write_whole(Path(page), render_speed(record))
+    print(f"Wrote {out} and {page}")
+
+
 def _print_json(value: Any) -> None:
     """The only thing that a command prints to standard output; all else goes to standard error."""
     from json import dumps
@@ -338,4 +366,4 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "steer": _steer,
     "demo": _demo,
 }
-BENCHMARKS: dict[str, Callable[..., None]] = {"quality": _bench_quality}
+BENCHMARKS: dict[str, Callable[..., None]] = {"quality": _bench_quality, "speed": _bench_speed}
