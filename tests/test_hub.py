@@ -19,7 +19,7 @@ def moved(base_model, tmp_path):
     factors = {name: LowRank(torch.ones(3, slot.d_in), torch.ones(slot.d_out, 3)) for name, slot in slots.items()}
     folder = tmp_path / "moved"
     write_portable(folder, factors, slots, 8, "owner/base", None)
-    for name in ("README.md", "castlora.json", "report.html", "notes.txt"):
+    for name in ("README.md", "castlora.json", "report.html", "report.json", "notes.txt"):
         (folder / name).write_text("{}")
     return folder
 

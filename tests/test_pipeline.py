@@ -24,7 +24,7 @@ from castlora.distill import TRAINABLE_FILE, DistillationTrainer
 from castlora.models import load_config
 from castlora.text import Passage
 
-FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "castlora.json", "report.html"]
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "castlora.json", "report.html", "report.json"]
 SHORT = Tuning(passages=24, filled_passages=24, max_length=88, answer_tokens=8)
 ANSWERED = Tuning(passages=24, filled_passages=24, max_length=60, answer_tokens=6)
 

@@ -19,6 +19,8 @@ from castlora.report import (
     RETRAINED,
     SOURCE_LORA,
     TRANSFERRED,
+    ChangedPiece,
+    ChangedText,
     Distillation,
     Imitation,
     Pairing,
@@ -31,7 +33,7 @@ from castlora.report import (
     write_report,
 )
 from castlora.report.verdict import verdict
-from castlora.report.views import LONGEST_TEXT, skill_view
+from castlora.report.views import LONGEST_TEXT, change_level, skill_view
 
 HOSTILE = (
     "\"'></text></style><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">&{{7*7}}"
@@ -63,6 +65,17 @@ REPORT = Report(
         [SitePair("layer 0 q", "layer 0 q", 0.91), SitePair("layer 1 gate", None)], [[1.0, 0.25], [0.0, 0.73]], "CKA"
     ),
     samples=[Sample("What is a cat?", {BARE_TARGET: "a dog", TRANSFERRED: "an animal"}, "an animal")],
+    changes=[
+        ChangedText(
+            "W",
+            "W",
+            [
+                ChangedPiece("ho?\n", 0.25, 0.0, False),
+                ChangedPiece(" fox", 3.5, 2.75, True),
+                ChangedPiece("", 9.0, 0.125, True),
+            ],
+        )
+    ],
     manifest={"seed": 17, "recipe": {"name": "default"}},
     command="castlora transfer --adapter trec",
     files=["adapter_model.safetensors"],
@@ -78,6 +91,7 @@ def hostile_report() -> Report:
         distillation=replace(REPORT.distillation, components={HOSTILE: [(0, 1.0), (9, 0.5)]}),
         pairing=Pairing([SitePair(HOSTILE, HOSTILE), SitePair(HOSTILE, None)], [[1.0]], HOSTILE),
         samples=[Sample(HOSTILE, {HOSTILE: HOSTILE, TRANSFERRED: "x" + HOSTILE}, HOSTILE), Sample(HOSTILE, {})],
+        changes=[ChangedText(HOSTILE, HOSTILE, [ChangedPiece(HOSTILE, math.nan, 1.0, True)])],
         manifest={HOSTILE: [HOSTILE]},
         command=HOSTILE,
         files=[HOSTILE],
@@ -109,6 +123,7 @@ DEGENERATE = {
         distillation=Distillation(),
         pairing=Pairing([]),
         samples=[Sample("", {})],
+        changes=[ChangedText("", "", [])],
     ),
     "undefined lift": Report("x", skills=[replace(SKILL, lift=Lift(math.nan, (math.nan, math.nan), math.nan, False))]),
     "no interval": Report("x", skills=[replace(SKILL, lift=Lift(0.5, (math.nan, math.nan), 0.8, True))]),
@@ -220,7 +235,10 @@ class TestContent:
         headings = [text_of(h) for h in tree(render_report(Report("x"))).iter("h2")]
         assert headings == []
         headings = [text_of(h) for h in tree(render_report(REPORT)).iter("h2")]
-        assert headings == ["How much arrived", "Samples", "Distillation", "Pairing", "Reproduce"]
+        assert headings == [
+            "How much arrived", "Samples", "What the adapters change, and where", "Distillation", "Pairing",
+            "Reproduce",
+        ]  # fmt: skip
 
     def test_long_texts_are_cut(self) -> None:
         html = render_report(Report("x", samples=[Sample("p" * (LONGEST_TEXT + 7), {"m": "word " * 20000}, "word")]))
@@ -236,6 +254,33 @@ class TestContent:
             "Sample 10",
             "Sample 11",
         ]
+
+    def test_changes_are_told_by_shade_by_line_and_in_numbers(self) -> None:
+        root = tree(render_report(REPORT))
+        (changes,) = by_class(root, "changes")
+        marks = [(text_of(mark), mark.get("class"), mark.get("title")) for mark in by_class(changes, "change")]
+        assert marks == [
+            ("ho?↵\n", "change change-1", "0.250 nats"),
+            (" fox", "change change-3 answer", "3.50 nats"),
+            ("⟨end⟩", "change change-4 answer", "9.00 nats"),
+            ("ho?↵\n", "change", "0 nats"),
+            (" fox", "change change-3 answer", "2.75 nats"),
+            ("⟨end⟩", "change change-1 answer", "0.125 nats"),
+        ]
+        assert [text_of(note) for note in by_class(changes, "difference")] == [
+            "mean 6.25 nats in the answer",
+            "mean 1.44 nats in the answer",
+        ]
+        style = text_of(root.find("head/style"))
+        lines = [re.search(rf"\.change-{level} .*text-decoration: ([^;]*)", style)[1] for level in range(1, 5)]
+        assert len(set(lines)) == 4
+        assert [text_of(key) for key in by_class(root, "change")][:5] == ["0", "0.1", "0.5", "2", "8"]
+        (table,) = [box for box in by_class(root, "tall") if box.get("aria-label") == "Text 1 in numbers"]
+        rows = [[text_of(cell) for cell in row] for row in table.iter("tr")]
+        assert rows[1:] == [["ho?↵\n", "0.250", "0"], [" fox", "3.50", "2.75"], ["⟨end⟩", "9.00", "0.125"]]
+
+    def test_levels_of_changes(self) -> None:
+        assert [change_level(nats) for nats in (0.0, 0.1, 0.5, 7.9, 8.0, math.nan)] == [0, 1, 2, 3, 4, 0]
 
     def test_written_file_is_the_page(self, tmp_path: Path) -> None:
         write_report(REPORT, tmp_path / "report.html")

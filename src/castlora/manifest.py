@@ -1,5 +1,7 @@
 """The manifest of a transfer: everything needed to judge it and to run it again."""
 
+import hashlib
+import json
 import resource
 import shlex
 import sys
@@ -14,10 +16,11 @@ from castlora.imitation import Imitation
 from castlora.models import public_name
 from castlora.pairing import Pairing
 from castlora.plan import Plan
+from castlora.positions import AlignedPassage
+from castlora.runs import MANIFEST_FILE as MANIFEST_FILE
 from castlora.stages import Models
 from castlora.teaching import TextSource
 
-MANIFEST_FILE = "castlora.json"
 _LOCATIONS = ("adapter", "target", "source", "text", "prompts", "taught", "out")
 _REPORTED_PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers")
 
@@ -76,6 +79,11 @@ def describe_pairing(pairing: Pairing) -> list[dict[str, Any]]:
         }
         for pair in pairing.pairs
     ]
+
+
+def text_sha256(passages: Sequence[AlignedPassage]) -> str:
+    """Digest of passages as the source reads them: runs on the same source that share it have read the same text."""
+    return hashlib.sha256(json.dumps([passage.source_ids for passage in passages]).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from castlora import __version__
 from castlora.adapters import LowRank, write_portable
+from castlora.changes import measure_changes
 from castlora.chat import TEMPLATE_FILE, target_template
 from castlora.config import Recipe, RecipeName, Start, Tracker, Tuning, check_seed, resolve_recipe
 from castlora.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
@@ -26,6 +27,7 @@ from castlora.manifest import (
     describe_pairing,
     describe_recipe,
     peak_memory_bytes,
+    text_sha256,
     versions,
 )
 from castlora.pairing import Pairing, describe
@@ -45,6 +47,7 @@ logger = logging.getLogger("castlora")
 
 PASSAGES_FILE = "passages.json"
 _CHECKED_PASSAGES = 4
+_SHOWN_PASSAGES = 4
 
 
 @dataclass(frozen=True)
@@ -143,24 +146,28 @@ def transfer(
         masses = _report_shared_mass(models, held_out)
         student = start_student(models, plan, resolved, training, output_rank, seed)
         trained = _train(run, models, student, training, held_out, resolved, seed, report_to)
+        # Some of these may have been dropped for their length, so that they were not trained on either.
+        shown = reading.passages[-len(held_out) :]
         imitation = compare_answers(
             (models.source, models.source_tokenizer),
             (models.target, models.target_tokenizer),
             student.model,
-            # Some of these may have been dropped for their length, so that they were not trained on either.
-            reading.passages[-len(held_out) :],
+            shown,
             resolved.answer_tokens,
         )
+        changes = measure_changes(models, student.model, shown, resolved.max_length, _SHOWN_PASSAGES)
         manifest = {
             **describe_inputs(plan, models, text_source, reading.formats),
             "licences": licences,
             "castlora_version": __version__,
             "rank": output_rank,
             "pairing": describe_pairing(plan.pairing),
+            "layer_map": list(plan.pairing.layer_map),
             "recipe": describe_recipe(resolved, recipe),
             "seed": seed,
             "versions": versions(),
             "passages": {"training": len(training), "held_out": len(held_out)},
+            "held_out_sha256": text_sha256(held_out),
             "shared_vocabulary": masses,
             "losses": trained.losses,
             "scale": asdict(trained.scale),
@@ -172,7 +179,7 @@ def transfer(
         manifest["peak_memory_bytes"] = peak_memory_bytes()
         if reading.passages[0].is_chat and models.target_tokenizer.chat_template is None:
             write_whole(run.finished / TEMPLATE_FILE, target_template(models.source_tokenizer, models.target_tokenizer))
-        write_record(run.finished, manifest, trained.log, plan.pairing, imitation)
+        write_record(run.finished, manifest, trained.log, imitation, changes)
         run.publish()
     logger.info("Wrote %s", out)
     if prompts is None and taught is None:

@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,18 @@ from castlora.evaluation import Evaluation, evaluate_model, load_adapter
 from castlora.lift import Lift, lift_with_interval
 from castlora.models import best_device, load_model
 from castlora.pipeline import TransferResult, transfer
-from castlora.record import REPORT_FILE, report_distillation, report_pairing
+from castlora.record import REPORT_FILE
 from castlora.report import (
     BARE_TARGET,
     RETRAINED,
     SOURCE_LORA,
     TRANSFERRED,
-    Report,
     Sample,
     Score,
     Skill,
     write_report,
 )
+from castlora.runs import read_run
 from castlora.tasks import TaskItem, load_task
 
 logger = logging.getLogger("castlora")
@@ -148,14 +148,12 @@ def _write_results(
     any_evaluation = evaluations[TRANSFERRED]
     shown_skill = Skill(skill.title, scores, lift, any_evaluation.metric, any_evaluation.n)
     write_card(result.folder, result.manifest, [shown_skill])
-    report = Report(
+    report = replace(
+        read_run(str(result.folder)).report,
         title=f"{skill.title}: {SOURCE} → {TARGET}",
         facts={"source": SOURCE, "target": TARGET, "text": "unlabelled prompts"},
         skills=[shown_skill],
-        distillation=report_distillation(result.log, result.manifest["losses"]),
-        pairing=report_pairing(result.pairing),
         samples=samples,
-        manifest=result.manifest,
         command="castlora demo",
         files=["adapter/", RESULTS_FILE, REPORT_FILE],
     )

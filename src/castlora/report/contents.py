@@ -142,6 +142,38 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class ChangedPiece:
+    """A piece of text, and how much the adapters change the predictions of it.
+
+    Attributes:
+        text: The piece, from one place that both tokenizers have to the next; empty for the end of the text.
+        source: KL(source + LoRA ‖ bare source) of the prediction that is made before the piece, in nats.
+        target: KL(transferred ‖ bare target) of the same, in nats.
+        in_answer: Whether it belongs to an answer, or to text without prompts.
+    """
+
+    text: str
+    source: float
+    target: float
+    in_answer: bool
+
+
+@dataclass(frozen=True)
+class ChangedText:
+    """What the adapters change in both models' predictions of one text.
+
+    Attributes:
+        source_lead: What the source reads before the first piece.
+        target_lead: What the target reads before the first piece.
+        pieces: The text from there on.
+    """
+
+    source_lead: str
+    target_lead: str
+    pieces: Sequence[ChangedPiece]
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything the report shows; sections without data are left out.
 
@@ -153,6 +185,7 @@ class Report:
         imitation: How often the target writes what its teacher writes; None where it was not compared.
         pairing: Which source sites speak for which target sites.
         samples: Generated text side by side.
+        changes: What the adapters change in held-out text, and where.
         manifest: Full record of the run, JSON-like.
         command: Command line that reproduces the run.
         files: Names of the files written.
@@ -165,6 +198,7 @@ class Report:
     imitation: Imitation | None = None
     pairing: Pairing | None = None
     samples: Sequence[Sample] = ()
+    changes: Sequence[ChangedText] = ()
     manifest: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
     files: Sequence[str] = ()

@@ -11,7 +11,7 @@ from castlora.formatting import MISSING, number, percent, percent_interval, prin
 from castlora.report import figures
 from castlora.report.contents import Distillation, Report
 from castlora.report.verdict import verdict
-from castlora.report.views import sample_view, skill_view
+from castlora.report.views import CHANGE_LEVELS, change_view, sample_view, skill_view
 
 _OPEN_SAMPLES = 8
 _LOSS_HEIGHT = 220
@@ -31,6 +31,8 @@ def render_report(report: Report) -> str:
             skills=[skill_view(skill) for skill in report.skills],
             samples=[sample_view(sample) for sample in report.samples],
             open_samples=_OPEN_SAMPLES,
+            changes=[change_view(text) for text in report.changes],
+            change_levels=CHANGE_LEVELS,
             run=report.distillation,
             measured=_measured(report),
             loss=_loss_figure(report.distillation),

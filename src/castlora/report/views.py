@@ -1,14 +1,28 @@
-"""Skills and samples with everything placed and worded, ready for the page."""
+"""Skills, samples and changes with everything placed and worded, ready for the page."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from castlora.formatting import Comparison, Span, compare, is_number
+from castlora.formatting import Comparison, Span, compare, is_number, number
 from castlora.lift import COUNTABLE_GAIN
 from castlora.report import figures
-from castlora.report.contents import BARE_TARGET, RETRAINED, TRANSFERRED, Sample, Score, Skill
+from castlora.report.contents import (
+    BARE_TARGET,
+    RETRAINED,
+    SOURCE_LORA,
+    TRANSFERRED,
+    ChangedPiece,
+    ChangedText,
+    Sample,
+    Score,
+    Skill,
+)
 
 LONGEST_TEXT = 4000
+CHANGE_LEVELS = (0.1, 0.5, 2.0, 8.0)
+"""Nats from which a change is drawn stronger."""
 
 
 @dataclass(frozen=True)
@@ -151,3 +165,72 @@ def _difference_note(comparison: Comparison) -> str:
 def clip(text: str) -> tuple[str, int]:
     """Returns the start of a very long text, and the number of characters left out."""
     return text[:LONGEST_TEXT], max(0, len(text) - LONGEST_TEXT)
+
+
+@dataclass(frozen=True)
+class ChangeMark:
+    """A piece of text as it is drawn.
+
+    Attributes:
+        text: The piece; the ends of lines and of the text are made visible.
+        nats: How much the prediction of it is changed.
+        level: 0 for next to nothing, else the number of `CHANGE_LEVELS` that it reaches.
+        in_answer: Whether it belongs to an answer.
+    """
+
+    text: str
+    nats: float
+    level: int
+    in_answer: bool
+
+
+@dataclass(frozen=True)
+class ChangeColumn:
+    """One model's side of a text.
+
+    Attributes:
+        label: The model.
+        lead: What it reads before the first piece.
+        marks: The text from there on.
+        note: Its mean change in the answer.
+    """
+
+    label: str
+    lead: str
+    marks: Sequence[ChangeMark]
+    note: str
+
+
+@dataclass(frozen=True)
+class ChangeView:
+    """What the adapters change in one text, the source's side and the target's."""
+
+    source: ChangeColumn
+    target: ChangeColumn
+
+
+def change_view(text: ChangedText) -> ChangeView:
+    """Draws what source and target change in one text on the same scale."""
+    return ChangeView(
+        _change_column(SOURCE_LORA, text.source_lead, text.pieces, [piece.source for piece in text.pieces]),
+        _change_column(TRANSFERRED, text.target_lead, text.pieces, [piece.target for piece in text.pieces]),
+    )
+
+
+def change_level(nats: float) -> int:
+    """How many of `CHANGE_LEVELS` a change reaches."""
+    return bisect_right(CHANGE_LEVELS, nats) if is_number(nats) else 0
+
+
+def _change_column(label: str, lead: str, pieces: Sequence[ChangedPiece], nats: Sequence[float]) -> ChangeColumn:
+    marks = [
+        ChangeMark(_visible(piece.text), changed, change_level(changed), piece.in_answer)
+        for piece, changed in zip(pieces, nats, strict=True)
+    ]
+    answer = [mark.nats for mark in marks if mark.in_answer and is_number(mark.nats)]
+    note = f"mean {number(math.fsum(answer) / len(answer))} nats in the answer" if answer else ""
+    return ChangeColumn(label, lead, marks, note)
+
+
+def _visible(text: str) -> str:
+    return text.replace("\n", "↵\n") or "⟨end⟩"
