@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from castlora import UserError, check_portable, config, pipeline, transfer
+from castlora import UserError, check_portable, config, pipeline, report_runs, transfer
 from castlora.adapter_files import open_adapter
 from castlora.adapters import LowRank, read_factors, write_portable
 from castlora.cli import main
@@ -118,6 +118,21 @@ def test_what_the_models_write_is_shown_side_by_side(quick_transfer):
     assert 0 <= answers["ci95"][0] <= answers["same_after"] <= answers["ci95"][1] <= 1
     page = (result.folder / "report.html").read_text()
     assert "of answers are the teacher" in page and "Words that differ from what source + LoRA writes" in page
+    assert "What the adapters change, and where" in page
+
+
+def test_the_report_can_be_shown_anew_and_beside_another(quick_transfer, tmp_path):
+    runs = [quick_transfer("llama", "mistral"), quick_transfer("llama", "mistral", out="other", start="fresh", steps=2)]
+    report_runs([str(runs[0].folder)], str(tmp_path / "again.html"))
+    assert (tmp_path / "again.html").read_bytes() == (runs[0].folder / "report.html").read_bytes()
+    found = report_runs([str(run.folder) for run in runs], str(tmp_path / "both.html"))
+    assert found["comparable"] and found["differences"] == {
+        "start": ["closed-form maps (ridge)", "plain LoRA (fresh)"],
+        "steps": ["3", "2"],
+    }
+    elsewhere = quick_transfer("llama", "mistral", out="seed", seed=1)
+    found = report_runs([str(runs[0].folder), str(elsewhere.folder)], str(tmp_path / "seeds.html"))
+    assert [reason.split(" differ")[0] for reason in found["reasons"]] == ["The seeds", "The held-out texts"]
 
 
 def test_running_text_has_no_answers_to_show(quick_transfer):

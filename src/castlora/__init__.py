@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from castlora.maps import CastLayer
     from castlora.pipeline import transfer
     from castlora.portable import check_portable
+    from castlora.runs import report_runs
     from castlora.steering import steer
     from castlora.teaching import teach
 
 __all__ = [
-    "CastLayer", "UserError", "__version__", "check_portable", "convert", "evaluate", "inspect", "push", "steer",
-    "teach", "transfer",
+    "CastLayer", "UserError", "__version__", "check_portable", "convert", "evaluate", "inspect", "push",
+    "report_runs", "steer", "teach", "transfer",
 ]  # fmt: skip
 
 _HOMES = {
@@ -32,6 +33,7 @@ _HOMES = {
     "evaluate": "castlora.evaluation",
     "inspect": "castlora.inspection",
     "push": "castlora.hub",
+    "report_runs": "castlora.runs",
     "steer": "castlora.steering",
     "teach": "castlora.teaching",
     "transfer": "castlora.pipeline",

@@ -7,6 +7,7 @@ import sys
 import warnings
 from argparse import Action
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
@@ -17,6 +18,8 @@ from castlora.errors import BAD_INPUT, UserError
 
 INTERRUPTED = 130
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
+_WITHOUT_OPTION = "runs"
+"""The parameter that takes the words of a command that follow no option."""
 
 
 class _Parser(ArgumentParser):
@@ -73,7 +76,9 @@ def _add_commands(place: Any, functions: Mapping[str, Callable[..., None]]) -> N
         command = _Parser(formatter_class=_DashedHelp)
         command.add_argument("--config", action="config", help="YAML file with any of these settings")
         _add_verbosity(command)
-        command.add_function_arguments(function, as_positional=False)
+        if _WITHOUT_OPTION in signature(function).parameters:
+            command.add_argument(_WITHOUT_OPTION, nargs="+", metavar="RUN", help="folder that castlora transfer wrote")
+        command.add_function_arguments(function, as_positional=False, skip={_WITHOUT_OPTION})
         place.add_subcommand(name, command, help=(function.__doc__ or "").splitlines()[0])
 
 

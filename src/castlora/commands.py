@@ -247,6 +247,21 @@ def _steer(
         print(describe(result))
 
 
+def _report(runs: list[str], out: str, json: bool = False) -> None:
+    """Writes one page that compares finished runs of transfer, or shows one of them anew.
+
+    Args:
+        runs: folders that castlora transfer wrote
+        out: HTML file to write, new
+        json: whether the comparison is printed as JSON
+    """
+    from castlora.runs import report_runs
+
+    described = report_runs(runs, out)
+    if json:
+        _print_json(described)
+
+
 def _demo(out: str = "castlora-demo", seed: int = 0, json: bool = False) -> None:
     """Moves a skill between the two bundled models, and shows how much of it arrived.
 
@@ -363,6 +378,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "check": _check,
     "convert": _convert,
     "push": _push,
+    "report": _report,
     "steer": _steer,
     "demo": _demo,
 }

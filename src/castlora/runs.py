@@ -1,17 +1,36 @@
 """Finished runs as they lie on disk: what they hold for their report, and reading it again."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from castlora.errors import UserError
-from castlora.report import ChangedPiece, ChangedText, Distillation, Imitation, Pairing, Report, Sample, SitePair
+from castlora.report import (
+    ChangedPiece,
+    ChangedText,
+    ComparedRun,
+    Distillation,
+    Imitation,
+    Pairing,
+    Report,
+    Sample,
+    SitePair,
+    compare_runs,
+    describe_comparison,
+    render_comparison,
+    render_report,
+)
+from castlora.report.settings import identity, measured_positions, objective, settings_in_words
+from castlora.run_directory import write_whole
 
 MANIFEST_FILE = "castlora.json"
 DETAILS_FILE = "report.json"
 _MOST_LAYERS = 1000
+_LARGEST = 1e100
+"""What a run can have measured; figures have room for no more."""
 
 
 @dataclass(frozen=True)
@@ -34,30 +53,46 @@ class RunDetails:
         """Reads what `to_json` wrote."""
         record = json.loads(text)
         return cls(
-            [{str(name): float(value) for name, value in entry.items()} for entry in record["log"]],
+            [{str(name): _measured(value) for name, value in entry.items()} for entry in record["log"]],
             [_sample(sample) for sample in record["samples"]],
             [_changed_text(change) for change in record["changes"]],
             [str(name) for name in record["files"]],
         )
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
+def report_runs(runs: Sequence[str], out: str) -> dict[str, Any]:
+    """Writes one HTML page: several finished runs side by side, or one run's own report anew.
 
-    Attributes:
-        name: Name of its folder.
-        manifest: The record of the run.
-        report: What its page shows.
+    Args:
+        runs: folders that `castlora.transfer` wrote
+        out: HTML file to write
+
+    Returns:
+        the comparison as JSON takes it: what differs, why the runs cannot be ranked or their ranking, and what each
+        reached; of one run its manifest
+
+    Raises:
+        UserError: a folder is not one of a finished run, or `out` cannot be written.
     """
+    path = Path(out)
+    if path.exists() or not path.parent.is_dir():
+        state = "exists" if path.exists() else "lies in no folder that exists"
+        raise UserError(f"--out {out!r} {state}; give a new file, nothing is ever overwritten.")
+    read = [read_run(run) for run in runs]
+    if len(read) == 1:
+        page, described = render_report(read[0].report), dict(read[0].report.manifest)
+    else:
+        comparison = compare_runs(read)
+        page, described = render_comparison(comparison), describe_comparison(comparison)
+    try:
+        write_whole(path, page)
+    except OSError as error:
+        raise UserError(f"--out {out!r} cannot be written ({error.strerror}); give another file.") from error
+    return described
 
-    name: str
-    manifest: Mapping[str, Any]
-    report: Report
 
-
-def read_run(folder: str) -> Run:
-    """Reads a folder that `castlora.transfer` wrote; without `DETAILS_FILE` its report has no curves and no texts.
+def read_run(folder: str) -> ComparedRun:
+    """Reads a folder that `castlora.transfer` wrote; without `DETAILS_FILE` it has no curves and no texts.
 
     Raises:
         UserError: it is no such folder, or a file in it is damaged.
@@ -68,15 +103,30 @@ def read_run(folder: str) -> Run:
     name = MANIFEST_FILE
     try:
         manifest = json.loads((place / name).read_text(encoding="utf-8"))
-        run_report(manifest, RunDetails())
+        run = _run(place.resolve().name, manifest, RunDetails())
         name = DETAILS_FILE
-        details = place / DETAILS_FILE
-        known = RunDetails.from_json(details.read_text(encoding="utf-8")) if details.is_file() else RunDetails()
-        return Run(place.resolve().name, manifest, run_report(manifest, known))
+        if not (place / name).is_file():
+            return run
+        return replace(run, report=run_report(manifest, RunDetails.from_json((place / name).read_text("utf-8"))))
     except (OSError, AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{name} in {folder!r} is damaged or not from castlora transfer; copy the folder of the run again."
         ) from error
+
+
+def _run(name: str, manifest: Mapping[str, Any], details: RunDetails) -> ComparedRun:
+    losses = manifest["losses"]
+    return ComparedRun(
+        name,
+        run_report(manifest, details),
+        settings_in_words(manifest),
+        identity(manifest),
+        measured_positions(manifest),
+        objective(manifest),
+        (_measured(losses["kl_before"]), _measured(losses["kl_after"])),
+        _measured(manifest["seconds"]),
+        _measured(manifest["peak_memory_bytes"]),
+    )
 
 
 def run_report(manifest: Mapping[str, Any], details: RunDetails) -> Report:
@@ -115,18 +165,19 @@ def _distillation(log: Sequence[Mapping[str, float]], losses: Mapping[str, float
     return Distillation(
         loss,
         components if len(components) > 1 else {},
-        held_out_before=float(losses["held_out_before"]),
-        held_out_after=float(losses["held_out_after"]),
-        agreement_before=float(losses["agreement_before"]),
-        agreement_after=float(losses["agreement_after"]),
+        held_out_before=_measured(losses["held_out_before"]),
+        held_out_after=_measured(losses["held_out_after"]),
+        agreement_before=_measured(losses["agreement_before"]),
+        agreement_after=_measured(losses["agreement_after"]),
     )
 
 
 def _imitation(answers: Mapping[str, Any] | None) -> Imitation | None:
     if answers is None:
         return None
-    low, high = map(float, answers["ci95"])
-    return Imitation(int(answers["prompts"]), float(answers["same_before"]), float(answers["same_after"]), (low, high))
+    low, high = map(_measured, answers["ci95"])
+    before, after = _measured(answers["same_before"]), _measured(answers["same_after"])
+    return Imitation(int(answers["prompts"]), before, after, (low, high))
 
 
 def _sample(record: Mapping[str, Any]) -> Sample:
@@ -139,10 +190,26 @@ def _sample(record: Mapping[str, Any]) -> Sample:
 
 def _changed_text(record: Mapping[str, Any]) -> ChangedText:
     pieces = [
-        ChangedPiece(str(piece["text"]), float(piece["source"]), float(piece["target"]), bool(piece["in_answer"]))
+        ChangedPiece(
+            str(piece["text"]), _measured(piece["source"]), _measured(piece["target"]), bool(piece["in_answer"])
+        )
         for piece in record["pieces"]
     ]
     return ChangedText(str(record["source_lead"]), str(record["target_lead"]), pieces)
+
+
+def _measured(value: object) -> float:
+    """A number that a run may have measured; NaN and infinities are among them.
+
+    Raises:
+        ValueError: it is beyond everything that can be.
+    """
+    if not isinstance(value, int | float):
+        raise TypeError("not a number")
+    number = float(value)
+    if math.isfinite(number) and abs(number) > _LARGEST:
+        raise ValueError("out of range")
+    return number
 
 
 def _site_label(module_name: str) -> str:

@@ -1,6 +1,7 @@
 """The report of a transfer: one HTML file that needs neither a network nor scripts."""
 
 from castlora.lift import Lift
+from castlora.report.comparison import ComparedRun, Comparison, compare_runs, describe_comparison
 from castlora.report.contents import (
     BARE_TARGET,
     RETRAINED,
@@ -17,7 +18,7 @@ from castlora.report.contents import (
     SitePair,
     Skill,
 )
-from castlora.report.page import render_report, write_report
+from castlora.report.page import render_comparison, render_report, write_report
 
 __all__ = [
     "BARE_TARGET",
@@ -26,6 +27,8 @@ __all__ = [
     "TRANSFERRED",
     "ChangedPiece",
     "ChangedText",
+    "ComparedRun",
+    "Comparison",
     "Distillation",
     "Imitation",
     "Lift",
@@ -35,6 +38,9 @@ __all__ = [
     "Score",
     "SitePair",
     "Skill",
+    "compare_runs",
+    "describe_comparison",
+    "render_comparison",
     "render_report",
     "write_report",
 ]

@@ -5,8 +5,10 @@ any screen while its lettering keeps its size.
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from castlora.formatting import is_interval, is_number, number
 
@@ -15,6 +17,7 @@ Series = Sequence[tuple[int, float]]
 MOST_POINTS = 300
 _LIFT_LIMITS = (-0.5, 1.5)
 _SHADE_LIMIT = 0.6
+_MOST_LEVELS = 9
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,10 @@ class LossFigure:
 
 
 def loss_figure(
-    series: Mapping[str, Series], held_out: tuple[float | None, float | None], height: float
+    series: Mapping[str, Series],
+    held_out: tuple[float | None, float | None],
+    height: float,
+    logarithmic: bool = False,
 ) -> LossFigure | None:
     """Lays out loss curves and the held-out loss before and after.
 
@@ -125,34 +131,40 @@ def loss_figure(
         series: Curves by name, each a sequence of (step, value) in order of steps.
         held_out: Held-out loss before and after training, drawn at the first and the last step.
         height: Height of the plot in pixels.
+        logarithmic: Whether the vertical scale is; values of 0 and less are then left out.
 
     Returns:
         The figure, or None when no curve has a finite value.
     """
-    finite = {name: [point for point in points if is_number(point[1])] for name, points in series.items()}
+
+    def has_place(value: float | None) -> TypeGuard[float]:
+        return is_number(value) and (value >= sys.float_info.min or not logarithmic)
+
+    finite = {name: [point for point in points if has_place(point[1])] for name, points in series.items()}
     drawn = {name: points for name, points in finite.items() if points}
     if not drawn:
         return None
     averaged = max(math.ceil(len(points) / MOST_POINTS) for points in drawn.values())
     curves = {name: bucket_means(points, averaged) for name, points in drawn.items()}
-    ends = [value for value in held_out if is_number(value)]
+    ends = [value for value in held_out if has_place(value)]
     values = [value for points in curves.values() for _, value in points] + ends
-    levels = nice_levels(min(values), max(values))
+    levels = (log_levels if logarithmic else nice_levels)(min(values), max(values))
     steps = [step for points in drawn.values() for step, _ in points]
     first_step, last_step = min(steps), max(steps)
     # A single step has no extent: give it one, so that it lands in the middle.
     across = Axis(first_step, last_step) if last_step > first_step else Axis(first_step - 1, last_step + 1)
-    upward = Axis(levels[0], levels[-1], height)
+    scaled = math.log if logarithmic else float
+    upward = Axis(scaled(levels[0]), scaled(levels[-1]), height)
 
     def down(value: float) -> float:
-        return round(height - upward.position(value), 2)
+        return round(height - upward.position(scaled(value)), 2)
 
     return LossFigure(
         lines=[
             Line(name, [(across.position(step), down(value)) for step, value in points], points[0][1], points[-1][1])
             for name, points in curves.items()
         ],
-        held_out=[(x, down(value)) for x, value in zip((0.0, 100.0), held_out, strict=True) if is_number(value)],
+        held_out=[(x, down(value)) for x, value in zip((0.0, 100.0), held_out, strict=True) if has_place(value)],
         levels=[(down(level), f"{level:.6g}".replace("-", "−")) for level in levels],
         steps=(first_step, last_step),
         averaged=averaged,
@@ -163,7 +175,7 @@ def loss_figure(
 def bucket_means(points: Series, size: int) -> list[tuple[float, float]]:
     """Averages every `size` neighbouring points, steps and values alike."""
     buckets = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(math.fsum(s for s, _ in b) / len(b), math.fsum(v for _, v in b) / len(b)) for b in buckets]
+    return [(math.fsum(s for s, _ in b) / len(b), math.fsum(v / len(b) for _, v in b)) for b in buckets]
 
 
 def nice_levels(low: float, high: float) -> list[float]:
@@ -177,6 +189,18 @@ def nice_levels(low: float, high: float) -> list[float]:
     step = next(m * magnitude for m in (0.2, 0.25, 0.5, 1.0, 2.0) if (high - low) / (m * magnitude) <= 5)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [index * step for index in range(first, last + 1)]
+
+
+def log_levels(low: float, high: float) -> list[float]:
+    """Returns round values that enclose a range above 0 on a logarithmic scale: 1, 2 and 5, or powers of ten."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    fine = [float(f"{digit}e{power}") for power in range(first, last + 1) for digit in (1, 2, 5)]
+    start = max(index for index, level in enumerate(fine) if level <= low)
+    end = max(start + 1, min(index for index, level in enumerate(fine) if level >= high))
+    if end - start < _MOST_LEVELS:
+        return fine[start : end + 1]
+    every = math.ceil((last - first + 1) / _MOST_LEVELS)
+    return [10.0**power for power in range(first, last + every, every)]
 
 
 @dataclass(frozen=True)

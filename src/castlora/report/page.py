@@ -1,4 +1,4 @@
-"""The report as one HTML file."""
+"""Reports as one HTML file each."""
 
 import json
 from functools import cache
@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from castlora.formatting import MISSING, number, percent, percent_interval, printable, score, score_interval
 from castlora.report import figures
+from castlora.report.comparison import LOSS_HEIGHT, Comparison, loss_curves, measures
 from castlora.report.contents import Distillation, Report
 from castlora.report.verdict import verdict
 from castlora.report.views import CHANGE_LEVELS, change_view, sample_view, skill_view
@@ -39,6 +40,20 @@ def render_report(report: Report) -> str:
             loss_height=_LOSS_HEIGHT,
             heat=figures.heat_rows(report.pairing.matrix) if report.pairing else [],
             manifest=json.dumps(report.manifest, indent=2, ensure_ascii=False, default=str),
+        )
+    )
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """Renders runs side by side as one page of the same kind."""
+    return (
+        _environment()
+        .get_template("comparison.html.j2")
+        .render(
+            comparison=comparison,
+            measures=measures(comparison),
+            loss=loss_curves(comparison),
+            loss_height=LOSS_HEIGHT,
         )
     )
 
