@@ -10,7 +10,6 @@ from castlora.objective import (
     binary_kl,
     chunk_log_probabilities,
     class_log_probabilities,
-    gather_positions,
     kl_divergence,
     weighted_mean,
 )
@@ -63,12 +62,6 @@ def test_divergence_stays_readable_where_only_one_side_has_a_class():
     assert student_logits.grad is not None
     assert torch.isfinite(student_logits.grad).all() and student_logits.grad.abs().max() > 0
     assert 0 <= kl_divergence(student, teacher).item() < 100
-
-
-def test_gather_positions_takes_rows_of_each_passage():
-    values = random(2, 4, 3)
-    gathered = gather_positions(values, torch.tensor([[3, 0], [1, 1]]))
-    assert torch.equal(gathered, torch.stack([values[0, [3, 0]], values[1, [1, 1]]]))
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5, width=32), st.sampled_from([0, 0.25, 1])), min_size=1, max_size=8))

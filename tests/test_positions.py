@@ -4,7 +4,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from castlora.positions import AlignedPassage, align_passages, batches, bytes_per_token, collate
+from castlora.positions import (
+    AlignedPassage,
+    align_passages,
+    batches,
+    bytes_per_token,
+    collate,
+    counted_places,
+)
 from castlora.text import Passage
 from castlora.tokens import ByteTokenizer
 
@@ -125,3 +132,11 @@ def test_bytes_per_token():
     passages = [Passage("ab"), Passage("日")]
     count = sum(len(GPT2.encode(passage.text).ids) for passage in passages)
     assert bytes_per_token(passages, GPT2) == 5 / count
+
+
+def test_counted_places_take_rows_of_each_passage():
+    values = torch.randn(2, 4, 3)
+    positions, counts = torch.tensor([[0, 3, 2], [1, 2, 0]]), torch.tensor([[True, True, False], [False, True, False]])
+    assert torch.equal(
+        values[counted_places(positions, counts)], torch.stack([values[0, 0], values[0, 3], values[1, 2]])
+    )

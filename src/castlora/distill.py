@@ -27,11 +27,10 @@ from castlora.objective import (
     binary_kl,
     chunk_log_probabilities,
     class_log_probabilities,
-    gather_positions,
     kl_divergence,
     weighted_mean,
 )
-from castlora.positions import AlignedPassage, Batch, PassageDataset, batches, collate
+from castlora.positions import AlignedPassage, Batch, PassageDataset, batches, collate, counted_places
 from castlora.run_directory import seal
 from castlora.teacher import Predictions, Side, Teacher, predict
 from castlora.vocabulary import SharedVocabulary
@@ -114,8 +113,8 @@ def distillation_losses(
         divergence = _divergence(taught.aligned(counts), learned.aligned(counts), shared, recipe.temperature)
         losses["kl"] = weighted_mean(divergence, weights[counts])
     if hidden_head is not None:
-        teacher_hidden = gather_positions(taught.hidden, batch["source_positions"])[counts].float()
-        student_hidden = gather_positions(learned.hidden, batch["target_positions"])[counts].float()
+        teacher_hidden = taught.hidden[counted_places(batch["source_positions"], counts)].float()
+        student_hidden = learned.hidden[counted_places(batch["target_positions"], counts)].float()
         error = (hidden_head(student_hidden) - teacher_hidden).square().mean(-1)
         losses["mse"] = weighted_mean(error, weights[counts])
     if recipe.chunk_weight > 0 and not shared.is_whole:

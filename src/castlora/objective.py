@@ -52,11 +52,6 @@ def class_log_probabilities(logits: Tensor, classes: Tensor, count: int, tempera
     return sums.clamp_min(torch.finfo(sums.dtype).tiny).log()
 
 
-def gather_positions(values: Tensor, positions: Tensor) -> Tensor:
-    """Rows of `values` (batch, tokens, width) at `positions` (batch, aligned) → (batch, aligned, width)."""
-    return values.gather(1, positions.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-
-
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Mean of `values` under `weights`, both of one shape; 0 where all weights are 0.
 

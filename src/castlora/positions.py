@@ -111,6 +111,20 @@ def collate(examples: Sequence[AlignedPassage]) -> Batch:
     }
 
 
+def counted_places(positions: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the positions that count lie, to index activations or logits of shape (batch, tokens, width) with.
+
+    Args:
+        positions: aligned positions in the tokens of one side, shape (batch, aligned)
+        counts: which of them count, shape (batch, aligned)
+
+    Returns:
+        passage and token of each, both of shape (counted,)
+    """
+    passages, _ = counts.nonzero(as_tuple=True)
+    return passages, positions[counts]
+
+
 def bytes_per_token(passages: Sequence[Passage], tokenizer: ByteTokenizer) -> float:
     """Mean UTF-8 bytes that a token of this tokenizer covers."""
     encoded = tokenizer.encode_batch([passage.text for passage in passages])

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -12,11 +13,11 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from castlora.adapters import KEY_PREFIX, LowRank
-from castlora.capture import Activations, capture
+from castlora.capture import capture
 from castlora.maps import CastLayer, FoldedA, FoldedB, merge_branches
 from castlora.models import Rows, layer_index, row_numbers
 from castlora.pairing import Branch, ModulePair, Pairing
-from castlora.positions import AlignedPassage, batches
+from castlora.positions import AlignedPassage, batches, counted_places
 from castlora.solvers import random_semi_orthogonal, ridge_map
 from castlora.statistics import Moments
 
@@ -130,21 +131,29 @@ def collect_moments(
     target_names = {pair.target.name for pair in pairing.mapped}
     with capture(source, source_names) as in_source, capture(target, target_names) as in_target:
         for batch in batches(passages, _STATISTICS_BATCH, device):
-            source(input_ids=batch["source_ids"], attention_mask=batch["source_mask"], use_cache=False)
-            target(input_ids=batch["target_ids"], attention_mask=batch["target_mask"], use_cache=False)
+            # No prediction is looked at, and the head of a large vocabulary takes long.
+            only_last = {"use_cache": False, "logits_to_keep": 1}
+            source(input_ids=batch["source_ids"], attention_mask=batch["source_mask"], **only_last)
+            target(input_ids=batch["target_ids"], attention_mask=batch["target_mask"], **only_last)
             # A first token without content attracts extreme activations that would rule the regression.
             counts = (batch["weights"] > 0) & (batch["source_positions"] > 0) & (batch["target_positions"] > 0)
-            order = None if permutation is None else torch.randperm(int(counts.sum()), generator=permutation).to(device)
+            at_source = counted_places(batch["source_positions"], counts)
+            at_target = counted_places(batch["target_positions"], counts)
+            if permutation is not None:
+                order = torch.randperm(int(counts.sum()), generator=permutation).to(device)
+                at_source = at_source[0][order], at_source[1][order]
+            source_rows = partial(_rows, batch_size=len(counts), places=at_source)
+            target_rows = partial(_rows, batch_size=len(counts), places=at_target)
             counted_inputs = set()
             for pair, index, branch in pairing.branches():
-                at_source = _rows(in_source[branch.source_module], batch["source_positions"], counts, order)
-                at_target = _rows(in_target[pair.target.name], batch["target_positions"], counts)
+                of_source, of_target = in_source[branch.source_module], in_target[pair.target.name]
                 site = input_site(pair, branch)
                 if site not in counted_inputs:
                     counted_inputs.add(site)
-                    _add(moments.inputs, site, at_target.inputs, at_source.inputs)
-                outputs = at_source.outputs[:, branch.source_rows], at_target.outputs[:, branch.target_rows]
-                _add(moments.outputs, (pair.target.name, index), *outputs)
+                    _add(moments.inputs, site, target_rows(of_target.inputs), source_rows(of_source.inputs))
+                from_source = source_rows(of_source.outputs)[:, branch.source_rows]
+                from_target = target_rows(of_target.outputs)[:, branch.target_rows]
+                _add(moments.outputs, (pair.target.name, index), from_source, from_target)
     return moments
 
 
@@ -231,18 +240,10 @@ def _length(rows: Rows) -> int:
     return len(row_numbers(rows))
 
 
-def _rows(activations: Activations, positions: Tensor, counts: Tensor, order: Tensor | None = None) -> Activations:
-    """The activations at the positions that count, in the given order, each of shape (positions, width)."""
-    row = torch.arange(len(positions), device=positions.device).unsqueeze(-1).expand_as(positions)[counts]
-    at = positions[counts]
-    if order is not None:
-        row, at = row[order], at[order]
+def _rows(activations: Tensor, batch_size: int, places: tuple[Tensor, Tensor]) -> Tensor:
+    """The activations at places of a batch, shape (places, width)."""
     # OPT's MLP reads the tokens of all passages as one long row.
-    inputs, outputs = (
-        all_rows.reshape(len(positions), -1, all_rows.shape[-1])
-        for all_rows in (activations.inputs, activations.outputs)
-    )
-    return Activations(inputs[row, at], outputs[row, at])
+    return activations.reshape(batch_size, -1, activations.shape[-1])[places]
 
 
 def _add(moments: dict[_Key, Moments], key: _Key, x: Tensor, y: Tensor) -> None:

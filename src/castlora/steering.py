@@ -24,10 +24,10 @@ from castlora.errors import UserError
 from castlora.evaluation import Evaluation, judge_choices
 from castlora.manifest import versions
 from castlora.models import LinearSlot, context_length, number_of_layers, public_name
-from castlora.objective import chunk_log_probabilities, gather_positions
+from castlora.objective import chunk_log_probabilities
 from castlora.pairing import relative_depth
 from castlora.plan import Plan, plan_transfer
-from castlora.positions import AlignedPassage, Batch, align_passages, batches
+from castlora.positions import AlignedPassage, Batch, align_passages, batches, counted_places
 from castlora.solvers import ridge_map
 from castlora.stages import Models, align_text, load_models
 from castlora.statistics import Moments
@@ -301,8 +301,8 @@ def _paired_residuals(
         at_source = _residuals(models.source, layers.source, batch["source_ids"], batch["source_mask"])
         at_target = _residuals(models.target, layers.target, batch["target_ids"], batch["target_mask"])
         yield (
-            gather_positions(at_source, batch["source_positions"])[counts],
-            gather_positions(at_target, batch["target_positions"])[counts],
+            at_source[counted_places(batch["source_positions"], counts)],
+            at_target[counted_places(batch["target_positions"], counts)],
         )
 
 
@@ -318,13 +318,12 @@ def _steered(
     """The target with its states at the aligned positions of this batch moved towards the bridge's."""
     counts = batch["weights"] > 0
     at_source = _residuals(models.source, layers.source, batch["source_ids"], batch["source_mask"])
-    mapped = bridge(gather_positions(at_source, batch["source_positions"])[counts])
-    rows = torch.arange(len(counts), device=counts.device).unsqueeze(-1).expand_as(counts)[counts]
-    columns = batch["target_positions"][counts]
+    mapped = bridge(at_source[counted_places(batch["source_positions"], counts)])
+    places = counted_places(batch["target_positions"], counts)
 
     def move(output: Tensor) -> Tensor:
         moved = output.clone()
-        moved[rows, columns] = output[rows, columns].lerp(mapped.to(output.dtype), strength)
+        moved[places] = output[places].lerp(mapped.to(output.dtype), strength)
         return moved
 
     return change_output(models.target, layers.target, move)

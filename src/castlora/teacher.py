@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
-from castlora.objective import gather_positions
-from castlora.positions import AlignedPassage, Batch, batches
+from castlora.positions import AlignedPassage, Batch, batches, counted_places
 
 Side = Literal["source", "target"]
 
@@ -37,7 +36,7 @@ class Predictions:
 
     def aligned(self, counts: Tensor) -> Tensor:
         """Logits at the aligned positions where `counts` (batch, aligned) is true: (positions, vocabulary), fp32."""
-        return gather_positions(self.logits, self.positions)[counts].float()
+        return self.logits[counted_places(self.positions, counts)].float()
 
 
 def predict(model: nn.Module, batch: Batch, side: Side, with_hidden: bool = False) -> Predictions:
