@@ -47,7 +47,8 @@ def class_log_probabilities(logits: Tensor, classes: Tensor, count: int, tempera
         >>> class_log_probabilities(torch.zeros(1, 4), torch.tensor([0, 1, 1, 2]), 3).exp()
         tensor([[0.2500, 0.5000, 0.2500]])
     """
-    probabilities = (logits / temperature).softmax(-1)
+    # Division by 1 would only copy what is wide.
+    probabilities = (logits if temperature == 1 else logits / temperature).softmax(-1)
     sums = probabilities.new_zeros(len(logits), count).index_add(1, classes.to(logits.device), probabilities)
     return sums.clamp_min(torch.finfo(sums.dtype).tiny).log()
 
@@ -80,7 +81,9 @@ def chunk_log_probabilities(logits: Tensor, ids: Tensor, positions: Tensor) -> T
         >>> chunk_log_probabilities(torch.zeros(1, 4, 2), ids, positions).exp()
         tensor([[0.2500, 0.5000]])
     """
-    predicted = functional.log_softmax(logits[:, :-1], dim=-1).gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    following = ids.roll(-1, dims=1).unsqueeze(-1)
+    # The last prediction has no token to follow; leaving it out of the wide logits first would copy them.
+    predicted = functional.log_softmax(logits, dim=-1).gather(-1, following).squeeze(-1)[:, :-1]
     up_to = functional.pad(predicted.cumsum(-1), (1, 0))
     at_positions = up_to.gather(1, positions)
     return at_positions[:, 1:] - at_positions[:, :-1]
