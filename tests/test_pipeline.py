@@ -13,7 +13,6 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from castlora import UserError, check_portable, config, pipeline, report_runs, transfer
 from castlora.adapter_files import open_adapter
@@ -370,25 +369,6 @@ def test_a_killed_run_continues_to_the_same_bytes(base_model, adapter, prompts_f
     assert weights(out) == weights(tmp_path / "undisturbed")
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (out, tmp_path / "undisturbed")]
     assert configs[0] == configs[1]
-
-
-def test_a_tracker_hears_of_the_losses_and_changes_nothing(quick_transfer, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    told = quick_transfer("llama", "gpt2", "tracked", report_to="tensorboard")
-    quick_transfer("llama", "gpt2", "untracked")
-    events = EventAccumulator(str(tmp_path / "runs" / "tracked")).Reload()
-    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([e["loss"] for e in told.log])
-    assert weights(tmp_path / "tracked") == weights(tmp_path / "untracked")
-    assert sorted(path.name for path in (tmp_path / "tracked").iterdir()) == FILES
-
-
-def test_tensorboard_writes_where_its_own_variable_says(quick_transfer, tmp_path, monkeypatch):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
-    monkeypatch.chdir(tmp_path)
-    quick_transfer("llama", "gpt2", report_to="tensorboard")
-    assert EventAccumulator(str(tmp_path / "elsewhere")).Reload().Scalars("train/loss")
-    assert not (tmp_path / "runs").exists()
 
 
 def test_an_adapter_that_computes_something_else_is_not_published(base_model, quick_transfer, tmp_path, monkeypatch):

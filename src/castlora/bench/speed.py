@@ -389,10 +389,8 @@ def _objective_steps(pair: _Pair, teacher: Teacher, student: Student, steps: int
 
 def _bare_steps(pair: _Pair, student: PeftModel, teacher: PeftModel | None) -> None:
     """As many passes as a training makes, without an objective that compares, and without an optimizer."""
-    used = pair.passages[: _STEPS * pair.work.batch_size]
-    read: Sequence[Batch] = list(batches(used, pair.work.batch_size, best_device()))
-    kept = pair.work.answer_tokens
-    for batch in read:
+    used, kept = pair.passages[: _STEPS * pair.work.batch_size], pair.work.answer_tokens
+    for batch in batches(used, pair.work.batch_size, best_device()):
         if teacher is not None:
             with torch.no_grad():
                 teacher(input_ids=batch["source_ids"], attention_mask=batch["source_mask"], logits_to_keep=kept)
