@@ -9,19 +9,22 @@ from torch import Tensor, nn
 
 @dataclass
 class Activations:
-    """The last input and output of one module, each of shape (batch, positions, width)."""
+    """The last input and output of one module, or what is kept of them."""
 
     inputs: Tensor
     outputs: Tensor
 
 
 @contextmanager
-def capture(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Activations]]:
+def capture(
+    model: nn.Module, names: Iterable[str], kept: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Iterator[dict[str, Activations]]:
     """Keeps the latest activations of the named modules while the context is open.
 
     Args:
         model: the model whose forward passes are watched
         names: module paths inside it
+        kept: activations (batch, positions, width) → what is kept of them, by default all
 
     Yields:
         module path → activations, filled by each forward pass
@@ -30,7 +33,7 @@ def capture(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Activa
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            captured[name] = Activations(arguments[0].detach(), output.detach())
+            captured[name] = Activations(kept(arguments[0]), kept(output))
 
         return hook
 

@@ -129,31 +129,31 @@ def collect_moments(
     device = next(target.parameters()).device
     source_names = {branch.source_module for _, _, branch in pairing.branches()}
     target_names = {pair.target.name for pair in pairing.mapped}
-    with capture(source, source_names) as in_source, capture(target, target_names) as in_target:
-        for batch in batches(passages, _STATISTICS_BATCH, device):
-            # No prediction is looked at, and the head of a large vocabulary takes long.
-            only_last = {"use_cache": False, "logits_to_keep": 1}
+    # No prediction is looked at, and the head of a large vocabulary takes long.
+    only_last = {"use_cache": False, "logits_to_keep": 1}
+    for batch in batches(passages, _STATISTICS_BATCH, device):
+        # A first token without content attracts extreme activations that would rule the regression.
+        counts = (batch["weights"] > 0) & (batch["source_positions"] > 0) & (batch["target_positions"] > 0)
+        at_source, at_target = (counted_places(batch[f"{side}_positions"], counts) for side in ("source", "target"))
+        if permutation is not None:
+            order = torch.randperm(int(counts.sum()), generator=permutation).to(device)
+            at_source = at_source[0][order], at_source[1][order]
+        take_source, take_target = (partial(_rows, batch_size=len(counts), places=at) for at in (at_source, at_target))
+        with (
+            capture(source, source_names, take_source) as in_source,
+            capture(target, target_names, take_target) as in_target,
+        ):
             source(input_ids=batch["source_ids"], attention_mask=batch["source_mask"], **only_last)
             target(input_ids=batch["target_ids"], attention_mask=batch["target_mask"], **only_last)
-            # A first token without content attracts extreme activations that would rule the regression.
-            counts = (batch["weights"] > 0) & (batch["source_positions"] > 0) & (batch["target_positions"] > 0)
-            at_source = counted_places(batch["source_positions"], counts)
-            at_target = counted_places(batch["target_positions"], counts)
-            if permutation is not None:
-                order = torch.randperm(int(counts.sum()), generator=permutation).to(device)
-                at_source = at_source[0][order], at_source[1][order]
-            source_rows = partial(_rows, batch_size=len(counts), places=at_source)
-            target_rows = partial(_rows, batch_size=len(counts), places=at_target)
-            counted_inputs = set()
-            for pair, index, branch in pairing.branches():
-                of_source, of_target = in_source[branch.source_module], in_target[pair.target.name]
-                site = input_site(pair, branch)
-                if site not in counted_inputs:
-                    counted_inputs.add(site)
-                    _add(moments.inputs, site, target_rows(of_target.inputs), source_rows(of_source.inputs))
-                from_source = source_rows(of_source.outputs)[:, branch.source_rows]
-                from_target = target_rows(of_target.outputs)[:, branch.target_rows]
-                _add(moments.outputs, (pair.target.name, index), from_source, from_target)
+        counted_inputs = set()
+        for pair, index, branch in pairing.branches():
+            source_rows, target_rows = in_source[branch.source_module], in_target[pair.target.name]
+            site = input_site(pair, branch)
+            if site not in counted_inputs:
+                counted_inputs.add(site)
+                _add(moments.inputs, site, target_rows.inputs, source_rows.inputs)
+            outputs = source_rows.outputs[:, branch.source_rows], target_rows.outputs[:, branch.target_rows]
+            _add(moments.outputs, (pair.target.name, index), *outputs)
     return moments
 
 
