@@ -46,16 +46,16 @@ def overview(references: References, cells: Sequence[PooledCell]) -> str:
     return "\n".join([*rows, f"| mean (cells) | | | | {summary} |"])
 
 
-def replace_marked(page: str, table: str) -> str:
+def replace_marked(page: str, table: str, begins: str = TABLE_BEGINS, ends: str = TABLE_ENDS) -> str:
     """The page with the table between its two marks.
 
     Raises:
         ValueError: the page has no marks.
     """
-    before, mark, rest = page.partition(TABLE_BEGINS)
-    _, end, after = rest.partition(TABLE_ENDS)
+    before, mark, rest = page.partition(begins)
+    _, end, after = rest.partition(ends)
     if not mark or not end:
-        raise ValueError(f"The page has no table between {TABLE_BEGINS} and {TABLE_ENDS}.")
+        raise ValueError(f"The page has no table between {begins} and {ends}.")
     return f"{before}{mark}\n{table}\n{end}{after}"
 
 

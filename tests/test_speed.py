@@ -1,95 +1,217 @@
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig
 
-from castlora.bench import speed
-from castlora.bench.speed import Ratio, Shape, Workload, folding, side_by_side
-from castlora.bench.speed_page import render_speed
+from castlora.bench import speed, speed_folding, speed_growth, speed_models
+from castlora.bench.speed import MEASURES, run_speed
+from castlora.bench.speed_folding import fold_all
+from castlora.bench.speed_growth import Size
+from castlora.bench.speed_measures import TEXTS, SpeedSettings, served_models
+from castlora.bench.speed_models import PairShape, Shape, Subject
+from castlora.bench.speed_page import page
+from castlora.bench.speed_steps import teacher_and_student, time_steps
+from castlora.bench.speed_timing import Clock, Ratio, Side, interleaved
 from castlora.cli import main
+from castlora.config import DEFAULT
+from castlora.demonstration.bundle import SOURCE, TARGET, demo_models_path
+from castlora.distill import distillation_losses, read_batch
+from castlora.models import skeleton
+from castlora.positions import collate
+from castlora.teacher import RecordedTeacher
 
-TINY = Shape(layers=2, width=16, mlp=24, heads=2, vocabulary=40)
+CPU = torch.device("cpu")
+TINY = PairShape(Shape("llama", 16, 2, 2, 2, 24, 64), Shape("mistral", 24, 3, 2, 1, 32, 80))
+SHAPES = dict(speed_models.SHAPES)
+SETTINGS = SpeedSettings(
+    "zoo", seed=0, repeats=2, rank=2, length=12, batch_size=2, passages=4, doublings=3, threads=1
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def tiny_models(monkeypatch):
+    monkeypatch.setitem(speed_models.SHAPES, "zoo", TINY)
+    monkeypatch.setattr(Size, "shape", tiny_size)
+    monkeypatch.setattr(speed, "best_device", lambda: CPU)
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """Every shape is small, and a training takes two steps."""
-    monkeypatch.setattr(speed, "SHAPES", dict.fromkeys(speed.SHAPES, TINY))
-    monkeypatch.setattr(speed, "_STEPS", 2)
-    monkeypatch.setattr(speed, "_FEW_STEPS", 1)
-    monkeypatch.setattr(speed, "_NEW_TOKENS", 2)
+def subject() -> Subject:
+    return Subject.build(TINY, 2, 0, CPU)
 
 
-def test_ratios_are_taken_within_a_turn():
-    ratio = Ratio("x", "one", "other", {"one": [2.0, 30.0, 4.0], "other": [1.0, 10.0, 4.0]}, 1.0)
-    assert ratio.ratios == [2.0, 3.0, 1.0]
-    assert ratio.median == 2.0
+def tiny_size(size: Size) -> PairShape:
+    return PairShape(*(replace(one, layers=size.layers, width=size.width) for one in (TINY.source, TINY.target)))
 
 
-def test_functions_take_turns():
-    called = []
-    seconds = side_by_side({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, repeats=3)
-    assert called[-6:] == ["a", "b"] * 3
-    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+@pytest.fixture
+def folded_here(monkeypatch):
+    """Folds in this process, at a tiny size in the place of 7B models."""
+    monkeypatch.setitem(speed_models.SHAPES, "7b", TINY)
+
+    class Here:
+        def __init__(self, **_options: object) -> None: ...
+        def __enter__(self) -> "Here":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def submit(self, work: Callable[..., Any], *arguments: Any) -> Any:
+            done = work(*arguments)
+            return type("Done", (), {"result": staticmethod(lambda: done)})
+
+    monkeypatch.setattr(speed_folding, "ProcessPoolExecutor", Here)
 
 
-def test_both_sides_read_the_same_tokens(tiny, monkeypatch):
-    pair = speed._make_pair(Workload(TINY, passages=8), seed=0)
-    read = {"training": 0, "bare": 0}
-    for model in (pair.source, pair.target):
-        model.register_forward_pre_hook(
-            lambda _module, _arguments, inputs: read.__setitem__(now, read[now] + inputs["input_ids"].numel()),
-            with_kwargs=True,
+@pytest.mark.slow
+def test_every_measure_leaves_comparable_numbers_and_the_page_shows_them(folded_here, tmp_path):
+    run_speed(tmp_path / "out", SETTINGS)
+    record = json.loads((tmp_path / "out" / "speed.json").read_text())
+    for ratio in record["ratios"]:
+        own, other = ratio["sides"]
+        assert own["tokens"] == other["tokens"] > 0
+        assert len(own["seconds"]) == len(other["seconds"]) >= SETTINGS.repeats
+        assert min(own["seconds"] + other["seconds"]) > 0
+        assert ratio["quartiles"][0] <= ratio["ratio"] <= ratio["quartiles"][1]
+        assert (ratio["is_met"] is None) == (ratio["target"] is None)
+    names = {(ratio["measure"], ratio["name"]) for ratio in record["ratios"]}
+    assert names == {
+        ("serving", "forward"), ("serving", "generation"), *(("fit", text) for text in TEXTS),
+        *(("distillation step", f"teacher {how}, {text}") for how in ("runs", "recorded") for text in TEXTS),
+    }  # fmt: skip
+    for folding in record["folding"]:
+        assert folding["modules"] == 7 * TINY.target.layers and min(folding["seconds"]) > 0
+        assert folding["peak_bytes"] >= folding["idle_bytes"] > 0
+    assert [(one["of"], one["against"]) for one in record["growth"]] == [
+        (work, dimension) for dimension in ("tokens", "layers", "width", "rank") for work in ("fit", "step")
+    ]
+    for growth in record["growth"]:
+        assert [after / before for before, after in zip(growth["sizes"], growth["sizes"][1:], strict=False)] == [2] * 3
+        assert len(growth["per_doubling"]) == 3 and min(growth["seconds"] + growth["per_doubling"]) > 0
+        assert (growth["beside_passes"] is None) == (growth["of"] == "fit")
+    assert set(record["environment"]) == {"commit", "versions", "python", "machine", "device", "seconds"}
+    assert record["settings"]["seed"] == 0
+    shown = (tmp_path / "out" / "speed.md").read_text()
+    assert shown == page(record) and shown.startswith("# Speed\n")
+    for title in ("Serving", "Fit", "Distillation step", "Folding", "Growth", "Environment"):
+        assert f"\n## {title}\n" in shown
+    widths = {row.count("|") for row in shown.splitlines() if row.startswith("| a ")}
+    assert widths == {7} and shown.count("\n| a ") == 8
+
+
+def test_only_what_is_asked_for_is_measured(tmp_path):
+    record = run_speed(tmp_path, SETTINGS, ["serving"])
+    assert {ratio["measure"] for ratio in record["ratios"]} == {"serving"}
+    assert record["folding"] == record["growth"] == []
+    shown = (tmp_path / "speed.md").read_text()
+    assert "## Serving" in shown and "## Fit" not in shown and "## Folding" not in shown
+
+
+def test_the_served_models_differ_in_what_they_should_and_in_nothing_else(subject):
+    transferred, plain, unfolded = served_models(subject)
+    ids = torch.tensor([subject.passages(1, 12, "running text", 1)[0].target_ids])
+    with torch.no_grad():
+        folded, untrained, live, bare = (
+            model(input_ids=ids, use_cache=False).logits for model in (transferred, plain, unfolded, subject.target)
         )
-    teacher, student, plain = speed.LiveTeacher(pair.teacher, with_hidden=False), pair.student("factors"), pair.plain()
-    now = "training"
-    speed._train(pair, teacher, student)
-    now = "bare"
-    speed._bare_steps(pair, plain, pair.teacher)
-    assert read["training"] == read["bare"] > 0
+    torch.testing.assert_close(folded, live, rtol=1e-4, atol=1e-4)
+    assert torch.equal(untrained, bare) and not torch.allclose(folded, bare, atol=1e-2)
+    sizes = [
+        sum(p.numel() for name, p in model.named_parameters() if "lora_" in name) for model in (transferred, plain)
+    ]
+    assert sizes[0] == sizes[1] > 0
 
 
-def test_the_unfolded_maps_write_what_the_folded_adapter_writes(tiny):
-    pair = speed._make_pair(Workload(TINY, passages=8), seed=0)
-    ids = speed.torch.tensor([pair.passages[0].target_ids])
-    with speed.torch.no_grad():
-        live, folded, bare = (model(ids).logits for model in (pair.unfolded(), pair.folded(), pair.target))
-    speed.torch.testing.assert_close(live, folded, rtol=1e-4, atol=1e-4)
-    assert not speed.torch.allclose(live, bare, atol=1e-3)
+@pytest.mark.parametrize("text", TEXTS)
+def test_passages_count_as_their_kind_says_and_every_part_of_the_objective_is_there(subject, text):
+    passages = subject.passages(4, 16, text, 0)
+    assert {len(passage.source_ids) for passage in passages} == {len(p.target_ids) for p in passages} == {16}
+    for passage in passages:
+        counted = sum(passage.weights)
+        assert passage.weights[-1] == 1 and (counted == len(passage.weights) if text == TEXTS[1] else counted <= 2)
+        assert passage.source_positions == sorted(set(passage.source_positions))
+        assert passage.target_positions != passage.source_positions
+    teacher, student = teacher_and_student(subject, 2)
+    batch = collate(passages)
+    taught, learned = read_batch(teacher, student, batch)
+    losses = distillation_losses(taught, learned, batch, None, subject.shared, DEFAULT)
+    assert losses.keys() == {"kl", "chunk"} and losses["kl"] > 0
 
 
-def test_the_record_is_rendered(tiny, tmp_path, capsys):
-    out, page = tmp_path / "speed.json", tmp_path / "speed.md"
-    main(["bench", "speed", "--out", str(out), "--page", str(page), "--repeats", "2"])
-    record = json.loads(out.read_text())
-    assert all(seconds > 0 for one in record["ratios"] for times in one["seconds"].values() for seconds in times)
-    assert [one["measure"] for one in record["ratios"]] == ["serving"] * 2 + ["fit"] + ["distillation"] * 4
-    assert {one["size"]: len(one["seconds"]) for one in record["growth"]} == dict.fromkeys(
-        ("passages", "layers", "width", "rank"), 4
-    )
-    assert page.read_text() == render_speed(record)
-    for one in record["ratios"]:
-        assert f"| {one['of']} | {one['to']} | {one['median']:.2f} |" in page.read_text()
+def test_steps_train_and_their_bare_passes_do_not(subject):
+    teacher, student = teacher_and_student(subject, 2)
+    passages = subject.passages(8, 12, "answered prompts", 0)
+    before = {name: parameter.clone() for name, parameter in student.trainable().items()}
+    recorded = RecordedTeacher(teacher.model, passages, with_hidden=False)
+    steps, passes = time_steps(recorded, student, subject, passages, 2, 0, Clock(CPU))
+    assert len(steps) == len(passes) == 3
+    trained = student.trainable()
+    assert any(not torch.equal(trained[name], parameter) for name, parameter in before.items())
+    assert all(parameter.grad is None for parameter in trained.values())
 
 
-def test_maps_of_a_layer_are_counted():
-    assert folding("zoo", 2, 2)["map_bytes_per_layer"] == 4 * (8 * 128**2 + 3 * (128**2 + 344**2))
+def test_all_works_take_turns():
+    ran: list[str] = []
+    works = {name: lambda name=name: ran.append(name) for name in ("a", "b", "c")}
+    seconds = interleaved(Clock(CPU), works, 5)
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 5, "b": 5, "c": 5}
+    rounds = [ran[start : start + 3] for start in range(0, 18, 3)]
+    assert len(ran) == 18 and all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(map(tuple, rounds))) > 1
+
+
+def test_ratios_of_seconds_and_of_rates_are_of_the_same_repetition():
+    slow, quick = Side("slow", 10, [2.0, 4.0, 9.0]), Side("quick", 10, [1.0, 2.0, 3.0])
+    seconds = Ratio("m", "n", slow, quick, of_rates=False, target=2.0).describe()
+    assert (seconds["ratio"], seconds["quartiles"], seconds["is_met"]) == (2.0, [2.0, 2.5], True)
+    rates = Ratio("m", "n", slow, quick, of_rates=True, target=0.6).describe()
+    assert (rates["ratio"], rates["is_met"]) == (0.5, False)
+    assert rates["sides"][0]["tokens_per_second"] == 2.5
+
+
+def test_the_fold_at_the_size_of_7b_models_is_of_every_module(monkeypatch):
+    monkeypatch.setitem(speed_models.SHAPES, "7b", TINY)
+    folding = fold_all("7b", 2, 0, 1, 1)
+    assert (folding.modules, folding.rank, folding.threads, len(folding.seconds)) == (21, 2, 1, 1)
+    assert folding.describe()["target"] == 30.0
+
+
+@pytest.mark.parametrize("dimension", ["tokens", "layers", "width", "rank"])
+def test_one_number_doubles_and_the_others_stay(dimension):
+    numbers, sizes = zip(*speed_growth.sizes_of(dimension, 3), strict=True)
+    field = "passages" if dimension == "tokens" else dimension
+    assert [number // numbers[0] for number in numbers] == [1, 2, 4, 8]
+    assert all(vars(size) == {**vars(Size()), field: number} for number, size in zip(numbers, sizes, strict=True))
+
+
+def test_shapes_are_of_models_that_they_are_named_after():
+    for name, shape in ((SOURCE, SHAPES["zoo"].source), (TARGET, SHAPES["zoo"].target)):
+        bundled = AutoConfig.from_pretrained(demo_models_path() / name)
+        fields = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "intermediate_size", "vocab_size")
+        assert [getattr(shape.config(), field) for field in fields] == [getattr(bundled, field) for field in fields]
+    counts = [skeleton(shape.config()).num_parameters() for shape in vars(SHAPES["7b"]).values()]
+    assert [round(count / 1e9, 1) for count in counts] == [6.7, 7.2]
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
-    [({"repeats": "1"}, "repeats is 1"), ({"page": "/nowhere/speed.md"}, "'/nowhere/speed.md' lies in no folder")],
+    ("options", "complaint"),
+    [
+        (["--measures", "magic"], f"Measure 'magic' is unknown; choose from {', '.join(MEASURES)}."),
+        (["--repeats", "0"], "repeats is 0; give 1 or more."),
+        (["--length", "4"], "length is 4; give 8 or more."),
+        (["--seed", "-1"], "seed is -1; give a whole number"),
+        (["--shape", "70b"], "--shape does not accept '70b'"),
+    ],
 )
-def test_bad_settings_are_refused(tiny, tmp_path, capsys, options, said):
-    settings = {"out": str(tmp_path / "speed.json"), "page": str(tmp_path / "speed.md")} | options
-    with pytest.raises(SystemExit) as caught:
-        main(["bench", "speed", *(word for key, value in settings.items() for word in (f"--{key}", value))])
-    assert caught.value.code == 2
-    assert said in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_seed_decides_weights_and_text():
-    work = replace(Workload(TINY), passages=4)
-    one, same, other = (speed._make_pair(work, seed) for seed in (0, 0, 1))
-    assert one.passages == same.passages != other.passages
+def test_a_measurement_that_cannot_be_made_is_refused_and_nothing_is_written(
+    options, complaint, tmp_path: Path, capsys
+):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "speed", "--out", str(tmp_path / "out"), *options])
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

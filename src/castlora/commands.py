@@ -329,32 +329,45 @@ def _bench_quality(
     print(f"Wrote {Path(out) / 'results.md'}")
 
 
-def _bench_speed(out: str, page: str, shape: ShapeName = "zoo", repeats: int = 5, seed: int = 0) -> None:
-    """Measures what transfers cost beside the bare work in them, as ratios taken side by side.
+def _bench_speed(
+    out: str,
+    shape: ShapeName = "zoo",
+    measures: str | None = None,
+    seed: int = 0,
+    repeats: int = 5,
+    rank: int = 8,
+    length: int = 64,
+    batch_size: int = 16,
+    passages: int = 1024,
+    doublings: int = 3,
+    threads: int = 1,
+) -> None:
+    """Measures what serving, fitting, distilling and folding cost beside what they cannot do without.
 
     Args:
-        out: JSON file to write
-        page: Markdown file to write
-        shape: sizes of the models, which have random weights: those of the zoo, or of about 1 or 7 billion parameters
-        repeats: how often each time is taken
-        seed: of weights and text
+        out: folder of the record and the tables
+        shape: sizes of the models, which have random weights: of the zoo, with about 1 or about 7 billion parameters
+        measures: of serving, fit, steps, folding and growth, with commas between; by default all
+        seed: of everything random
+        repeats: repetitions of each measurement
+        rank: rank of the adapter
+        length: tokens of a passage
+        batch_size: passages per step and request
+        passages: passages that maps are fitted on
+        doublings: how often tokens, layers, width and rank are doubled
+        threads: threads of a processor
     """
-    from json import dumps
     from pathlib import Path
 
-    from castlora.bench.grid import environment
-    from castlora.bench.speed import measure_speed
-    from castlora.bench.speed_page import render_speed
-    from castlora.errors import UserError
-    from castlora.run_directory import write_whole
+    from transformers.utils.logging import disable_progress_bar
 
-    for path in (out, page):
-        if not Path(path).parent.is_dir():
-            raise UserError(f"{path!r} lies in no folder that exists; make the folder first.")
-    record = {**measure_speed(shape, repeats, seed), "environment": environment()}
-    write_whole(Path(out), dumps(record, indent=1) + "\n")
-    write_whole(Path(page), render_speed(record))
-    print(f"Wrote {out} and {page}")
+    from castlora.bench.speed import MEASURES, PAGE_FILE, run_speed
+    from castlora.bench.speed_measures import SpeedSettings
+
+    disable_progress_bar()
+    settings = SpeedSettings(shape, seed, repeats, rank, length, batch_size, passages, doublings, threads)
+    run_speed(Path(out), settings, MEASURES if measures is None else _split(measures) or [])
+    print(f"Wrote {Path(out) / PAGE_FILE}")
 
 
 def _print_json(value: Any) -> None:

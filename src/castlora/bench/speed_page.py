@@ -1,64 +1,124 @@
-"""Renders the record of `castlora bench speed` into Markdown."""
+"""Renders the record of the speed benchmark."""
 
-from collections.abc import Mapping
-from itertools import pairwise
-from statistics import median
+from collections.abc import Sequence
 from typing import Any
 
-_INTRODUCTION = """What castlora's own work costs, as a ratio to the work that nothing could do without. Both sides of a
-ratio are timed in turns in one process, and the ratio is taken within each turn; its median and its range are shown.
-The models are Llama-style with random weights, the text is random: neither changes what a step costs."""
+import numpy as np
+
+from castlora.bench.speed_models import SHAPES, Shape
+
+_NOTES = {
+    "serving": "Tokens per second, so that more is better; a target is met where the quartiles reach it.",
+    "fit": (
+        "Seconds of the closed-form start. Bare are the forward passes of both models over the same tokens, with their "
+        "output heads."
+    ),
+    "distillation step": (
+        "Seconds of a step of the Trainer, with its optimizer and the making of its batch, over those of the bare "
+        "passes on the same batch, whose loss is the sum of the same logits."
+    ),
+}
 
 
-def render_speed(record: Mapping[str, Any]) -> str:
-    """The page: ratios, folding, growth and what it was measured with."""
-    work = record["workload"]
-    shape = work["shape"]
-    text = (
-        f"Shape `{record['shape']}`: {shape['layers']} layers of width {shape['width']}, vocabulary "
-        f"{shape['vocabulary']}; all modules adapted, rank {work['rank']}; passages of {work['tokens']} tokens, of "
-        f"which the last {work['answer_tokens']} count; {work['batch_size']} per step, {work['passages']} to fit on."
+def page(record: dict[str, Any]) -> str:
+    """The whole page."""
+    return f"# Speed\n\n{tables(record)}\n"
+
+
+def tables(record: dict[str, Any]) -> str:
+    """What was measured and on what: a paragraph, and a table for each measure that was taken."""
+    sections = [_introduction(record)]
+    for measure, note in _NOTES.items():
+        rows = [_ratio_row(ratio) for ratio in record["ratios"] if ratio["measure"] == measure]
+        if rows:
+            head = ["| | compared | with | ratio [quartiles] | target | seconds, both |", "|---|---|---|---|---|---|"]
+            sections += [f"## {measure.capitalize()}", note, "\n".join([*head, *rows])]
+    if record["folding"]:
+        sections += ["## Folding", _FOLDING, _folding_table(record["folding"])]
+    if record["growth"]:
+        sections += ["## Growth", _GROWTH, _growth_table(record["growth"])]
+    return "\n\n".join([*sections, "## Environment", _environment(record["environment"])])
+
+
+_FOLDING = (
+    "Elapsed seconds for all modules on a processor, module by module; memory is what the process had at its highest, "
+    "beyond its idle state. The adapter and the maps of the module that is being folded are in it."
+)
+_GROWTH = (
+    "Medians, while one number doubles and all others stay (2 layers of width 32, rank 8, answered prompts). A factor "
+    "of 2 per doubling is linear."
+)
+
+
+def _introduction(record: dict[str, Any]) -> str:
+    settings = record["settings"]
+    shape = SHAPES[settings["shape"]]
+    return (
+        f"Models with random weights: {_described(shape.source)} → {_described(shape.target)}; an adapter of rank "
+        f"{settings['rank']} on all linear modules; unlike tokenizers. Passages have {settings['length']} tokens, of "
+        "which all count (running text) or the last eighth (answered prompts). Steps and requests have "
+        f"{settings['batch_size']} of them, fits {settings['passages']}. Each ratio is the median of "
+        f"{settings['repeats']} or more repetitions in which both sides took turns. Seed {settings['seed']}; "
+        f"{settings['threads']} thread(s); {record['environment']['seconds']}."
     )
-    made_with = record["environment"]
-    footer = (
-        f"Seed {record['seed']}; commit {made_with['commit'][:10]}; {made_with['machine']}; "
-        f"torch {made_with['versions']['torch']}."
+
+
+def _described(shape: Shape) -> str:
+    return (
+        f"{shape.model_type} ({shape.layers} layers of width {shape.width}, {shape.neurons} neurons, "
+        f"{shape.vocabulary} tokens)"
     )
-    sections = [
-        "# Speed", " ".join(_INTRODUCTION.split()), text, _ratios(record["ratios"]),
-        "## Folding an adapter into the target", _folding(record["folding"]),
-        "## Growth", "Seconds at each size, and in brackets the factor that the last doubling cost.",
-        _growth(record["growth"]), footer,
-    ]  # fmt: skip
-    return "\n\n".join(sections) + "\n"
 
 
-def _ratios(ratios: list[Mapping[str, Any]]) -> str:
-    rows = ["| | seconds of | to seconds of | ratio | range | target |", "|---|---|---|---|---|---|"]
-    for one in ratios:
-        span = f"{min(one['ratios']):.2f}–{max(one['ratios']):.2f}, n = {len(one['ratios'])}"
+def _ratio_row(ratio: dict[str, Any]) -> str:
+    own, other = ratio["sides"]
+    low, high = ratio["quartiles"]
+    value = f"{ratio['ratio']:.2f} [{low:.2f}, {high:.2f}]"
+    seconds = f"{own['median_seconds']:.3g}, {other['median_seconds']:.3g}"
+    return f"| {ratio['name']} | {own['name']} | {other['name']} | {value} | {_target(ratio)} | {seconds} |"
+
+
+def _target(ratio: dict[str, Any]) -> str:
+    if ratio["target"] is None:
+        return "–"
+    bound = "≥" if ratio["unit"] == "tokens per second" else "≤"
+    return f"{bound} {ratio['target']:.2f}: {_verdict(ratio['is_met'])}"
+
+
+def _verdict(is_met: bool) -> str:
+    return "met" if is_met else "missed"
+
+
+def _folding_table(foldings: Sequence[dict[str, Any]]) -> str:
+    rows = ["| target model | modules | rank | seconds | target | memory (MiB) |", "|---|---|---|---|---|---|"]
+    for one in foldings:
+        target = SHAPES[one["shape"]].target
+        mebibytes = (one["peak_bytes"] - one["idle_bytes"]) / 2**20
+        memory = f"{mebibytes:.0f}" if mebibytes >= 1 else "under 1"
         rows.append(
-            f"| {one['measure']} | {one['of']} | {one['to']} | {one['median']:.2f} | {span} | {one['at_most']:.2f} |"
+            f"| {one['shape']}: {target.layers} layers of width {target.width} | {one['modules']} | {one['rank']} | "
+            f"{np.median(one['seconds']):.2g} | ≤ {one['target']:g}: {_verdict(one['is_met'])} | {memory} |"
         )
     return "\n".join(rows)
 
 
-def _folding(folded: list[Mapping[str, Any]]) -> str:
-    rows = ["| shape | rank | seconds | maps of one layer |", "|---|---|---|---|"]
-    for one in folded:
-        size = f"{one['map_bytes_per_layer'] / 2**20:,.0f} MiB"
-        rows.append(f"| {one['shape']} | {one['rank']} | {median(one['seconds']):.2g} | {size} |")
-    return "\n".join(rows)
-
-
-def _growth(growths: list[Mapping[str, Any]]) -> str:
-    rows = ["| what grows | | | | | |", "|---|---|---|---|---|---|"]
+def _growth_table(growths: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        "| seconds of | while doubles | from, to | seconds | factor per doubling | beside its passes |",
+        "|---|---|---|---|---|---|",
+    ]
     for one in growths:
-        sizes = sorted(one["seconds"].items(), key=lambda item: int(item[0]))
-        factors = [None, *(later / earlier for (_, earlier), (_, later) in pairwise(sizes))]
-        figures = [
-            f"{size}: {seconds:.2g}" + (f" (×{factor:.2f})" if factor else "")
-            for (size, seconds), factor in zip(sizes, factors, strict=True)
-        ]
-        rows.append(f"| {one['size']} | {one['measure']} | " + " | ".join(figures) + " |")
+        seconds = ", ".join(f"{value:.3g}" for value in one["seconds"])
+        factors = ", ".join(f"{value:.2f}" for value in one["per_doubling"])
+        beside = ", ".join(f"{value:.2f}" for value in one["beside_passes"] or ()) or "–"
+        ends = f"{one['sizes'][0]}, {one['sizes'][-1]}"
+        rows.append(f"| a {one['of']} | {one['against']} | {ends} | {seconds} | {factors} | {beside} |")
     return "\n".join(rows)
+
+
+def _environment(environment: dict[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return (
+        f"Commit {environment['commit'][:10]}; {environment['machine']}; device {environment['device']}; Python "
+        f"{environment['python']}; {packages}."
+    )

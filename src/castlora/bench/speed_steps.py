@@ -1,0 +1,134 @@
+"""What a step of distillation costs beside the passes through the models that it cannot do without."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from castlora.bench.speed_measures import SHORT, TEXTS, SpeedSettings
+from castlora.bench.speed_models import Subject
+from castlora.bench.speed_timing import Clock, Ratio, Side
+from castlora.config import DEFAULT
+from castlora.distill import DistillationTrainer, Student
+from castlora.positions import AlignedPassage, Batch, batches
+from castlora.starts import attach_lora, lora_maps
+from castlora.teacher import LiveTeacher, RecordedTeacher, Teacher, predict
+
+STEP_TARGET = 1.10
+
+
+def measure_steps(settings: SpeedSettings, device: torch.device) -> list[Ratio]:
+    """Seconds of a step over those of its passes, with a teacher that runs and with one that is remembered."""
+    subject = settings.subject(device)
+    teacher, student = teacher_and_student(subject, settings.rank)
+    ratios = []
+    for text in TEXTS:
+        count = settings.batch_size * (1 + SHORT * settings.repeats)
+        passages = subject.passages(count, settings.length, text, settings.seed)
+        recorded = RecordedTeacher(teacher.model, passages, with_hidden=False)
+        for name, own_teacher, bare in (
+            ("teacher runs", teacher, "teacher forward, student forward and backward"),
+            ("teacher recorded", recorded, "student forward and backward"),
+        ):
+            steps, passes = time_steps(
+                own_teacher, student, subject, passages, settings.batch_size, settings.seed, Clock(device)
+            )
+            tokens = settings.batch_size * settings.length * (2 if own_teacher is teacher else 1)
+            ratios.append(
+                Ratio(
+                    "distillation step",
+                    f"{name}, {text}",
+                    Side("step", tokens, steps),
+                    Side(bare, tokens, passes),
+                    of_rates=False,
+                    target=STEP_TARGET,
+                )
+            )
+    return ratios
+
+
+def teacher_and_student(subject: Subject, rank: int) -> tuple[LiveTeacher, Student]:
+    """Source + LoRA, and the target with the plain LoRA that the default recipe trains; both change the models."""
+    source = attach_lora(subject.source, subject.factors, rank)
+    for name in subject.factors:
+        _, lora_b = lora_maps(source, name)
+        torch.nn.init.normal_(lora_b.weight, std=0.01)
+    adapted = [pair.target.name for pair in subject.pairing.mapped]
+    widths = subject.shape.target.width, subject.shape.source.width
+    student = Student(attach_lora(subject.target, adapted, rank), *widths, with_head=False)
+    return LiveTeacher(source.eval(), with_hidden=False), student.to(subject.target.device).eval()
+
+
+def time_steps(
+    teacher: Teacher,
+    student: Student,
+    subject: Subject,
+    passages: Sequence[AlignedPassage],
+    batch_size: int,
+    seed: int,
+    clock: Clock,
+) -> tuple[list[float], list[float]]:
+    """Trains once through the passages, and after each step makes its bare passes over the same batch.
+
+    Args:
+        teacher: live, whose pass is then one of the bare ones, or recorded
+        student: is trained
+        subject: both models
+        passages: one batch more than what counts
+        batch_size: passages per step
+        seed: of the Trainer
+        clock: takes the times
+
+    Returns:
+        seconds of each step, and of its passes, the first step left out
+    """
+    recipe = replace(DEFAULT, steps=len(passages) // batch_size, batch_size=batch_size)
+    passes = _BarePasses(teacher, student, batches(passages, batch_size, subject.target.device), clock)
+    with TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=recipe.steps,
+            per_device_train_batch_size=batch_size,
+            logging_strategy="no",
+            save_strategy="no",
+            seed=seed,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=subject.target.device.type == "cuda",
+        )
+        trainer = DistillationTrainer(teacher, student, passages, subject.shared, recipe, arguments)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(passes)
+        trainer.train()
+    return passes.steps[1:], passes.passes[1:]
+
+
+class _BarePasses(TrainerCallback):
+    """Takes the time of each step from the end of the one before, less that of the bare passes in between."""
+
+    def __init__(self, teacher: Teacher, student: Student, read: Iterator[Batch], clock: Clock) -> None:
+        self.teacher, self.student, self.read, self.clock = teacher, student, read, clock
+        self.steps: list[float] = []
+        self.passes: list[float] = []
+        self.started = 0.0
+
+    def on_train_begin(self, *_arguments: Any, **_options: Any) -> None:
+        """The first step begins."""
+        self.started = self.clock.now()
+
+    def on_step_end(self, *_arguments: Any, **_options: Any) -> None:
+        """Ends the step, and makes its bare passes."""
+        self.steps.append(self.clock.now() - self.started)
+        batch = next(self.read)
+        self.passes.append(self.clock.seconds(lambda: self._pass(batch)))
+        self.student.zero_grad()
+        self.started = self.clock.now()
+
+    def _pass(self, batch: Batch) -> None:
+        if isinstance(self.teacher, LiveTeacher):
+            self.teacher.predict(batch)
+        predict(self.student.model, batch, "target").logits.sum().backward()
