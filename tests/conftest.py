@@ -14,6 +14,10 @@ import torch
 from hypothesis import settings
 
 from castlora import verification
+from castlora.adapter_files import open_adapter
+from castlora.adapters import read_factors
+from castlora.models import linear_slots, load_config
+from castlora.pairing import pair_modules
 
 # A busy machine is no failure.
 settings.register_profile("castlora", deadline=None)
@@ -82,3 +86,16 @@ def checked_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess(command, 0, json.dumps({"relative_difference": difference}), "")
 
     monkeypatch.setattr(verification, "subprocess", SimpleNamespace(run=run))
+
+
+@pytest.fixture
+def paired(base_model, adapter):
+    """Both live models, the pairing and the factors of an adapter on all linear modules of the source."""
+
+    def load(source: str, target: str):
+        models = [tiny.load(base_model(name)) for name in (source, target)]
+        slots = [linear_slots(model, model.config) for model in models]
+        factors = read_factors(open_adapter(str(adapter(source))), load_config(str(base_model(source))))
+        return *models, pair_modules(*slots, factors), factors
+
+    return load

@@ -11,10 +11,11 @@ from castlora.baselines.lora_x import attach_constrained, lora_x, subspace_simil
 from castlora.baselines.theseus import procrustes, theseus
 from castlora.errors import UserError
 from castlora.evaluation import evaluate_model
+from castlora.fitting import collect_moments
 from castlora.models import linear_slots
 from castlora.plan import plan_transfer
 from castlora.positions import align_passages
-from castlora.starts import attach_lora, collect_moments, start_from_factors, student_factors
+from castlora.starts import attach_lora, start_from_factors, student_factors
 from castlora.statistics import Moments
 from castlora.tasks import TaskItem
 from castlora.text import Passage

@@ -22,6 +22,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from castlora.positions import AlignedPassage, align_passages
+from castlora.text import Passage
+from castlora.tokens import ByteTokenizer
+
 NOUNS = "fox hen miller ring king river mountain garden lantern letter".split()
 VERBS = "finds carries hides follows forgets remembers".split()
 PLACES = "near the old mill, under the bridge, behind the house, over the hill".split(", ")
@@ -151,3 +155,9 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerFast:
 @torch.no_grad()
 def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits
+
+
+def aligned(source: str, target: str, count: int = 60) -> list[AlignedPassage]:
+    """Sentences in the tokenizers of two families."""
+    tokenizers = [ByteTokenizer.from_tokenizer(family(name)[1]) for name in (source, target)]
+    return list(align_passages(map(Passage, sentences(count)), *tokenizers, 48, 0.1))

@@ -21,10 +21,15 @@ def ridge_map(xx: Tensor, yx: Tensor, ridge: float) -> Tensor:
         >>> ridge_map(x.T @ x, y.T @ x, ridge=0.0)
         tensor([[2.0000, 3.0000]])
     """
-    penalty = ridge * xx.diagonal().mean()
-    regularised = xx + penalty * torch.eye(len(xx), dtype=xx.dtype)
-    solution: Tensor = torch.linalg.lstsq(regularised, yx.T, driver="gelsd").solution
-    return solution.T
+    regularised = xx.clone()
+    regularised.diagonal().add_(ridge * xx.diagonal().mean())
+    if ridge > 0:
+        factor, failed_at = torch.linalg.cholesky_ex(regularised)
+        if failed_at == 0:
+            return torch.cholesky_solve(yx.T, factor).T
+    # Directions that never vary leave the moments singular where no penalty, or too small a one, was added.
+    inverse: Tensor = torch.linalg.pinv(regularised, hermitian=True)
+    return yx @ inverse
 
 
 def random_semi_orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -1,7 +1,7 @@
 """The stages of a transfer, each from plain inputs to plain results; `pipeline` strings them together."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,23 +17,18 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from castlora.adapters import LowRank
 from castlora.config import Recipe
 from castlora.distill import DistillationTrainer, LossProgress, SealCheckpoints, Student
 from castlora.effective import effective_update
 from castlora.errors import UserError
+from castlora.fitting import fit_ridge
 from castlora.maps import balance
 from castlora.models import best_device, load_model
+from castlora.pairing import Pairing
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage, align_passages
-from castlora.starts import (
-    attach_lora,
-    collect_moments,
-    fold_maps,
-    paper_maps,
-    parametrize_by_maps,
-    ridge_maps,
-    start_from_factors,
-)
+from castlora.starts import Maps, attach_lora, fold_maps, paper_maps, parametrize_by_maps, start_from_factors
 from castlora.teacher import RECORD_BYTES, LiveTeacher, RecordedTeacher, Teacher, record_bytes
 from castlora.text import Passage
 from castlora.tokens import ByteTokenizer
@@ -112,7 +107,6 @@ def start_student(
     The paired modules are adapted, by maps around the frozen source factors or by factors of their own.
     """
     torch.manual_seed(seed)
-    maps = None
     if recipe.start != "fresh" and not plan.adapter.is_plain:
         update = effective_update(models.teacher, plan.source_slots, plan.factors)
         logger.info(
@@ -121,22 +115,33 @@ def start_student(
             100 * update.lost,
         )
         plan = replace(plan, factors=update.factors)
-    if recipe.start == "paper":
-        maps = paper_maps(plan.pairing, plan.factors, seed)
-    elif recipe.start == "ridge":
-        with models.teacher.disable_adapter():
-            moments = collect_moments(models.source, models.target, plan.pairing, training[:_STATISTICS_PASSAGES])
-        maps = ridge_maps(moments, plan.pairing, recipe.ridge)
+    folded: dict[str, LowRank] = {}
+    maps: Maps = {}
+    for part, of_part in _start_maps(models, plan, recipe, training[:_STATISTICS_PASSAGES], seed):
+        if recipe.trained == "factors":
+            folded |= fold_maps(part, plan.factors, of_part)
+        else:
+            maps |= of_part
     peft_model = attach_lora(models.target, plan.target_modules, rank)
-    if maps is not None and recipe.trained == "factors":
-        folded = fold_maps(plan.pairing, plan.factors, maps)
+    if folded:
         start_from_factors(peft_model, {name: balance(lora) for name, lora in folded.items()})
-    elif maps is not None:
+    elif maps:
         parametrize_by_maps(peft_model, plan.pairing, plan.factors, maps)
     with_head = recipe.mse_weight > 0
     logger.debug("Start %s: %d modules of the target learn %s", recipe.start, len(plan.target_modules), recipe.trained)
     widths = models.target.config.hidden_size, models.teacher.config.hidden_size
     return Student(peft_model, *widths, with_head=with_head).to(best_device())
+
+
+def _start_maps(
+    models: Models, plan: Plan, recipe: Recipe, passages: Sequence[AlignedPassage], seed: int
+) -> Iterator[tuple[Pairing, Maps]]:
+    """The maps of the recipe's start for one part of the pairing after another; none for a fresh LoRA."""
+    if recipe.start == "paper":
+        yield plan.pairing, paper_maps(plan.pairing, plan.factors, seed)
+    elif recipe.start == "ridge":
+        with models.teacher.disable_adapter():
+            yield from fit_ridge(models.source, models.target, plan.pairing, plan.factors, passages, recipe.ridge)
 
 
 def hold_teacher(

@@ -27,19 +27,20 @@ class Moments:
     """Σ y xᵀ, shape (d_y, d_x)."""
 
     @classmethod
-    def zeros(cls, d_x: int, d_y: int) -> "Moments":
-        """The moments of no positions."""
+    def zeros(cls, d_x: int, d_y: int, device: torch.device | str = "cpu") -> "Moments":
+        """The moments of no positions, on a device that has double precision."""
         shapes = ((), (d_x,), (d_y,), (d_x, d_x), (d_y, d_x))
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """Adds positions: x (n, d_x) and y (n, d_y). Products in fp32, sums in fp64."""
         x, y = x.detach().float(), y.detach().float()
         self.count += len(x)
-        self.sum_x += x.sum(0).double().cpu()
-        self.sum_y += y.sum(0).double().cpu()
-        self.xx += (x.T @ x).double().cpu()
-        self.yx += (y.T @ x).double().cpu()
+        device = self.count.device
+        self.sum_x += x.sum(0).to(device)
+        self.sum_y += y.sum(0).to(device)
+        self.xx += (x.T @ x).to(device)
+        self.yx += (y.T @ x).to(device)
 
     def merge(self, other: "Moments") -> "Moments":
         """The moments of both sets of positions together."""

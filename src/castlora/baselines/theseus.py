@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from castlora.adapters import LowRank
+from castlora.fitting import SiteMoments, input_site
 from castlora.pairing import Pairing
-from castlora.starts import BranchMaps, SiteMoments, fold_maps, input_site
+from castlora.starts import BranchMaps, fold_maps
 
 
 def theseus(pairing: Pairing, factors: Mapping[str, LowRank], moments: SiteMoments) -> dict[str, LowRank]:
@@ -30,7 +31,8 @@ def theseus(pairing: Pairing, factors: Mapping[str, LowRank], moments: SiteMomen
         key = pair.target.name, index
         _, input_covariance = moments.inputs[input_site(pair, branch)].covariances()
         _, output_covariance = moments.outputs[key].covariances()
-        maps[key] = BranchMaps(procrustes(input_covariance).float(), procrustes(output_covariance).float())
+        to_source, from_source = procrustes(input_covariance), procrustes(output_covariance)
+        maps[key] = BranchMaps(to_source.float().cpu(), from_source.float().cpu())
     return fold_maps(pairing, factors, maps)
 
 

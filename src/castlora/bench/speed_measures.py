@@ -16,16 +16,16 @@ from castlora.adapters import LowRank, write_portable
 from castlora.bench.speed_models import SHAPES, Subject, TextKind, random_maps
 from castlora.bench.speed_timing import Clock, Ratio, Side, interleaved
 from castlora.config import DEFAULT, ShapeName
+from castlora.fitting import STATISTICS_BATCH, collect_moments, fit_ridge, layer_groups, memory_for_statistics
 from castlora.maps import CastLayer
 from castlora.pairing import Pairing
 from castlora.positions import AlignedPassage, batches
-from castlora.starts import attach_lora, cast_layer, collect_moments, fold_maps, ridge_maps
+from castlora.starts import attach_lora, cast_layer, fold_maps
 
 TEXTS: tuple[TextKind, ...] = ("answered prompts", "running text")
 SERVING_TARGET, FIT_TARGET = 1.0, 1.15
 SHORT = 4
 """What takes little time is repeated that much more often."""
-_STATISTICS_BATCH = 16
 _GENERATED_TOKENS = 32
 
 
@@ -118,16 +118,13 @@ def measure_fit(settings: SpeedSettings, device: torch.device) -> list[Ratio]:
     for text in TEXTS:
         passages = subject.passages(settings.passages, settings.length, text, settings.seed)
         tokens = 2 * settings.length * len(passages)
-        moments = collect_moments(subject.source, subject.target, subject.pairing, passages)
         works: dict[str, Callable[[], object]] = {
-            "statistics": partial(collect_moments, subject.source, subject.target, subject.pairing, passages),
-            "maps": partial(ridge_maps, moments, subject.pairing, DEFAULT.ridge),
+            "statistics, maps and folds": partial(fit, subject, passages),
+            "statistics": partial(count, subject, passages),
             "forward passes": partial(read, subject, passages),
         }
         seconds = interleaved(Clock(device), works, settings.repeats)
-        both = [sum(one) for one in zip(seconds["statistics"], seconds["maps"], strict=True)]
-        whole = Side("statistics and maps", tokens, both)
-        statistics, bare = (Side(name, tokens, seconds[name]) for name in ("statistics", "forward passes"))
+        whole, statistics, bare = (Side(name, tokens, seconds[name]) for name in works)
         ratios += [
             Ratio("fit", text, whole, bare, of_rates=False, target=FIT_TARGET),
             Ratio("fit", text, statistics, bare, of_rates=False),
@@ -136,14 +133,21 @@ def measure_fit(settings: SpeedSettings, device: torch.device) -> list[Ratio]:
 
 
 def fit(subject: Subject, passages: Sequence[AlignedPassage]) -> None:
-    """Statistics and maps, as a transfer begins with them."""
-    moments = collect_moments(subject.source, subject.target, subject.pairing, passages)
-    ridge_maps(moments, subject.pairing, DEFAULT.ridge)
+    """Statistics, maps and folds, as a transfer begins with them."""
+    models = subject.source, subject.target
+    for part, maps in fit_ridge(*models, subject.pairing, subject.factors, passages, DEFAULT.ridge):
+        fold_maps(part, subject.factors, maps)
+
+
+def count(subject: Subject, passages: Sequence[AlignedPassage]) -> None:
+    """The statistics alone."""
+    for part in layer_groups(subject.pairing, subject.factors, memory_for_statistics(subject.target)):
+        collect_moments(subject.source, subject.target, part, passages)
 
 
 @torch.no_grad()
 def read(subject: Subject, passages: Sequence[AlignedPassage]) -> None:
     """Forward passes of both models, in the same batches."""
-    for batch in batches(passages, _STATISTICS_BATCH, subject.target.device):
+    for batch in batches(passages, STATISTICS_BATCH, subject.target.device):
         subject.source(input_ids=batch["source_ids"], attention_mask=batch["source_mask"], use_cache=False)
         subject.target(input_ids=batch["target_ids"], attention_mask=batch["target_mask"], use_cache=False)

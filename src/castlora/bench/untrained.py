@@ -23,6 +23,7 @@ from castlora.completions import encode_completion
 from castlora.config import Recipe, Regime, Tuning
 from castlora.distill import Student, measure_held_out
 from castlora.evaluation import evaluate_model
+from castlora.fitting import collect_moments, ridge_maps
 from castlora.models import context_length, linear_slots, load_model
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage
@@ -30,10 +31,8 @@ from castlora.scaling import SOLVED_SCALES, keep_best_scale
 from castlora.stages import Models, load_models
 from castlora.starts import (
     attach_lora,
-    collect_moments,
     fold_maps,
     random_maps,
-    ridge_maps,
     start_from_factors,
     student_factors,
 )

@@ -1,0 +1,220 @@
+"""Maps in closed form: the statistics of both models' activations, and the regressions that they solve."""
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import TypeVar
+
+import torch
+from accelerate.utils import get_max_memory
+from torch import Tensor, nn
+
+from castlora.adapters import LowRank
+from castlora.capture import capture
+from castlora.models import layer_index, row_numbers
+from castlora.pairing import Branch, ModulePair, Pairing
+from castlora.positions import AlignedPassage, batches, counted_places
+from castlora.solvers import ridge_map
+from castlora.starts import BranchMaps, Maps
+from castlora.statistics import Moments
+
+STATISTICS_BATCH = 16
+_BYTES_PER_SUM = 8
+_SHARE_FOR_SUMS = 0.6
+"""Of the memory that is free; the rest is for activations and for solving."""
+_Key = TypeVar("_Key", bound=Hashable)
+
+InputSite = tuple[int, int, str]
+"""Target layer, source layer, and which of the layer's inputs it is."""
+
+_INPUT_OF_ROLE = {
+    "q": "attention", "k": "attention", "v": "attention", "o": "heads",
+    "gate": "mlp", "up": "mlp", "fc": "mlp", "down": "neurons",
+}  # fmt: skip
+
+
+def input_site(pair: ModulePair, branch: Branch) -> InputSite:
+    """Names the pair of inputs that a branch reads: q, k and v of a layer read the same one."""
+    source_layer = layer_index(branch.source_module)
+    assert source_layer is not None
+    return pair.target.layer, source_layer, _INPUT_OF_ROLE[branch.roles[0]]
+
+
+@dataclass
+class SiteMoments:
+    """Moments of the inputs and the outputs of every branch."""
+
+    inputs: dict[InputSite, Moments]
+    """x: target module input, y: source module input; shared by the modules that read the same input."""
+    outputs: dict[tuple[str, int], Moments]
+    """x: source module output rows, y: target module output rows."""
+
+
+def fit_ridge(
+    source: nn.Module,
+    target: nn.Module,
+    pairing: Pairing,
+    factors: Mapping[str, LowRank],
+    passages: Sequence[AlignedPassage],
+    ridge: float,
+    memory_bytes: int | None = None,
+) -> Iterator[tuple[Pairing, Maps]]:
+    """The closed-form maps, some layers at a time.
+
+    Statistics grow with the square of the width: for a pair of 7B models those of all layers fill 278 GiB. Where they
+    do not fit into memory together, the text is read once per group of layers. The maps do not depend on the grouping.
+
+    Args:
+        source: the bare source model
+        target: the bare target model
+        pairing: which modules belong together
+        factors: the source adapter, by module
+        passages: the text, aligned
+        ridge: strength of the penalty relative to the mean square of the regressor
+        memory_bytes: what the statistics may take, at least those of one layer; by default most of what is free
+
+    Yields:
+        the part of the pairing that belongs to a group of target layers, and its maps, on the processor
+    """
+    for part in layer_groups(pairing, factors, memory_bytes or memory_for_statistics(target)):
+        yield part, ridge_maps(collect_moments(source, target, part, passages), pairing, ridge)
+
+
+def layer_groups(pairing: Pairing, factors: Mapping[str, LowRank], memory_bytes: int) -> Iterator[Pairing]:
+    """Parts of a pairing by consecutive target layers, as many as have statistics of that size together."""
+    group: list[ModulePair] = []
+    taken = 0
+    for _, of_layer in groupby(sorted(pairing.mapped, key=_layer), key=_layer):
+        layer = tuple(of_layer)
+        needed = statistics_bytes(layer, factors)
+        if group and taken + needed > memory_bytes:
+            yield Pairing(tuple(group), pairing.layer_map, ())
+            group, taken = [], 0
+        group.extend(layer)
+        taken += needed
+    yield Pairing(tuple(group), pairing.layer_map, ())
+
+
+def statistics_bytes(pairs: Iterable[ModulePair], factors: Mapping[str, LowRank]) -> int:
+    """Size of the second moments of some target modules' inputs and outputs."""
+    widths: list[tuple[int, int]] = []
+    inputs: dict[InputSite, tuple[int, int]] = {}
+    for pair in pairs:
+        for branch in pair.branches:
+            inputs[input_site(pair, branch)] = pair.target.d_in, factors[branch.source_module].a.shape[1]
+            widths.append((len(row_numbers(branch.source_rows)), len(row_numbers(branch.target_rows))))
+    return _BYTES_PER_SUM * sum(x * (x + y) for x, y in [*inputs.values(), *widths])
+
+
+def ridge_maps(moments: SiteMoments, pairing: Pairing, ridge: float) -> Maps:
+    """The closed form: ridge regression of activations over aligned positions.
+
+    `map_to_source` predicts the source module's input from the target module's input, uncentred,
+    because a fold cannot hold an offset; `map_from_source` predicts the target module's output from
+    the source module's output, centred, because updates are differences. A part of the source that
+    speaks for several target modules has its update divided among them.
+
+    Args:
+        moments: of all branches or of those of some target layers
+        pairing: all that belongs together
+        ridge: strength of the penalty relative to the mean square of the regressor
+
+    Returns:
+        maps, on the processor, of the branches that the moments are of
+    """
+    maps = {}
+    to_source: dict[InputSite, Tensor] = {}
+    for pair, index, branch in pairing.branches():
+        if (pair.target.name, index) not in moments.outputs:
+            continue
+        site = input_site(pair, branch)
+        if site not in to_source:
+            to_source[site] = ridge_map(*moments.inputs[site].raw(), ridge).float().cpu()
+        from_source = ridge_map(*moments.outputs[pair.target.name, index].covariances(), ridge)
+        share = 1 / pairing.multiplicity(branch)
+        maps[pair.target.name, index] = BranchMaps(to_source[site], (share * from_source).float().cpu())
+    return maps
+
+
+@torch.no_grad()
+def collect_moments(
+    source: nn.Module,
+    target: nn.Module,
+    pairing: Pairing,
+    passages: Sequence[AlignedPassage],
+    permutation: torch.Generator | None = None,
+) -> SiteMoments:
+    """Runs both base models over aligned passages and sums the moments of every branch.
+
+    Args:
+        source: the bare source model
+        target: the bare target model
+        pairing: which modules belong together
+        passages: the text, aligned
+        permutation: pairs the positions of a batch at random, for a control that must carry nothing
+    """
+    moments = SiteMoments({}, {})
+    kept_on = _statistics_device(target)
+    device = next(target.parameters()).device
+    source_names = {branch.source_module for _, _, branch in pairing.branches()}
+    target_names = {pair.target.name for pair in pairing.mapped}
+    # No prediction is looked at, and the head of a large vocabulary takes long.
+    only_last = {"use_cache": False, "logits_to_keep": 1}
+    for batch in batches(passages, STATISTICS_BATCH, device):
+        # A first token without content attracts extreme activations that would rule the regression.
+        counts = (batch["weights"] > 0) & (batch["source_positions"] > 0) & (batch["target_positions"] > 0)
+        at_source, at_target = (counted_places(batch[f"{side}_positions"], counts) for side in ("source", "target"))
+        if permutation is not None:
+            order = torch.randperm(int(counts.sum()), generator=permutation).to(device)
+            at_source = at_source[0][order], at_source[1][order]
+        take_source, take_target = (partial(_rows, batch_size=len(counts), places=at) for at in (at_source, at_target))
+        with (
+            capture(source, source_names, take_source) as in_source,
+            capture(target, target_names, take_target) as in_target,
+        ):
+            source(input_ids=batch["source_ids"], attention_mask=batch["source_mask"], **only_last)
+            target(input_ids=batch["target_ids"], attention_mask=batch["target_mask"], **only_last)
+        counted_inputs = set()
+        for pair, index, branch in pairing.branches():
+            source_rows, target_rows = in_source[branch.source_module], in_target[pair.target.name]
+            site = input_site(pair, branch)
+            if site not in counted_inputs:
+                counted_inputs.add(site)
+                _add(moments.inputs, site, target_rows.inputs, source_rows.inputs, kept_on)
+            outputs = source_rows.outputs[:, branch.source_rows], target_rows.outputs[:, branch.target_rows]
+            _add(moments.outputs, (pair.target.name, index), *outputs, kept_on)
+    return moments
+
+
+def _rows(activations: Tensor, batch_size: int, places: tuple[Tensor, Tensor]) -> Tensor:
+    """The activations at places of a batch, shape (places, width)."""
+    # OPT's MLP reads the tokens of all passages as one long row.
+    return activations.reshape(batch_size, -1, activations.shape[-1])[places]
+
+
+def memory_for_statistics(model: nn.Module) -> int:
+    """Bytes: most of what is free where the statistics of a model are kept."""
+    device = _statistics_device(model)
+    free = get_max_memory()
+    if device.type == "cuda":
+        return int(_SHARE_FOR_SUMS * free[device.index])
+    # What the machine has comes last, under a name that depends on the machine.
+    *_, of_machine = free.values()
+    return int(_SHARE_FOR_SUMS * of_machine)
+
+
+def _layer(pair: ModulePair) -> int:
+    return pair.target.layer
+
+
+def _add(moments: dict[_Key, Moments], key: _Key, x: Tensor, y: Tensor, device: torch.device) -> None:
+    if key not in moments:
+        moments[key] = Moments.zeros(x.shape[-1], y.shape[-1], device)
+    moments[key].update(x, y)
+
+
+def _statistics_device(model: nn.Module) -> torch.device:
+    """Where the sums are kept: beside the model, where double precision is."""
+    device = next(model.parameters()).device
+    return device if device.type == "cuda" else torch.device("cpu")
