@@ -12,6 +12,7 @@ from castlora.bench import speed, speed_folding, speed_growth, speed_models
 from castlora.bench.speed import MEASURES, run_speed
 from castlora.bench.speed_folding import fold_all
 from castlora.bench.speed_growth import Size
+from castlora.bench.speed_limits import Use, linear_weights
 from castlora.bench.speed_measures import TEXTS, SpeedSettings, served_models
 from castlora.bench.speed_models import PairShape, Shape, Subject
 from castlora.bench.speed_page import page
@@ -83,6 +84,10 @@ def test_every_measure_leaves_comparable_numbers_and_the_page_shows_them(folded_
         ("serving", "forward"), ("serving", "generation"), *(("fit", text) for text in TEXTS),
         *(("distillation step", f"teacher {how}, {text}") for how in ("runs", "recorded") for text in TEXTS),
     }  # fmt: skip
+    for use in record["limits"]:
+        assert use["tokens"] > 0 and min(use["seconds"]) > 0 and use["peak_bytes"] is None
+        assert 0 < use["share_of_limit"] < 1
+    assert len(record["limits"]) == 4
     for folding in record["folding"]:
         assert folding["modules"] == 7 * TINY.target.layers and min(folding["seconds"]) > 0
         assert folding["peak_bytes"] >= folding["idle_bytes"] > 0
@@ -97,7 +102,7 @@ def test_every_measure_leaves_comparable_numbers_and_the_page_shows_them(folded_
     assert record["settings"]["seed"] == 0
     shown = (tmp_path / "out" / "speed.md").read_text()
     assert shown == page(record) and shown.startswith("# Speed\n")
-    for title in ("Serving", "Fit", "Distillation step", "Folding", "Growth", "Environment"):
+    for title in ("Serving", "Fit", "Distillation step", "Limits of the machine", "Folding", "Growth", "Environment"):
         assert f"\n## {title}\n" in shown
     widths = {row.count("|") for row in shown.splitlines() if row.startswith("| a ")}
     assert widths == {7} and shown.count("\n| a ") == 8
@@ -106,7 +111,7 @@ def test_every_measure_leaves_comparable_numbers_and_the_page_shows_them(folded_
 def test_only_what_is_asked_for_is_measured(tmp_path):
     record = run_speed(tmp_path, SETTINGS, ["serving"])
     assert {ratio["measure"] for ratio in record["ratios"]} == {"serving"}
-    assert record["folding"] == record["growth"] == []
+    assert record["limits"] == record["folding"] == record["growth"] == []
     shown = (tmp_path / "speed.md").read_text()
     assert "## Serving" in shown and "## Fit" not in shown and "## Folding" not in shown
 
@@ -193,8 +198,9 @@ def test_shapes_are_of_models_that_they_are_named_after():
         bundled = AutoConfig.from_pretrained(demo_models_path() / name)
         fields = ("hidden_size", "num_hidden_layers", "num_key_value_heads", "intermediate_size", "vocab_size")
         assert [getattr(shape.config(), field) for field in fields] == [getattr(bundled, field) for field in fields]
-    counts = [skeleton(shape.config()).num_parameters() for shape in vars(SHAPES["7b"]).values()]
-    assert [round(count / 1e9, 1) for count in counts] == [6.7, 7.2]
+    shapes = [SHAPES["7b"].source, SHAPES["7b"].target, SHAPES["7b-13b"].target]
+    counts = [skeleton(shape.config()).num_parameters() for shape in shapes]
+    assert [round(count / 1e9, 1) for count in counts] == [6.7, 7.2, 13.0]
 
 
 @pytest.mark.parametrize(
@@ -215,3 +221,11 @@ def test_a_measurement_that_cannot_be_made_is_refused_and_nothing_is_written(
     assert stopped.value.code == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_operations_are_those_of_the_matrices_that_every_token_meets(subject):
+    width, neurons, vocabulary = TINY.source.width, TINY.source.neurons, TINY.source.vocabulary
+    per_layer = 4 * width**2 + 3 * width * neurons
+    assert linear_weights(subject.source) == TINY.source.layers * per_layer + vocabulary * width
+    use = Use("pass", 10, 8e6, [2.0, 4.0, 6.0], None, 4e6).describe()
+    assert (use["tokens_per_second"], use["share_of_limit"]) == (2.5, 0.5)

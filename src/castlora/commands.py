@@ -346,8 +346,8 @@ def _bench_speed(
 
     Args:
         out: folder of the record and the tables
-        shape: sizes of the models, which have random weights: of the zoo, with about 1 or about 7 billion parameters
-        measures: of serving, fit, steps, folding and growth, with commas between; by default all
+        shape: sizes of the models, which have random weights: of the zoo, or with that many billion parameters
+        measures: of serving, fit, steps, limits, folding and growth, with commas between; by default all
         seed: of everything random
         repeats: repetitions of each measurement
         rank: rank of the adapter

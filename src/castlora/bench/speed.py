@@ -13,6 +13,7 @@ import torch
 from castlora.bench.grid import environment
 from castlora.bench.speed_folding import measure_folding
 from castlora.bench.speed_growth import measure_growth
+from castlora.bench.speed_limits import measure_limits
 from castlora.bench.speed_measures import SpeedSettings, measure_fit, measure_serving
 from castlora.bench.speed_page import page
 from castlora.bench.speed_steps import measure_steps
@@ -25,7 +26,7 @@ from castlora.run_directory import write_whole
 logger = logging.getLogger("castlora")
 
 RECORD_FILE, PAGE_FILE = "speed.json", "speed.md"
-MEASURES = ("serving", "fit", "steps", "folding", "growth")
+MEASURES = ("serving", "fit", "steps", "limits", "folding", "growth")
 _AT_LEAST = {
     "repeats": 1, "rank": 1, "length": 8, "batch_size": 1, "passages": 1, "doublings": 1, "threads": 1,
 }  # fmt: skip
@@ -60,16 +61,18 @@ def run_speed(out: Path, settings: SpeedSettings, measures: Sequence[str] = MEAS
 
 
 def measure(settings: SpeedSettings, measures: Sequence[str]) -> dict[str, Any]:
-    """The record: settings, environment, and what was found under `ratios`, `folding` and `growth`."""
+    """The record: settings, environment, and what was found under `ratios`, `limits`, `folding` and `growth`."""
     device = best_device()
     ratios = {"serving": measure_serving, "fit": measure_fit, "steps": measure_steps}
-    found: dict[str, list[Any]] = {"ratios": [], "folding": [], "growth": []}
+    found: dict[str, list[Any]] = {"ratios": [], "limits": [], "folding": [], "growth": []}
     with _threads(settings.threads):
         surroundings = {**environment(), "device": _name(device), "seconds": Clock(device).kind}
         for name in measures:
             logger.info("Measures %s", name)
             if name in ratios:
                 found["ratios"] += ratios[name](settings, device)
+            elif name == "limits":
+                found["limits"] += measure_limits(settings, device)
             elif name == "folding":
                 found["folding"] += measure_folding(settings)
             else:

@@ -62,9 +62,10 @@ class PairShape:
 SHAPES: dict[ShapeName, PairShape] = {
     "zoo": PairShape(Shape("llama", 128, 4, 4, 4, 344, 2048), Shape("mistral", 160, 5, 8, 2, 432, 3072)),
     "1b": PairShape(Shape("llama", 2048, 22, 32, 4, 5632, 32000), Shape("mistral", 2048, 16, 32, 8, 8192, 32768)),
+    "7b-13b": PairShape(Shape("llama", 4096, 32, 32, 32, 11008, 32000), Shape("llama", 5120, 40, 40, 40, 13824, 32000)),
     "7b": PairShape(Shape("llama", 4096, 32, 32, 32, 11008, 32000), Shape("mistral", 4096, 32, 32, 8, 14336, 32000)),
 }
-"""`zoo`: llama-s and mistral-s, which are in the package; `7b`: the pair of the paper."""
+"""`zoo`: llama-s and mistral-s, which are in the package; `7b` and `7b-13b`: pairs of the paper."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,11 @@ class Subject:
         """Draws all weights, those of the models fp32 on a processor and bf16 on an accelerator, as they are loaded."""
         torch.manual_seed(seed)
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        source, target = (
-            AutoModelForCausalLM.from_config(one.config(), dtype=dtype).eval().to(device)
-            for one in (shape.source, shape.target)
-        )
+        with device:
+            source, target = (
+                AutoModelForCausalLM.from_config(one.config(), dtype=dtype).eval()
+                for one in (shape.source, shape.target)
+            )
         factors, pairing = random_adapter(shape, rank)
         slots = linear_slots(target, target.config)
         return cls(shape, source, target, slots, factors, pairing, partly_shared(shape))

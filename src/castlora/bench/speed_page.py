@@ -33,6 +33,8 @@ def tables(record: dict[str, Any]) -> str:
         if rows:
             head = ["| | compared | with | ratio [quartiles] | target | seconds, both |", "|---|---|---|---|---|---|"]
             sections += [f"## {measure.capitalize()}", note, "\n".join([*head, *rows])]
+    if record["limits"]:
+        sections += ["## Limits of the machine", _LIMITS, _limits_table(record["limits"])]
     if record["folding"]:
         sections += ["## Folding", _FOLDING, _folding_table(record["folding"])]
     if record["growth"]:
@@ -40,6 +42,10 @@ def tables(record: dict[str, Any]) -> str:
     return "\n\n".join([*sections, "## Environment", _environment(record["environment"])])
 
 
+_LIMITS = (
+    "Operations are those of the linear modules in the passes through the models, and nothing else; the limit is the "
+    "rate of a large matrix product in the dtype of the models, taken in the same run. Answered prompts."
+)
 _FOLDING = (
     "Elapsed seconds for all modules on a processor, module by module; memory is what the process had at its highest, "
     "beyond its idle state. The adapter and the maps of the module that is being folded are in it."
@@ -87,6 +93,21 @@ def _target(ratio: dict[str, Any]) -> str:
 
 def _verdict(is_met: bool) -> str:
     return "met" if is_met else "missed"
+
+
+def _limits_table(uses: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        "| work | seconds | tokens per second | teraflops | of the limit | memory (GiB) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in uses:
+        seconds = float(np.median(one["seconds"]))
+        memory = "–" if one["peak_bytes"] is None else f"{one['peak_bytes'] / 2**30:.1f}"
+        rows.append(
+            f"| {one['work']} | {seconds:.3g} | {one['tokens_per_second']:.0f} | "
+            f"{one['operations'] / seconds / 1e12:.3g} | {one['share_of_limit']:.0%} | {memory} |"
+        )
+    return "\n".join(rows)
 
 
 def _folding_table(foldings: Sequence[dict[str, Any]]) -> str:
