@@ -4,9 +4,10 @@ import torch
 
 from castlora.fitting import (
     collect_moments,
-    fit_ridge,
     input_site,
     layer_groups,
+    moments_by_layers,
+    ridge_factors,
     ridge_maps,
     statistics_bytes,
 )
@@ -93,16 +94,31 @@ def test_maps_do_not_depend_on_the_memory_that_statistics_may_take(paired, targe
     source, model, pairing, factors = paired("gpt2", target)
     text = tiny.aligned("gpt2", target)
     whole = ridge_maps(collect_moments(source, model, pairing, text), pairing, 0.1)
-    groups = list(fit_ridge(source, model, pairing, factors, text, 0.1, memory_bytes=1))
+    groups = list(moments_by_layers(source, model, pairing, factors, text, memory_bytes=1))
     assert len(groups) == model.config.num_hidden_layers
     found = {}
-    for part, maps in groups:
-        assert maps.keys() == {(pair.target.name, index) for pair, index, _ in part.branches()}
+    for moments in groups:
+        maps = ridge_maps(moments, pairing, 0.1)
+        assert len({int(name.split(".")[2]) for name, _ in maps}) == 1
         found |= maps
     assert found.keys() == whole.keys()
     for key, maps in whole.items():
         assert torch.equal(found[key].to_source, maps.to_source)
         assert torch.equal(found[key].from_source, maps.from_source)
+
+
+@pytest.mark.parametrize(("source", "target"), [("llama", "gpt2"), ("gpt2", "mistral"), ("gpt2", "gpt2-deep")])
+def test_factors_without_maps_are_those_that_the_maps_fold_to(paired, source, target):
+    source_model, model, pairing, factors = paired(source, target)
+    text = tiny.aligned(source, target)
+    folded = fold_maps(pairing, factors, ridge_maps(collect_moments(source_model, model, pairing, text), pairing, 0.1))
+    found = {}
+    for moments in moments_by_layers(source_model, model, pairing, factors, text, memory_bytes=1):
+        found |= ridge_factors(moments, pairing, factors, 0.1)
+    assert found.keys() == folded.keys()
+    for name, lora in folded.items():
+        torch.testing.assert_close(found[name].a, lora.a, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[name].b, lora.b, rtol=1e-4, atol=1e-5)
 
 
 def test_statistics_have_the_size_that_groups_of_layers_are_planned_by(paired):

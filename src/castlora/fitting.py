@@ -1,6 +1,6 @@
 """Maps in closed form: the statistics of both models' activations, and the regressions that they solve."""
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from castlora.adapters import LowRank
 from castlora.capture import capture
+from castlora.maps import merge_branches
 from castlora.models import layer_index, row_numbers
 from castlora.pairing import Branch, ModulePair, Pairing
 from castlora.positions import AlignedPassage, batches, counted_places
-from castlora.solvers import ridge_map
+from castlora.solvers import ridge_inverse, ridge_map
 from castlora.starts import BranchMaps, Maps
 from castlora.statistics import Moments
 
@@ -51,19 +52,18 @@ class SiteMoments:
     """x: source module output rows, y: target module output rows."""
 
 
-def fit_ridge(
+def moments_by_layers(
     source: nn.Module,
     target: nn.Module,
     pairing: Pairing,
     factors: Mapping[str, LowRank],
     passages: Sequence[AlignedPassage],
-    ridge: float,
     memory_bytes: int | None = None,
-) -> Iterator[tuple[Pairing, Maps]]:
-    """The closed-form maps, some layers at a time.
+) -> Iterator[SiteMoments]:
+    """The statistics of all branches, those of some target layers at a time.
 
-    Statistics grow with the square of the width: for a pair of 7B models those of all layers fill 278 GiB. Where they
-    do not fit into memory together, the text is read once per group of layers. The maps do not depend on the grouping.
+    They grow with the square of the width: for a pair of 7B models those of all layers fill 278 GiB. Where they do not
+    fit into memory together, the text is read once per group of layers. What is solved does not depend on the grouping.
 
     Args:
         source: the bare source model
@@ -71,14 +71,10 @@ def fit_ridge(
         pairing: which modules belong together
         factors: the source adapter, by module
         passages: the text, aligned
-        ridge: strength of the penalty relative to the mean square of the regressor
         memory_bytes: what the statistics may take, at least those of one layer; by default most of what is free
-
-    Yields:
-        the part of the pairing that belongs to a group of target layers, and its maps, on the processor
     """
     for part in layer_groups(pairing, factors, memory_bytes or memory_for_statistics(target)):
-        yield part, ridge_maps(collect_moments(source, target, part, passages), pairing, ridge)
+        yield collect_moments(source, target, part, passages)
 
 
 def layer_groups(pairing: Pairing, factors: Mapping[str, LowRank], memory_bytes: int) -> Iterator[Pairing]:
@@ -135,6 +131,46 @@ def ridge_maps(moments: SiteMoments, pairing: Pairing, ridge: float) -> Maps:
         share = 1 / pairing.multiplicity(branch)
         maps[pair.target.name, index] = BranchMaps(to_source[site], (share * from_source).float().cpu())
     return maps
+
+
+def ridge_factors(
+    moments: SiteMoments, pairing: Pairing, factors: Mapping[str, LowRank], ridge: float
+) -> dict[str, LowRank]:
+    """The source adapter folded with the maps of `ridge_maps`, which are never formed.
+
+    A regression is linear in what it predicts, so the r rows that A makes of the source's input are predicted instead
+    of the input: A' = A·E[y xᵀ]·(E[x xᵀ] + λI)⁻¹, and B' likewise. A solution then has r columns, not d.
+
+    Args:
+        moments: of all branches or of those of some target layers
+        pairing: all that belongs together
+        factors: the source adapter, by module
+        ridge: strength of the penalty relative to the mean square of the regressor
+
+    Returns:
+        updates, on the processor, of the target modules that the moments are of
+    """
+    folded = {}
+    inputs: dict[InputSite, tuple[Tensor, Callable[[Tensor], Tensor]]] = {}
+    for pair in pairing.mapped:
+        if (pair.target.name, 0) not in moments.outputs:
+            continue
+        layers = []
+        for index, branch in enumerate(pair.branches):
+            site = input_site(pair, branch)
+            if site not in inputs:
+                # Modules that read the same input follow each other, and the factors of a wide one are large.
+                inputs.clear()
+                xx, yx = moments.inputs[site].raw()
+                inputs[site] = yx, ridge_inverse(xx, ridge)
+            yx, solve = inputs[site]
+            lora = factors[branch.source_module]
+            a = solve(yx.T @ lora.a.to(yx).T).T
+            xx, yx = moments.outputs[pair.target.name, index].covariances()
+            b = yx @ ridge_inverse(xx, ridge)(lora.b[branch.source_rows].to(yx))
+            layers.append(LowRank(a.float().cpu(), (b / pairing.multiplicity(branch)).float().cpu()))
+        folded[pair.target.name] = merge_branches(layers, [one.target_rows for one in pair.branches], pair.target.d_out)
+    return folded
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Closed forms: pure functions from moments to maps."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,15 +23,34 @@ def ridge_map(xx: Tensor, yx: Tensor, ridge: float) -> Tensor:
         >>> ridge_map(x.T @ x, y.T @ x, ridge=0.0)
         tensor([[2.0000, 3.0000]])
     """
+    return ridge_inverse(xx, ridge)(yx.T).T
+
+
+def ridge_inverse(xx: Tensor, ridge: float) -> Callable[[Tensor], Tensor]:
+    """The map v → (xx + λI)⁻¹ v, with λ = ridge · mean(diag(xx)), whose factors are computed once.
+
+    Args:
+        xx: second moments of x, shape (d_x, d_x)
+        ridge: strength of the penalty relative to the mean square of x, at least 0
+
+    Returns:
+        a function of v, shape (d_x, any)
+
+    Example:
+        >>> solve = ridge_inverse(torch.diag(torch.tensor([1.0, 3.0])), ridge=0.5)
+        >>> solve(torch.tensor([[4.0], [8.0]]))
+        tensor([[2.],
+                [2.]])
+    """
     regularised = xx.clone()
     regularised.diagonal().add_(ridge * xx.diagonal().mean())
     if ridge > 0:
         factor, failed_at = torch.linalg.cholesky_ex(regularised)
         if failed_at == 0:
-            return torch.cholesky_solve(yx.T, factor).T
+            return lambda v: torch.cholesky_solve(v, factor)
     # Directions that never vary leave the moments singular where no penalty, or too small a one, was added.
     inverse: Tensor = torch.linalg.pinv(regularised, hermitian=True)
-    return yx @ inverse
+    return lambda v: inverse @ v
 
 
 def random_semi_orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -1,7 +1,7 @@
 """The stages of a transfer, each from plain inputs to plain results; `pipeline` strings them together."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,10 +22,9 @@ from castlora.config import Recipe
 from castlora.distill import DistillationTrainer, LossProgress, SealCheckpoints, Student
 from castlora.effective import effective_update
 from castlora.errors import UserError
-from castlora.fitting import fit_ridge
+from castlora.fitting import moments_by_layers, ridge_factors, ridge_maps
 from castlora.maps import balance
 from castlora.models import best_device, load_model
-from castlora.pairing import Pairing
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage, align_passages
 from castlora.starts import Maps, attach_lora, fold_maps, paper_maps, parametrize_by_maps, start_from_factors
@@ -115,13 +114,7 @@ def start_student(
             100 * update.lost,
         )
         plan = replace(plan, factors=update.factors)
-    folded: dict[str, LowRank] = {}
-    maps: Maps = {}
-    for part, of_part in _start_maps(models, plan, recipe, training[:_STATISTICS_PASSAGES], seed):
-        if recipe.trained == "factors":
-            folded |= fold_maps(part, plan.factors, of_part)
-        else:
-            maps |= of_part
+    folded, maps = _solved_start(models, plan, recipe, training[:_STATISTICS_PASSAGES], seed)
     peft_model = attach_lora(models.target, plan.target_modules, rank)
     if folded:
         start_from_factors(peft_model, {name: balance(lora) for name, lora in folded.items()})
@@ -133,15 +126,23 @@ def start_student(
     return Student(peft_model, *widths, with_head=with_head).to(best_device())
 
 
-def _start_maps(
+def _solved_start(
     models: Models, plan: Plan, recipe: Recipe, passages: Sequence[AlignedPassage], seed: int
-) -> Iterator[tuple[Pairing, Maps]]:
-    """The maps of the recipe's start for one part of the pairing after another; none for a fresh LoRA."""
+) -> tuple[dict[str, LowRank], Maps]:
+    """What the recipe starts from: factors or maps, whichever it trains; for a fresh LoRA neither."""
+    folded: dict[str, LowRank] = {}
+    maps: Maps = {}
     if recipe.start == "paper":
-        yield plan.pairing, paper_maps(plan.pairing, plan.factors, seed)
-    elif recipe.start == "ridge":
+        maps = paper_maps(plan.pairing, plan.factors, seed)
+        return (fold_maps(plan.pairing, plan.factors, maps), {}) if recipe.trained == "factors" else ({}, maps)
+    if recipe.start == "ridge":
         with models.teacher.disable_adapter():
-            yield from fit_ridge(models.source, models.target, plan.pairing, plan.factors, passages, recipe.ridge)
+            for moments in moments_by_layers(models.source, models.target, plan.pairing, plan.factors, passages):
+                if recipe.trained == "factors":
+                    folded |= ridge_factors(moments, plan.pairing, plan.factors, recipe.ridge)
+                else:
+                    maps |= ridge_maps(moments, plan.pairing, recipe.ridge)
+    return folded, maps
 
 
 def hold_teacher(

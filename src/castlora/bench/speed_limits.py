@@ -1,5 +1,6 @@
 """How much of a machine's arithmetic and memory the parts of a transfer use."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +16,8 @@ from castlora.bench.speed_steps import teacher_and_student, time_steps
 from castlora.bench.speed_timing import Clock, interleaved
 from castlora.fitting import layer_groups, memory_for_statistics
 from castlora.teacher import RecordedTeacher, Teacher
+
+logger = logging.getLogger("castlora")
 
 _TEXT: TextKind = "answered prompts"
 _PRODUCT_SIZE = 8192
@@ -63,6 +66,7 @@ def measure_limits(settings: SpeedSettings, device: torch.device) -> list[Use]:
     }
     uses = []
     for name, (work, repeats) in works.items():
+        logger.info("Measures %s", name)
         _forget_peak(device)
         (seconds,) = interleaved(clock, {name: work}, repeats).values()
         uses.append(Use(name, 2 * tokens, both, seconds, _peak(device), rate))
@@ -94,6 +98,7 @@ def _steps(settings: SpeedSettings, subject: Subject, clock: Clock, rate: float)
     uses = []
 
     def use(name: str, own_teacher: Teacher, read: int, operations: float) -> None:
+        logger.info("Measures %s", name)
         _forget_peak(clock.device)
         steps, _ = time_steps(own_teacher, student, subject, passages, settings.batch_size, settings.seed, clock)
         uses.append(Use(name, read, operations, steps, _peak(clock.device), rate))

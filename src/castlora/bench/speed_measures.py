@@ -1,6 +1,6 @@
 """The measures of the speed benchmark: serving, and the closed-form start."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from castlora.adapters import LowRank, write_portable
 from castlora.bench.speed_models import SHAPES, Subject, TextKind, random_maps
 from castlora.bench.speed_timing import Clock, Ratio, Side, interleaved
 from castlora.config import DEFAULT, ShapeName
-from castlora.fitting import STATISTICS_BATCH, collect_moments, fit_ridge, layer_groups, memory_for_statistics
+from castlora.fitting import STATISTICS_BATCH, SiteMoments, moments_by_layers, ridge_factors
 from castlora.maps import CastLayer
 from castlora.pairing import Pairing
 from castlora.positions import AlignedPassage, batches
@@ -119,7 +119,7 @@ def measure_fit(settings: SpeedSettings, device: torch.device) -> list[Ratio]:
         passages = subject.passages(settings.passages, settings.length, text, settings.seed)
         tokens = 2 * settings.length * len(passages)
         works: dict[str, Callable[[], object]] = {
-            "statistics, maps and folds": partial(fit, subject, passages),
+            "statistics and factors": partial(fit, subject, passages),
             "statistics": partial(count, subject, passages),
             "forward passes": partial(read, subject, passages),
         }
@@ -133,16 +133,19 @@ def measure_fit(settings: SpeedSettings, device: torch.device) -> list[Ratio]:
 
 
 def fit(subject: Subject, passages: Sequence[AlignedPassage]) -> None:
-    """Statistics, maps and folds, as a transfer begins with them."""
-    models = subject.source, subject.target
-    for part, maps in fit_ridge(*models, subject.pairing, subject.factors, passages, DEFAULT.ridge):
-        fold_maps(part, subject.factors, maps)
+    """The factors that a transfer begins with."""
+    for moments in _moments(subject, passages):
+        ridge_factors(moments, subject.pairing, subject.factors, DEFAULT.ridge)
 
 
 def count(subject: Subject, passages: Sequence[AlignedPassage]) -> None:
     """The statistics alone."""
-    for part in layer_groups(subject.pairing, subject.factors, memory_for_statistics(subject.target)):
-        collect_moments(subject.source, subject.target, part, passages)
+    for _ in _moments(subject, passages):
+        pass
+
+
+def _moments(subject: Subject, passages: Sequence[AlignedPassage]) -> Iterator[SiteMoments]:
+    return moments_by_layers(subject.source, subject.target, subject.pairing, subject.factors, passages)
 
 
 @torch.no_grad()

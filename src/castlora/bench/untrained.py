@@ -23,7 +23,7 @@ from castlora.completions import encode_completion
 from castlora.config import Recipe, Regime, Tuning
 from castlora.distill import Student, measure_held_out
 from castlora.evaluation import evaluate_model
-from castlora.fitting import collect_moments, ridge_maps
+from castlora.fitting import collect_moments, ridge_factors
 from castlora.models import context_length, linear_slots, load_model
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage
@@ -77,7 +77,7 @@ class Solved:
             moments = collect_moments(models.source, models.target, plan.pairing, training, permutation)
         if self.solve == "theseus":
             return theseus(plan.pairing, plan.factors, moments)
-        return fold_maps(plan.pairing, plan.factors, ridge_maps(moments, plan.pairing, recipe.ridge))
+        return ridge_factors(moments, plan.pairing, plan.factors, recipe.ridge)
 
 
 @dataclass(frozen=True)
