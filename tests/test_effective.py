@@ -102,3 +102,22 @@ def test_damaged_weights_of_another_kind_are_recognised(base_model, tmp_path):
     read_factors(open_adapter(str(tmp_path / "one")), load_config(str(base_model("llama"))))
     with pytest.raises(UserError, match=r"hada_w1_a' has shape .* the base needs"):
         read_factors(open_adapter(str(tmp_path / "other")), load_config(str(base_model("llama"))))
+
+
+def test_the_update_of_a_16_bit_model_is_not_rounded(base_model, tmp_path):
+    base = base_model("llama")
+    tiny.save_adapter(tmp_path, base, MODULES, use_dora=True)
+    factors = read_factors(open_adapter(str(tmp_path)), load_config(str(base)))
+    half, rounded = (tiny.load_adapted(base, tmp_path) for _ in range(2))
+    for teacher, dtype in ((half, torch.bfloat16), (rounded, torch.float32)):
+        for name, parameter in teacher.named_parameters():
+            if "lora_" not in name:
+                parameter.data = parameter.data.bfloat16().to(dtype)
+    before = {name: weight.clone() for name, weight in half.state_dict().items()}
+    slots = linear_slots(tiny.load(base), half.config)
+    exact = effective_update(rounded, slots, factors).factors
+    found = effective_update(half, slots, factors).factors
+    assert all(torch.equal(weight, before[name]) for name, weight in half.state_dict().items())
+    for name, lora in exact.items():
+        delta = lora.b @ lora.a
+        assert (found[name].b @ found[name].a - delta).norm() < 0.02 * delta.norm()

@@ -47,6 +47,27 @@ def test_what_computes_something_else_does_not(written, checked_in_process, chan
         check_written(adapter, base, None, IDS, MASK, live)
 
 
+def test_a_16_bit_model_may_round_and_no_more(written, checked_in_process):
+    adapter, base, live = written
+    rounded = live.bfloat16()
+    assert 1e-4 < check_written(adapter, base, None, IDS, MASK, rounded) < 1e-2
+    rounded[0, 1, 2] += live.abs().max() / 10
+    with pytest.raises(RuntimeError, match=r"logits differ from the trained model's by .*, above 3e-02"):
+        check_written(adapter, base, None, IDS, MASK, rounded)
+
+
+def test_weights_that_are_loaded_as_others_are_noticed(written, checked_in_process, monkeypatch):
+    adapter, base, live = written
+    kept = verification.get_peft_model_state_dict
+
+    def rounded(*arguments, **options):
+        return {name: weights.bfloat16().float() for name, weights in kept(*arguments, **options).items()}
+
+    monkeypatch.setattr(verification, "get_peft_model_state_dict", rounded)
+    with pytest.raises(RuntimeError, match=r"the model disagree on 'base_model\.model\."):
+        check_written(adapter, base, None, IDS, MASK, live)
+
+
 def test_a_tensor_that_does_not_reach_the_model_is_noticed(written, checked_in_process):
     adapter, base, live = written
     tensors = load_file(adapter / "adapter_model.safetensors")

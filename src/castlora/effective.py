@@ -41,11 +41,12 @@ def effective_update(
     for name, wanted in factors.items():
         layer = teacher.get_submodule(KEY_PREFIX + name)
         assert isinstance(layer, BaseTunerLayer)
-        delta = _merged_change(layer).float()
+        delta = _merged_change(layer)
         if slots[name].is_conv1d:
             delta = delta.T
-        found[name] = low_rank(delta, wanted.rank)
-        left_out += float((delta - found[name].b @ found[name].a).square().sum())
+        best = low_rank(delta, wanted.rank)
+        left_out += float((delta - best.b @ best.a).square().sum())
+        found[name] = LowRank(best.a.cpu(), best.b.cpu())
         whole += float(delta.square().sum())
     return EffectiveUpdate(found, math.sqrt(left_out / whole) if whole > 0 else 0.0)
 
@@ -60,14 +61,17 @@ def low_rank(delta: Tensor, rank: int) -> LowRank:
     oversampled = min(rank + _OVERSAMPLING, *delta.shape)
     u, singular_values, v = torch.svd_lowrank(delta, q=oversampled, niter=_POWER_ITERATIONS)
     root = singular_values[:rank].sqrt()
-    return LowRank((root.unsqueeze(-1) * v[:, :rank].T).cpu(), (u[:, :rank] * root).cpu())
+    return LowRank(root.unsqueeze(-1) * v[:, :rank].T, u[:, :rank] * root)
 
 
 def _merged_change(layer: BaseTunerLayer) -> Tensor:
-    """What merging adds to the weight of a layer; unmerging rounds, so that the weight is put back by hand."""
+    """What merging adds to the weight of a layer, in fp32; unmerging rounds, so that the weight is put back by hand."""
     before = layer.get_base_weight().clone()
+    # What is small beside a bf16 weight would be rounded away.
+    base = layer.get_base_layer().float()
     layer.merge()
-    change: Tensor = layer.get_base_weight() - before
+    change: Tensor = layer.get_base_weight() - before.float()
     layer.unmerge()
+    base.to(before.dtype)
     layer.set_base_weight(before)
     return change

@@ -15,8 +15,12 @@ from castlora.adapter_files import WEIGHTS_FILE
 from castlora.errors import BAD_INPUT, UserError
 from castlora.models import best_device, load_model
 
-TOLERANCE = 1e-4
-"""Largest accepted difference of logits, relative to the largest logit."""
+_TOLERANCE, _ROUNDINGS = 1e-4, 4
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest accepted difference of logits, relative to the largest logit: some roundings of a 16-bit model."""
+    return max(_TOLERANCE, _ROUNDINGS * torch.finfo(dtype).eps)
 
 
 @torch.no_grad()
@@ -35,14 +39,14 @@ def check_written(adapter: Path, target: str, revision: str | None, ids: Tensor,
         revision: of the base model
         ids: token ids, shape (batch, tokens)
         mask: attention mask, shape (batch, tokens)
-        live: logits of the model in memory for these ids, shape (batch, tokens, vocabulary)
+        live: logits of the model in memory for these ids, shape (batch, tokens, vocabulary), in its dtype
 
     Returns:
         the largest difference relative to the largest logit
 
     Raises:
         UserError: the base model cannot be read any more.
-        RuntimeError: the difference is above `TOLERANCE`, or the adapter could not be loaded.
+        RuntimeError: the difference is above `tolerance`, or the adapter could not be loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference.safetensors"
@@ -59,9 +63,10 @@ def check_written(adapter: Path, target: str, revision: str | None, ids: Tensor,
     if finished.returncode != 0:
         raise RuntimeError(f"The written adapter cannot be loaded again: {finished.stderr.strip()[-500:]}")
     difference = float(json.loads(finished.stdout.strip().splitlines()[-1])["relative_difference"])
-    if not difference <= TOLERANCE:
+    accepted = tolerance(live.dtype)
+    if not difference <= accepted:
         raise RuntimeError(
-            f"The written adapter's logits differ from the trained model's by {difference:.2e}, above {TOLERANCE:.0e}."
+            f"The written adapter's logits differ from the trained model's by {difference:.2e}, above {accepted:.0e}."
         )
     return difference
 
@@ -72,10 +77,13 @@ def _relative_difference(adapter: str, target: str, revision: str | None, refere
     device = best_device()
     base, _ = load_model(target, revision, device)
     model = PeftModel.from_pretrained(base, adapter)
-    written = set(load_file(Path(adapter) / WEIGHTS_FILE))
-    loaded = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if written != loaded:
-        raise RuntimeError(f"{WEIGHTS_FILE} and the model disagree on {sorted(written ^ loaded)[0]!r}.")
+    written = load_file(Path(adapter) / WEIGHTS_FILE)
+    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    differing = written.keys() ^ loaded.keys() or {
+        key for key, weights in written.items() if not torch.equal(loaded[key].cpu(), weights)
+    }
+    if differing:
+        raise RuntimeError(f"{WEIGHTS_FILE} and the model disagree on {min(differing)!r}.")
     logits = live_logits(model, expected["ids"].to(device), expected["mask"].to(device)).cpu()
     return float((logits - expected["logits"]).abs().max() / expected["logits"].abs().max())
 
