@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import tiny
 import torch
@@ -6,9 +8,9 @@ from castlora.fitting import (
     collect_moments,
     input_site,
     layer_groups,
-    moments_by_layers,
     ridge_factors,
     ridge_maps,
+    solve_by_layers,
     statistics_bytes,
 )
 from castlora.pairing import Pairing
@@ -94,13 +96,17 @@ def test_maps_do_not_depend_on_the_memory_that_statistics_may_take(paired, targe
     source, model, pairing, factors = paired("gpt2", target)
     text = tiny.aligned("gpt2", target)
     whole = ridge_maps(collect_moments(source, model, pairing, text), pairing, 0.1)
-    groups = list(moments_by_layers(source, model, pairing, factors, text, memory_bytes=1))
-    assert len(groups) == model.config.num_hidden_layers
-    found = {}
-    for moments in groups:
+    held: list[weakref.ref] = []
+
+    def solve(moments):
+        assert not [one for one in held if one() is not None], "two groups of statistics are in memory at once"
+        held.append(weakref.ref(moments))
         maps = ridge_maps(moments, pairing, 0.1)
         assert len({int(name.split(".")[2]) for name, _ in maps}) == 1
-        found |= maps
+        return maps
+
+    found = solve_by_layers(source, model, pairing, factors, text, solve, memory_bytes=1)
+    assert len(held) == model.config.num_hidden_layers
     assert found.keys() == whole.keys()
     for key, maps in whole.items():
         assert torch.equal(found[key].to_source, maps.to_source)
@@ -112,9 +118,11 @@ def test_factors_without_maps_are_those_that_the_maps_fold_to(paired, source, ta
     source_model, model, pairing, factors = paired(source, target)
     text = tiny.aligned(source, target)
     folded = fold_maps(pairing, factors, ridge_maps(collect_moments(source_model, model, pairing, text), pairing, 0.1))
-    found = {}
-    for moments in moments_by_layers(source_model, model, pairing, factors, text, memory_bytes=1):
-        found |= ridge_factors(moments, pairing, factors, 0.1)
+
+    def solve(moments):
+        return ridge_factors(moments, pairing, factors, 0.1)
+
+    found = solve_by_layers(source_model, model, pairing, factors, text, solve, memory_bytes=1)
     assert found.keys() == folded.keys()
     for name, lora in folded.items():
         torch.testing.assert_close(found[name].a, lora.a, rtol=1e-4, atol=1e-5)

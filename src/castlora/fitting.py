@@ -25,6 +25,7 @@ _BYTES_PER_SUM = 8
 _SHARE_FOR_SUMS = 0.6
 """Of the memory that is free; the rest is for activations and for solving."""
 _Key = TypeVar("_Key", bound=Hashable)
+_Solution = TypeVar("_Solution")
 
 InputSite = tuple[int, int, str]
 """Target layer, source layer, and which of the layer's inputs it is."""
@@ -52,15 +53,16 @@ class SiteMoments:
     """x: source module output rows, y: target module output rows."""
 
 
-def moments_by_layers(
+def solve_by_layers(
     source: nn.Module,
     target: nn.Module,
     pairing: Pairing,
     factors: Mapping[str, LowRank],
     passages: Sequence[AlignedPassage],
+    solve: Callable[[SiteMoments], dict[_Key, _Solution]],
     memory_bytes: int | None = None,
-) -> Iterator[SiteMoments]:
-    """The statistics of all branches, those of some target layers at a time.
+) -> dict[_Key, _Solution]:
+    """Solves from the statistics of all branches, of which those of some target layers are there at a time.
 
     They grow with the square of the width: for a pair of 7B models those of all layers fill 278 GiB. Where they do not
     fit into memory together, the text is read once per group of layers. What is solved does not depend on the grouping.
@@ -71,10 +73,17 @@ def moments_by_layers(
         pairing: which modules belong together
         factors: the source adapter, by module
         passages: the text, aligned
+        solve: statistics of some layers → solutions of their branches or modules
         memory_bytes: what the statistics may take, at least those of one layer; by default most of what is free
+
+    Returns:
+        the solutions of all
     """
+    solved: dict[_Key, _Solution] = {}
     for part in layer_groups(pairing, factors, memory_bytes or memory_for_statistics(target)):
-        yield collect_moments(source, target, part, passages)
+        # No name is bound to the statistics, so that they are gone before those of the next group are summed.
+        solved |= solve(collect_moments(source, target, part, passages))
+    return solved
 
 
 def layer_groups(pairing: Pairing, factors: Mapping[str, LowRank], memory_bytes: int) -> Iterator[Pairing]:

@@ -22,7 +22,7 @@ from castlora.config import Recipe
 from castlora.distill import DistillationTrainer, LossProgress, SealCheckpoints, Student
 from castlora.effective import effective_update
 from castlora.errors import UserError
-from castlora.fitting import moments_by_layers, ridge_factors, ridge_maps
+from castlora.fitting import SiteMoments, ridge_factors, ridge_maps, solve_by_layers
 from castlora.maps import balance
 from castlora.models import best_device, load_model
 from castlora.plan import Plan
@@ -130,19 +130,24 @@ def _solved_start(
     models: Models, plan: Plan, recipe: Recipe, passages: Sequence[AlignedPassage], seed: int
 ) -> tuple[dict[str, LowRank], Maps]:
     """What the recipe starts from: factors or maps, whichever it trains; for a fresh LoRA neither."""
-    folded: dict[str, LowRank] = {}
-    maps: Maps = {}
+    trains_factors = recipe.trained == "factors"
     if recipe.start == "paper":
         maps = paper_maps(plan.pairing, plan.factors, seed)
-        return (fold_maps(plan.pairing, plan.factors, maps), {}) if recipe.trained == "factors" else ({}, maps)
-    if recipe.start == "ridge":
-        with models.teacher.disable_adapter():
-            for moments in moments_by_layers(models.source, models.target, plan.pairing, plan.factors, passages):
-                if recipe.trained == "factors":
-                    folded |= ridge_factors(moments, plan.pairing, plan.factors, recipe.ridge)
-                else:
-                    maps |= ridge_maps(moments, plan.pairing, recipe.ridge)
-    return folded, maps
+        return (fold_maps(plan.pairing, plan.factors, maps), {}) if trains_factors else ({}, maps)
+    if recipe.start == "fresh":
+        return {}, {}
+
+    def factors(moments: SiteMoments) -> dict[str, LowRank]:
+        return ridge_factors(moments, plan.pairing, plan.factors, recipe.ridge)
+
+    def maps_of(moments: SiteMoments) -> Maps:
+        return ridge_maps(moments, plan.pairing, recipe.ridge)
+
+    both = models.source, models.target
+    with models.teacher.disable_adapter():
+        if trains_factors:
+            return solve_by_layers(*both, plan.pairing, plan.factors, passages, factors), {}
+        return {}, solve_by_layers(*both, plan.pairing, plan.factors, passages, maps_of)
 
 
 def hold_teacher(

@@ -1,6 +1,6 @@
 """The measures of the speed benchmark: serving, and the closed-form start."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from castlora.adapters import LowRank, write_portable
 from castlora.bench.speed_models import SHAPES, Subject, TextKind, random_maps
 from castlora.bench.speed_timing import Clock, Ratio, Side, interleaved
 from castlora.config import DEFAULT, ShapeName
-from castlora.fitting import STATISTICS_BATCH, SiteMoments, moments_by_layers, ridge_factors
+from castlora.fitting import STATISTICS_BATCH, SiteMoments, ridge_factors, solve_by_layers
 from castlora.maps import CastLayer
 from castlora.pairing import Pairing
 from castlora.positions import AlignedPassage, batches
@@ -134,18 +134,18 @@ def measure_fit(settings: SpeedSettings, device: torch.device) -> list[Ratio]:
 
 def fit(subject: Subject, passages: Sequence[AlignedPassage]) -> None:
     """The factors that a transfer begins with."""
-    for moments in _moments(subject, passages):
-        ridge_factors(moments, subject.pairing, subject.factors, DEFAULT.ridge)
+    _solve(subject, passages, lambda moments: ridge_factors(moments, subject.pairing, subject.factors, DEFAULT.ridge))
 
 
 def count(subject: Subject, passages: Sequence[AlignedPassage]) -> None:
     """The statistics alone."""
-    for _ in _moments(subject, passages):
-        pass
+    _solve(subject, passages, lambda _moments: {})
 
 
-def _moments(subject: Subject, passages: Sequence[AlignedPassage]) -> Iterator[SiteMoments]:
-    return moments_by_layers(subject.source, subject.target, subject.pairing, subject.factors, passages)
+def _solve(
+    subject: Subject, passages: Sequence[AlignedPassage], solve: Callable[[SiteMoments], dict[str, LowRank]]
+) -> None:
+    solve_by_layers(subject.source, subject.target, subject.pairing, subject.factors, passages, solve)
 
 
 @torch.no_grad()
