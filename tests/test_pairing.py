@@ -119,7 +119,10 @@ def test_modules_of_layers_without_a_partner_are_reported_as_dropped(slots):
     assert pairing.layer_map == (0, 2, 4)
     assert pairing.dropped == tuple(sorted(names(source, *(f"h.{layer}.{rest}" for layer in (1, 3) for rest in
         ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")))))  # fmt: skip
-    assert describe(pairing).splitlines()[-1].startswith("dropped (no partner in the target): transformer.h.1.attn")
+    assert describe(pairing).splitlines()[-1] == (
+        "dropped (no partner in the target): transformer.h.1,3.attn.c_attn, transformer.h.1,3.attn.c_proj, "
+        "transformer.h.1,3.mlp.c_fc, transformer.h.1,3.mlp.c_proj"
+    )
 
 
 def test_the_gate_is_dropped_towards_an_ungated_mlp(slots):
@@ -134,6 +137,7 @@ def test_a_lost_part_of_a_fused_module_is_reported(slots):
     source = slots("phi3")
     pairing = pair_modules(source, slots("gpt2"), source)
     assert pairing.dropped == tuple(f"{name}(gate)" for name in names(source, "gate_up_proj"))
+    assert describe(pairing).endswith(": model.layers.0-2.mlp.gate_up_proj(gate)")
 
 
 def test_the_gate_stays_unchanged_from_an_ungated_mlp(slots):
@@ -148,9 +152,19 @@ def test_an_adapter_without_any_partner_is_refused(slots):
         pair_modules(source, slots("gpt2"), names(source, "gate_proj"))
 
 
-def test_description_has_a_row_per_target_layer(slots):
+def test_layers_that_are_paired_alike_are_described_once(slots):
     source = slots("gpt2")
-    rows = describe(pair_modules(source, slots("phi3"), source)).splitlines()
-    assert [row.split()[:2] for row in rows[1:]] == [["0", "0"], ["1", "1"], ["2", "2"]]
-    assert "qkv_proj <- c_attn(q+k+v)" in rows[1]
-    assert "gate_up_proj <- c_fc(up)" in rows[1]
+    assert describe(pair_modules(source, slots("phi3"), source)).splitlines() == [
+        "target layer <- source layer: 0 <- 0, 1 <- 1, 2 <- 2",
+        "target module <- source module(roles):",
+        "  layers 0-2: o_proj <- c_proj(o), qkv_proj <- c_attn(q+k+v), gate_up_proj <- c_fc(up), "
+        "down_proj <- c_proj(down)",
+    ]
+
+
+def test_layers_that_are_paired_unlike_are_described_apart(slots):
+    source = slots("gpt2")
+    adapted = [*names(source, "h.0.attn.c_attn"), *names(source, "mlp.c_proj")]
+    rows = describe(pair_modules(source, slots("gpt2"), adapted)).splitlines()[2:]
+    assert [row.split(":")[0] for row in rows] == ["  layers 0", "  layers 1-2"]
+    assert "c_attn <- c_attn(q+k+v)" in rows[0] and "c_attn <- nothing" in rows[1]

@@ -164,8 +164,9 @@ def _say_tokenizers(tokenizers: Mapping[str, Any]) -> str:
 
 
 def _say_not_carried(plan: Plan, record: Mapping[str, Any]) -> str:
-    dropped = ", ".join(record["dropped"]) or "nothing"
-    lines = [f"Source modules dropped: {dropped}. Target modules left unchanged: {len(record['unchanged'])}."]
+    lines = [
+        f"Source modules dropped: {len(record['dropped'])}. Target modules left unchanged: {len(record['unchanged'])}."
+    ]
     if plan.beyond:
         lines.append(describe_beyond(plan.beyond))
     return "\n".join(lines)
@@ -214,7 +215,8 @@ def _say_forecast(forecast: _Forecast) -> str:
 
 def _command(adapter: str, target: str, source: str | None) -> str:
     places = {"adapter": adapter, "target": target, "source": source, "out": "NEW-FOLDER", "prompts": "FILE"}
-    return command_line({**places, "tuning": {}})
+    # It is read where the folders are, and must run there.
+    return command_line({**places, "tuning": {}}, place=str)
 
 
 def _say_command(command: str) -> str:

@@ -5,7 +5,7 @@ import json
 import resource
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -98,13 +98,18 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def command_line(request: Mapping[str, Any]) -> str:
-    """The command that repeats a run; local inputs appear by their last component."""
+def command_line(request: Mapping[str, Any], place: Callable[[str], str] = public_name) -> str:
+    """The command that repeats a run.
+
+    Args:
+        request: values of the options
+        place: how folders, files and hub ids are written; by default local ones by their last component
+    """
     words = ["castlora", "transfer"]
     for field, value in request.items():
         if value is None or value is False or isinstance(value, dict):
             continue
-        words += [f"--{field.replace('_', '-')}", public_name(value) if field in _LOCATIONS else _word(value)]
+        words += [f"--{field.replace('_', '-')}", place(value) if field in _LOCATIONS else _word(value)]
     for field, value in request["tuning"].items():
         if value is not None:
             words += [f"--tuning.{field.replace('_', '-')}", _word(value)]

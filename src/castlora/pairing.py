@@ -1,7 +1,9 @@
 """Pairing: which source module speaks for each target module."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from castlora.errors import UserError
 from castlora.models import LinearSlot, Role, Rows, number_of_layers, row_numbers
@@ -11,6 +13,7 @@ STAND_INS: Mapping[Role, Role] = {"fc": "up", "up": "fc"}
 
 `gate` has no counterpart in an ungated MLP: towards one its update is dropped, from one it stays zero.
 """
+_LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -107,14 +110,34 @@ def branch_ranks(pair: ModulePair, source_ranks: Mapping[str, int]) -> int:
 
 
 def describe(pairing: Pairing) -> str:
-    """The pairing as a table for the terminal: one row per target layer."""
-    lines = ["target layer  source layer  target module <- source module(roles)"]
-    for layer, source_layer in enumerate(pairing.layer_map):
-        cells = [_describe_pair(pair) for pair in pairing.pairs if pair.target.layer == layer]
-        lines.append(f"{layer:>12}  {source_layer:>12}  {', '.join(cells)}")
+    """The pairing for the terminal: the layers, and the modules once for all layers that follow one another alike."""
+    layers = ", ".join(f"{layer} <- {source_layer}" for layer, source_layer in enumerate(pairing.layer_map))
+    lines = [f"target layer <- source layer: {layers}", "target module <- source module(roles):"]
+    for modules, alike in groupby(range(len(pairing.layer_map)), lambda layer: _describe_layer(pairing, layer)):
+        lines.append(f"  layers {_describe_range(list(alike))}: {modules}")
     if pairing.dropped:
-        lines.append(f"dropped (no partner in the target): {', '.join(pairing.dropped)}")
+        lines.append(f"dropped (no partner in the target): {_describe_dropped(pairing.dropped)}")
     return "\n".join(lines)
+
+
+def _describe_layer(pairing: Pairing, layer: int) -> str:
+    return ", ".join(_describe_pair(pair) for pair in pairing.pairs if pair.target.layer == layer)
+
+
+def _describe_dropped(dropped: Iterable[str]) -> str:
+    """Names of modules, with the layers of each written once: `model.layers.0-5.mlp.gate_proj`."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for name in dropped:
+        before, layer, after = _LAYER.split(name, maxsplit=1)
+        layers.setdefault((before, after), []).append(int(layer))
+    return ", ".join(f"{before}{_describe_range(sorted(found))}{after}" for (before, after), found in layers.items())
+
+
+def _describe_range(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short: `0-5`, `7`, or `1,3` where some are left out."""
+    if len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]}-{numbers[-1]}"
+    return ",".join(map(str, numbers))
 
 
 def _describe_pair(pair: ModulePair) -> str:
