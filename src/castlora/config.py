@@ -129,22 +129,39 @@ class Tuning:
     """Departures from the recipe; a field left out keeps the recipe's value."""
 
     trained: Trained | None = None
+    """what is trained: the maps, as in the paper, or the factors of the LoRA that they fold into"""
     kl_weight: float | None = None
+    """weight of the KL divergence between the next-token distributions of source + LoRA and target"""
     mse_weight: float | None = None
+    """weight of the mean squared error between final hidden states"""
     chunk_weight: float | None = None
+    """weight of the chunk log-probability loss, where the tokenizers cut the text differently"""
     temperature: float | None = None
+    """divides both sets of logits before the KL divergence"""
     context_weight: float | None = None
+    """weight of a position inside a prompt; positions of the answer count 1"""
     write_answers: bool | None = None
+    """whether source + LoRA answers prompts; otherwise text is read as it runs"""
     answer_tokens: int | None = None
+    """tokens of the longest answer that source + LoRA writes"""
     learning_rate_scale: float | None = None
+    """peak learning rate times the target's hidden size, for batches of 16"""
     map_learning_rate_ratio: float | None = None
+    """learning rate of maps as a share of that of a plain LoRA"""
     ridge: float | None = None
+    """penalty of the closed form relative to the mean square of the activations"""
     passages: int | None = None
+    """passages of running text, or given prompts, drawn for training"""
     filled_passages: int | None = None
+    """prompts made of general text that are kept for training"""
     candidates: int | None = None
+    """prompts made of general text for each that is kept; fewer are faster"""
     sentences: int | None = None
+    """most sentences in the slot of a prompt format"""
     format_candidates: int | None = None
+    """prompt formats that are tried where the adapter's own is not known; 0 takes generic ones"""
     max_length: int | None = None
+    """tokens per passage, counted in the tokenizer that needs more"""
 
 
 def resolve_recipe(
