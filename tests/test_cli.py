@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -133,9 +134,15 @@ BAD_INPUTS = {
     "no base named": (changed_adapter(base_model_name_or_path=None), "names no base model; name it with --source"),
     "missing base": (changed_adapter(base_model_name_or_path="/gone"), "Model '/gone' is not a folder"),
     "missing target": (setting(target="/nowhere"), "Model '/nowhere' is not a folder"),
+    "missing target below here": (setting(target="models/my/llama"), "Model 'models/my/llama' is not a folder"),
+    "base that cannot be had": (
+        changed_adapter(base_model_name_or_path="nobody/nothing"),
+        "name the adapter's base model, a folder or hub id, with --source",
+    ),
     "encoder": (encoder, "(BertModel) is not a decoder-only language model"),
     "model with NaN": (model_with_nan, "hold NaN or infinity in 'model.embed_tokens.weight'"),
     "missing text": (setting(text="/nowhere.txt"), "--text '/nowhere.txt' does not exist"),
+    "missing text above": (setting(text="../nowhere.md"), "--text '../nowhere.md' does not exist"),
     "empty text": (empty_text, "holds no text; give a file with at least one paragraph"),
     "missing prompts": (setting(prompts="/nowhere.txt"), "--prompts '/nowhere.txt' is not a file"),
     "format without slot": (setting(prompt_format="Question:"), "--prompt-format has no {text} slot"),
@@ -150,7 +157,7 @@ BAD_INPUTS = {
     "long passages": (setting(**{"tuning.max-length": "97"}), "reads 96 tokens; give --tuning.max-length 96 or less"),
     "a word for a number": (setting(steps="many"), "--steps does not accept 'many'"),
     "unknown start": (setting(start="warm"), "--start does not accept 'warm'"),
-    "unknown option": (setting(learning_rate="1"), "unrecognized arguments: --learning_rate 1"),
+    "unknown option": (setting(learning_rate="1"), "unrecognized arguments: --learning-rate 1"),
     "missing config file": (setting(config="/nowhere.yaml"), "--config: File does not exist: '/nowhere.yaml'"),
 }
 
@@ -163,6 +170,31 @@ def test_bad_input_ends_with_one_sentence_and_writes_nothing(case, settings, cap
     before = [path.name for path in out.iterdir()] if out.exists() else None
     assert expected in complaint(words(settings), capsys)
     assert ([path.name for path in out.iterdir()] if out.exists() else None) == before
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("", "missing one of transfer,teach,evaluate,inspect,check, ...; see castlora --help."),
+        ("inspect", "missing --adapter, --target; see castlora inspect --help."),
+        ("report --out x", "missing RUN; see castlora report --help."),
+        ("bench", "missing one of quality,speed; see castlora bench --help."),
+        ("bench quality --batch-size 2", "missing --out; see castlora bench quality --help."),
+        ("evaluate --model a --task b --json", "--json needs a value; see castlora evaluate --help."),
+    ],
+)
+def test_what_is_missing_is_named_as_it_is_typed(typed, expected, capsys):
+    assert complaint(typed.split(), capsys) == f"castlora: {expected}"
+
+
+def test_each_setting_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        main(["transfer", "--help"])
+    help_text = " ".join(capsys.readouterr().out.split())
+    for field in fields(Tuning):
+        option = f"--tuning.{field.name.replace('_', '-')} "
+        explanation = help_text.split(option)[-1].split("(type:")[0]
+        assert len(explanation.split()) > 4, option
 
 
 @pytest.mark.parametrize("other", ["mistral", "gpt2"])

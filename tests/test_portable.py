@@ -126,6 +126,11 @@ def test_the_description_names_rule_problem_and_engines():
     assert "keeps all" in describe([])
 
 
+def test_the_way_out_is_named_where_there_is_one():
+    assert "castlora convert --to peft" in describe([Finding("plain scale", "lora_alpha is 16 and r 8.")])
+    assert "castlora convert" not in describe([Finding("base by name", "It is empty.")])
+
+
 def test_the_command_tells_by_its_exit_code(portable, tmp_path, capsys):
     main(["check", "--adapter", str(portable)])
     assert "Portable: keeps all" in capsys.readouterr().out

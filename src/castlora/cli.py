@@ -26,11 +26,8 @@ class _Parser(ArgumentParser):
     """A parser whose complaints are one sentence, like those about any other bad input."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        rejected = re.search(r'key "(?P<key>\S+)":.*(Given|Got) value: (?P<value>.*)', message, flags=re.DOTALL)
-        if rejected:
-            message = f"--{rejected['key'].replace('_', '-')} does not accept {rejected['value']!r}"
-        complaint = re.sub(r'Parser key "(\S+)":', r"--\1:", " ".join(message.split())).rstrip(".")
-        print(f"castlora: {complaint}; see {self.prog.replace(' [options]', '')} --help.", file=sys.stderr)
+        program, complaint = _in_short(self.prog.replace(" [options]", ""), message)
+        print(f"castlora: {complaint}; see {program} --help.", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
     def get_completion_script(self, completion_type: str, **options: Any) -> str:
@@ -51,6 +48,27 @@ class _DashedHelp(DefaultHelpFormatter):
 
 def _dashed(option: re.Match[str]) -> str:
     return option[0].replace("_", "-")
+
+
+def _in_short(program: str, message: str) -> tuple[str, str]:
+    """What jsonargparse complains about as one sentence, with options as people type them, and whose help has more."""
+    if rejected := re.search(r'key "(?P<key>\S+)":.*(Given|Got) value: (?P<value>.*)', message, flags=re.DOTALL):
+        return program, f"--{rejected['key'].replace('_', '-')} does not accept {rejected['value']!r}"
+    if missing := re.search(r"arguments are required: (?P<names>.+)", message):
+        # They are named with their command: bench.quality.out.
+        names = missing["names"].split(", ")
+        command = names[0].split(".")[:-1]
+        options = ", ".join(_as_typed(name.rsplit(".", 1)[-1]) for name in names)
+        return " ".join([program, *command]), f"missing {options}"
+    if unnamed := re.match(r'expected "(?P<key>\S+)" to be one of \{(?P<names>.*)\}', message):
+        return " ".join([program, *unnamed["key"].split(".")[:-1]]), f"missing one of {unnamed['names']}"
+    short = re.sub(r"argument (--\S+): expected one argument", r"\1 needs a value", " ".join(message.split()))
+    short = re.sub(r'Parser key "(\S+)":', r"--\1:", short).rstrip(".")
+    return program, _OPTION.sub(_dashed, short) if short.startswith(("unrecognized", "--")) else short
+
+
+def _as_typed(parameter: str) -> str:
+    return "RUN" if parameter == _WITHOUT_OPTION else f"--{parameter.replace('_', '-')}"
 
 
 def parser() -> ArgumentParser:
@@ -124,8 +142,12 @@ def _set_verbosity(quiet: bool, verbose: bool) -> None:
         return
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("castlora").setLevel(logging.WARNING if quiet else logging.INFO)
+    # It prints its warnings itself; handed on to the root they would come twice.
+    logging.getLogger("huggingface_hub").propagate = False
     # What libraries will change among themselves is no concern of whoever types a command.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # PEFT says of every module of a GPT-2 that it reads the layout from the module.
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
 
 
 def _underscored(word: str) -> str:

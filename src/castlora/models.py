@@ -96,20 +96,28 @@ class LinearSlot:
         return tuple(self.rows)
 
 
-def load_config(name_or_path: str, revision: str | None = None) -> PreTrainedConfig:
+def load_config(
+    name_or_path: str, revision: str | None = None, remedy: str = "give a model folder or a hub id"
+) -> PreTrainedConfig:
     """The configuration of a decoder-only model, without its weights.
+
+    Args:
+        name_or_path: folder or hub id
+        revision: of the hub id
+        remedy: what to do where it cannot be found
 
     Raises:
         UserError: the model cannot be found or is not a decoder-only language model.
     """
-    if name_or_path.startswith(("/", ".", "~")) and not Path(name_or_path).is_dir():
-        raise UserError(f"Model {name_or_path!r} is not a folder; give a model folder or a hub id.")
+    is_hub_id = name_or_path.count("/") < 2 and not name_or_path.startswith(("/", ".", "~"))
+    if not is_hub_id and not Path(name_or_path).is_dir():
+        raise UserError(f"Model {name_or_path!r} is not a folder; {remedy}.")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except LIBRARY_ERRORS as error:
         raise UserError(
             f"Model {name_or_path!r}: cannot read a config.json that transformers knows ({first_line(error)}); "
-            "give a model folder or a hub id."
+            f"{remedy}."
         ) from error
     architectures: Any = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")]
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):

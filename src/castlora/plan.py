@@ -87,7 +87,10 @@ def plan_transfer(adapter: str, target: str, source: str | None) -> Plan:
     if not source_name:
         raise UserError(f"Adapter {adapter!r} names no base model; name it with --source.")
     revision = None if source else files.config.revision
-    source_config, target_config = load_config(source_name, revision), load_config(target)
+    source_config = load_config(
+        source_name, revision, "name the adapter's base model, a folder or hub id, with --source"
+    )
+    target_config = load_config(target)
     update = read_update(files, source_config)
     source_slots = linear_slots(skeleton(source_config), source_config)
     target_slots = linear_slots(skeleton(target_config), target_config)

@@ -21,6 +21,7 @@ from castlora.models import layer_index, module_type
 
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _FLOATS = {"F32", "F16", "BF16"}
+_NAME_RULE = "base by name"
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
@@ -98,6 +99,8 @@ def describe(findings: list[Finding]) -> str:
     for finding in findings:
         rule = RULES[finding.rule]
         lines += [f"- {finding.rule}: {finding.problem}", f"  asked for by {rule.engines} ({rule.origin})"]
+    if any(finding.rule != _NAME_RULE for finding in findings):
+        lines.append("castlora convert --to peft writes a LoRA in the plain form that engines load.")
     return "\n".join(lines)
 
 
@@ -268,7 +271,7 @@ RULES: dict[str, Rule] = {
     "plain targets": Rule("SGLang", "sglang/srt/lora/lora_config.py", _plain_targets),
     "every layer": Rule("LoRAX, TGI", "text_generation_server/adapters/lora.py", _every_layer),
     "attention together": Rule("older SGLang", "sglang/srt/lora/lora.py normalize_qkv_proj", _attention_together),
-    "base by name": Rule("llama.cpp, hub", "convert_lora_to_gguf.py --base", _base_by_name),
+    _NAME_RULE: Rule("llama.cpp, hub", "convert_lora_to_gguf.py --base", _base_by_name),
     "no tokenizer": Rule("SGLang, older vLLM", "sglang/srt/lora/lora_config.py added_tokens.json", _no_tokenizer),
 }
 """The rules by name."""

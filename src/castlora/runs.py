@@ -1,6 +1,7 @@
 """Finished runs as they lie on disk: what they hold for their report, and reading it again."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,8 @@ from castlora.report import (
 )
 from castlora.report.settings import identity, measured_positions, objective, settings_in_words
 from castlora.run_directory import write_whole
+
+logger = logging.getLogger("castlora")
 
 MANIFEST_FILE = "castlora.json"
 DETAILS_FILE = "report.json"
@@ -88,6 +91,7 @@ def report_runs(runs: Sequence[str], out: str) -> dict[str, Any]:
         write_whole(path, page)
     except OSError as error:
         raise UserError(f"--out {out!r} cannot be written ({error.strerror}); give another file.") from error
+    logger.info("Wrote %s", out)
     return described
 
 

@@ -72,7 +72,7 @@ def read_documents(path_or_id: str) -> Iterator[str]:
     """
     if Path(path_or_id).exists():
         documents = _read_file(Path(path_or_id))
-    elif path_or_id.count("/") == 1 and not path_or_id.endswith((".txt", ".jsonl", ".gz")):
+    elif _may_be_hub_id(path_or_id):
         documents = _stream_hub(path_or_id)
     else:
         raise UserError(f"--text {path_or_id!r} does not exist; give a .txt or .jsonl file, or a data set id.")
@@ -257,6 +257,11 @@ def _read_file(path: Path) -> Iterator[str]:
             paragraph = []
     if paragraph:
         yield "\n".join(paragraph)
+
+
+def _may_be_hub_id(name: str) -> bool:
+    is_path = name.startswith((".", "/", "~")) or name.endswith((".txt", ".md", ".jsonl", ".gz"))
+    return name.count("/") == 1 and not is_path
 
 
 def _stream_hub(data_set: str) -> Iterator[str]:
