@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,16 @@ def test_every_method_runs_and_the_page_shows_it(spec, tmp_path, monkeypatch):
         and "## Unlabelled task prompts" in page
         and "## General ability" in page
     )
+
+
+def test_standard_output_has_the_page_alone_and_quiet_no_progress(tmp_path, capsys, caplog):
+    command = ["bench", "quality", "--out", str(tmp_path), "--seeds", "1", "--regimes", "none", "--methods"]
+    main([*command, "direct copy"])
+    assert capsys.readouterr().out == f"Wrote {tmp_path / 'results.md'}\n"
+    assert re.search(r"direct-copy\.none\.seed0\.json: accuracy 0\.\d{3}$", caplog.text, flags=re.MULTILINE)
+    caplog.clear()
+    main([*command, "Cross-LoRA", "--quiet"])
+    assert caplog.text == ""
 
 
 def test_the_adapter_of_another_skill_is_moved_and_tested_on_this_one(spec, tmp_path, adapter):

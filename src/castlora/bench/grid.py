@@ -1,6 +1,7 @@
 """The cells of the quality benchmark: which models, adapters and text each one uses, and where its record lies."""
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -26,6 +27,8 @@ from castlora.run_directory import write_whole
 from castlora.stages import load_models
 from castlora.teaching import TextSource, prompt_formats, teach_text
 from castlora.text import Passage
+
+logger = logging.getLogger("castlora")
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ def write_missing(path: Path, run: Callable[[], dict[str, Any]]) -> bool:
         return False
     result = {**run(), "environment": environment()}
     write_whole(path, json.dumps(result, indent=1) + "\n")
-    tqdm.write(f"{path} {result.get('score', '')}")
+    with tqdm.external_write_mode():
+        logger.info("Wrote %s%s", path, f": {result['metric']} {result['score']:.3f}" if "score" in result else "")
     return True
 
 
