@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -170,31 +169,6 @@ def test_bad_input_ends_with_one_sentence_and_writes_nothing(case, settings, cap
     before = [path.name for path in out.iterdir()] if out.exists() else None
     assert expected in complaint(words(settings), capsys)
     assert ([path.name for path in out.iterdir()] if out.exists() else None) == before
-
-
-@pytest.mark.parametrize(
-    ("typed", "expected"),
-    [
-        ("", "missing one of transfer,teach,evaluate,inspect,check, ...; see castlora --help."),
-        ("inspect", "missing --adapter, --target; see castlora inspect --help."),
-        ("report --out x", "missing RUN; see castlora report --help."),
-        ("bench", "missing one of quality,speed; see castlora bench --help."),
-        ("bench quality --batch-size 2", "missing --out; see castlora bench quality --help."),
-        ("evaluate --model a --task b --json", "--json needs a value; see castlora evaluate --help."),
-    ],
-)
-def test_what_is_missing_is_named_as_it_is_typed(typed, expected, capsys):
-    assert complaint(typed.split(), capsys) == f"castlora: {expected}"
-
-
-def test_each_setting_is_explained(capsys):
-    with pytest.raises(SystemExit):
-        main(["transfer", "--help"])
-    help_text = " ".join(capsys.readouterr().out.split())
-    for field in fields(Tuning):
-        option = f"--tuning.{field.name.replace('_', '-')} "
-        explanation = help_text.split(option)[-1].split("(type:")[0]
-        assert len(explanation.split()) > 4, option
 
 
 @pytest.mark.parametrize("other", ["mistral", "gpt2"])
