@@ -113,6 +113,9 @@ def test_the_update_of_a_16_bit_model_is_not_rounded(base_model, tmp_path):
         for name, parameter in teacher.named_parameters():
             if "lora_" not in name:
                 parameter.data = parameter.data.bfloat16().to(dtype)
+            elif "lora_B" in name:
+                # Below the last bit of most weights, and so lost where the sum is rounded.
+                parameter.data *= 1e-2
     before = {name: weight.clone() for name, weight in half.state_dict().items()}
     slots = linear_slots(tiny.load(base), half.config)
     exact = effective_update(rounded, slots, factors).factors

@@ -104,6 +104,14 @@ def test_ridge_map_without_penalty_recovers_an_exact_map():
     torch.testing.assert_close(ridge_map(x.T @ x, truth @ x.T @ x, 0.0), truth)
 
 
+def test_a_penalty_below_the_rounding_of_the_moments_is_borne():
+    # Products in fp32 leave moments whose smallest eigenvalues are slightly negative.
+    xx = torch.diag(torch.tensor([1.0, 4.0, -1e-7], dtype=torch.float64))
+    assert torch.linalg.cholesky_ex(xx + 1e-12 * torch.eye(3)).info > 0
+    solution = ridge_map(xx, torch.tensor([[2.0, 8.0, 0.0]], dtype=torch.float64), ridge=1e-12)
+    torch.testing.assert_close(solution, torch.tensor([[2.0, 2.0, 0.0]], dtype=torch.float64))
+
+
 def test_ridge_map_bears_directions_that_never_vary():
     x, y = (side.double() for side in positions(50, 3, 2))
     x[:, 1] = 0

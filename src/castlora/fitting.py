@@ -79,8 +79,10 @@ def solve_by_layers(
     Returns:
         the solutions of all
     """
+    if memory_bytes is None:
+        memory_bytes = memory_for_statistics(target)
     solved: dict[_Key, _Solution] = {}
-    for part in layer_groups(pairing, factors, memory_bytes or memory_for_statistics(target)):
+    for part in layer_groups(pairing, factors, memory_bytes):
         # No name is bound to the statistics, so that they are gone before those of the next group are summed.
         solved |= solve(collect_moments(source, target, part, passages))
     return solved
