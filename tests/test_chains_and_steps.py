@@ -1,10 +1,10 @@
-"""What the commands for chains and for steps render; the runs themselves are theirs."""
+"""What the commands for chains, for steps and for times to a lift render; the runs themselves are theirs."""
 
 import json
 
 import pytest
 
-from benchmarks import chains, steps
+from benchmarks import chains, race, steps
 from castlora.bench.results import MeanLift
 from castlora.bench.spec import BenchmarkModel
 
@@ -56,3 +56,43 @@ def test_lift_is_shown_by_number_of_steps():
     assert "| steps | fresh | ridge start |" in page
     assert "| 50 | 0.30 [0.20, 0.40] | – |" in page and "| 100 | 0.60 [0.50, 0.70] | 0.70 [0.60, 0.80] |" in page
     assert [curve.points for curve in steps.curves(found)] == [[(50, 0.3), (100, 0.6)], [(100, 0.7)]]
+
+
+def test_the_time_to_a_lift_is_read_off_the_line_between_points():
+    points = [(10.0, 0.2), (20.0, 0.6), (40.0, 0.5), (60.0, 0.9)]
+    assert race.time_to(points, 0.1) == 10.0
+    assert race.time_to(points, 0.4) == pytest.approx(15.0)
+    assert race.time_to(points, 0.6) == pytest.approx(20.0)
+    assert race.time_to(points, 0.7) == pytest.approx(50.0)
+    assert race.time_to(points, 0.95) is None
+
+
+def test_a_race_runs_what_is_missing_and_shows_who_is_faster(tmp_path, monkeypatch):
+    reached = {race.TRANSFER: [(5, 0.4), (10, 0.6)], race.LOOP: [(40, 0.4), (80, 0.6)], race.RETRAINING: [(30, 0.52)]}
+    runs = []
+
+    def runner(name):
+        def run(task):
+            runs.append((name, task.adapter, task.target, task.retrained))
+            return [race.Point(100, seconds, score) for seconds, score in reached[name]]
+
+        return run
+
+    monkeypatch.setattr(race, "RUNNERS", {name: runner(name) for name in race.RUNNERS})
+    monkeypatch.setattr(race, "STEPS", {name: [100] * len(points) for name, points in reached.items()})
+    monkeypatch.setattr(race, "evaluate", lambda model, task, adapter=None: {"score": 1.0 if adapter else 0.2})
+    monkeypatch.setattr(race, "environment", lambda: ENVIRONMENT)
+    monkeypatch.setattr(
+        race, "zoo_models", lambda *_: {name: BenchmarkModel(name, f"adapters-{name}/{{skill}}") for name in "st"}
+    )
+    record, page = tmp_path / "race.json", tmp_path / "race.md"
+    for _ in range(2):
+        race.main(tmp_path, record, page, pairs=["s:t"], skills=["colours"])
+    assert [name for name, *_ in runs] == list(race.RUNNERS)
+    assert runs[0][1:] == ("adapters-s/colours", "t", "adapters-t/colours")
+    text = page.read_text()
+    # Lifts are 0.25 and 0.5; 0.9 of the last one lies at four fifths of the way.
+    assert "| s → t | colours | 0.45 | 72 s | 9 s | 8.0 |" in text
+    assert "| s → t | colours | 0.50 | not reached | 10 s | – |" in text
+    assert "| retraining | 100 | 30 | 0.40 |" in text
+    assert page.with_suffix(".svg").read_text().startswith("<svg")
