@@ -8,7 +8,7 @@ from castlora.config import DEFAULT, PAPER
 from castlora.distill import Student, distillation_losses, read_batch
 from castlora.positions import AlignedPassage, align_passages, collate
 from castlora.starts import attach_lora
-from castlora.teacher import LiveTeacher, RecordedTeacher, record_bytes
+from castlora.teacher import LiveTeacher, RecordedTeacher, record_bytes, record_limit
 from castlora.text import Passage
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
@@ -63,10 +63,19 @@ def test_text_that_was_not_recorded_is_not_made_up(base_model, passages):
         teacher.predict(collate([stranger]))
 
 
-@pytest.mark.parametrize("with_hidden", [False, True])
-def test_the_memory_of_a_record_is_known_beforehand(base_model, passages, with_hidden):
+@pytest.mark.parametrize(
+    ("with_hidden", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)]
+)
+def test_the_memory_of_a_record_is_known_beforehand(base_model, passages, with_hidden, dtype):
     different = list({tuple(one.source_ids): one for one in passages[:-2]}.values())
-    model = tiny.load(base_model("llama"))
+    model = tiny.load(base_model("llama")).to(dtype)
     teacher = RecordedTeacher(model, different, with_hidden)
     tensors = [tensor for record in teacher.records.values() for tensor in (record.logits, record.hidden)]
-    assert sum(tensor.nbytes for tensor in tensors) == record_bytes(model.config, different, with_hidden)
+    assert sum(tensor.nbytes for tensor in tensors) == record_bytes(model, different, with_hidden)
+
+
+def test_a_record_may_be_as_large_as_its_model(base_model):
+    model = tiny.load(base_model("llama"))
+    assert record_limit(model) == 1 << 30
+    model.register_buffer("ballast", torch.empty(3 << 28, dtype=torch.float32, device="meta"))
+    assert record_limit(model) > 3 << 30

@@ -28,7 +28,7 @@ from castlora.models import best_device, load_model
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage, align_passages
 from castlora.starts import Maps, attach_lora, fold_maps, paper_maps, parametrize_by_maps, start_from_factors
-from castlora.teacher import RECORD_BYTES, LiveTeacher, RecordedTeacher, Teacher, record_bytes
+from castlora.teacher import LiveTeacher, RecordedTeacher, Teacher, record_bytes, record_limit
 from castlora.text import Passage
 from castlora.tokens import ByteTokenizer
 from castlora.tracking import PROJECT
@@ -157,8 +157,8 @@ def hold_teacher(
     passages = [*training, *held_out]
     with_hidden = recipe.mse_weight > 0
     is_read_again = recipe.steps * recipe.batch_size > len(training)
-    needed = record_bytes(models.source.config, passages, with_hidden)
-    if is_read_again and needed <= RECORD_BYTES:
+    needed = record_bytes(models.source, passages, with_hidden)
+    if is_read_again and needed <= record_limit(models.source):
         logger.debug("What source + LoRA predicts is kept in memory: %d MiB at most", needed >> 20)
         return RecordedTeacher(models.teacher, passages, with_hidden)
     logger.debug("source + LoRA reads each passage when it is trained on")

@@ -7,14 +7,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from castlora.positions import AlignedPassage, Batch, batches, counted_places
 
 Side = Literal["source", "target"]
 
-RECORD_BYTES = 1 << 30
-"""Memory that a record of predictions may take; the teacher of a longer one reads every batch anew."""
+_SMALLEST_LIMIT = 1 << 30
 _RECORD_BATCH = 16
 
 
@@ -135,12 +134,21 @@ class RecordedTeacher:
         )
 
 
-def record_bytes(config: PreTrainedConfig, passages: Sequence[AlignedPassage], with_hidden: bool) -> int:
-    """Memory of the predictions on these passages, in bytes of fp32."""
-    numbers: int = config.vocab_size * sum(map(_counted_tokens, passages))
+def record_bytes(model: PreTrainedModel, passages: Sequence[AlignedPassage], with_hidden: bool) -> int:
+    """Memory of a model's predictions on these passages, in bytes."""
+    numbers: int = model.config.vocab_size * sum(map(_counted_tokens, passages))
     if with_hidden:
-        numbers += config.hidden_size * sum(len(passage.source_ids) for passage in passages)
-    return 4 * numbers
+        numbers += model.config.hidden_size * sum(len(passage.source_ids) for passage in passages)
+    return model.dtype.itemsize * numbers
+
+
+def record_limit(model: PreTrainedModel) -> int:
+    """Bytes that a record may take; the teacher of a longer one reads every batch anew.
+
+    As much as the model itself, for which there was room when it was loaded, and 1 GiB at least. What is free on a
+    machine has no say: whether there is a record can be seen in the last digits of what is trained.
+    """
+    return max(_SMALLEST_LIMIT, int(model.get_memory_footprint()))
 
 
 def _first_counted(batch: Batch, side: Side) -> int:
