@@ -110,6 +110,20 @@ def test_a_merged_model_needs_no_adapter(base_model, source, tmp_path, options):
     assert tiny.tokenizer_of(tmp_path / "merged")("Who?") == tiny.tokenizer_of(base_model("mistral"))("Who?")
 
 
+@pytest.mark.parametrize("modules", [["lm_head"], ["wte"], ["lm_head", "wte"]])
+def test_a_merged_model_keeps_apart_what_an_adapter_changed_in_tied_embeddings(base_model, tmp_path, modules):
+    base = base_model("gpt2")
+    assert load_config(str(base)).tie_word_embeddings
+    live = tiny.save_adapter(tmp_path / "adapter", base, ["c_attn", *modules])
+    for name, parameter in live.named_parameters():
+        if "lora_embedding_A" in name:
+            parameter.data.normal_(std=0.1)
+    live.save_pretrained(tmp_path / "adapter")
+    convert(str(tmp_path / "adapter"), "merged", str(tmp_path / "merged"), base=str(base))
+    expected = logits_with(base, tmp_path / "adapter")
+    torch.testing.assert_close(tiny.logits(tiny.load(tmp_path / "merged"), IDS), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_merged_model_has_the_precision_of_its_base(base_model, source, tmp_path):
     half = tmp_path / "half"
     tiny.load(base_model("llama")).to(torch.bfloat16).save_pretrained(half)

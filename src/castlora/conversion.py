@@ -6,8 +6,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
 
 from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, is_mlx_adapter, open_adapter
 from castlora.adapters import LowRank, portable_rank, read_factors, write_portable
@@ -111,11 +115,26 @@ def _write_merged(adapter: str, base: str | None, part: Path) -> None:
         raise UserError(f"Adapter {adapter!r} is one of MLX-LM; convert it with --to peft first.")
     name = _base_of(adapter, base, open_adapter(adapter).base_model)
     model, tokenizer = load_model(name)
+    adapted = load_adapter(model, adapter, name)
+    _untie_embeddings(model)
     # Merged in fp32: bf16 would round away what is small beside the weight.
-    merged = load_adapter(model, adapter, name).merge_and_unload()
+    merged = adapted.merge_and_unload()
     merged.to(load_config(name).dtype or merged.dtype).save_pretrained(part)
     tokenizer.save_pretrained(part)
     _copy_template(adapter, part)
+
+
+def _untie_embeddings(model: PreTrainedModel) -> None:
+    """Gives input and output embeddings that share a matrix one each, where an adapter changes either."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    inward, outward = map(_base_layer, ends)
+    if inward.weight is outward.weight and (inward, outward) != ends:
+        outward.weight = nn.Parameter(outward.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+
+
+def _base_layer(module: nn.Module | BaseTunerLayer) -> Any:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _write_gguf(adapter: str, base: str | None, part: Path, llama_cpp: Path) -> None:
