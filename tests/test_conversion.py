@@ -216,6 +216,14 @@ def test_an_mlx_adapter_given_to_anything_else_is_told_what_to_do(base_model, so
         convert(folder, "merged", str(tmp_path / "out"))
 
 
+def test_a_rank_that_engines_do_not_accept_is_not_cut_in_silence(base_model, source, tmp_path):
+    adapter, base = source("llama", ("q_proj",), r=256), str(base_model("llama"))
+    with pytest.raises(UserError, match="has rank 256, serving engines accept 128; give --to merged"):
+        convert(adapter, "peft", str(tmp_path / "out"), base=base)
+    assert not list(tmp_path.iterdir())
+    convert(adapter, "merged", str(tmp_path / "out"), base=base)
+
+
 @pytest.mark.parametrize("form", ["peft", "mlx"])
 def test_other_kinds_of_adapters_can_only_be_merged(base_model, source, tmp_path, form):
     with pytest.raises(UserError, match="kind DoRA, which has no exact low-rank form; give --to merged"):

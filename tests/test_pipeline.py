@@ -127,6 +127,17 @@ def test_an_adapter_whose_modules_have_unlike_ranks_and_scales(base_model, tmp_p
     assert result.manifest["logit_difference"] <= 1e-4
 
 
+@pytest.mark.parametrize(("of_source", "written"), [(1, 8), (256, 128)])
+@pytest.mark.parametrize("start", ["fresh", "ridge"])
+def test_adapters_of_the_smallest_and_of_a_large_rank(base_model, tmp_path, quick_transfer, start, of_source, written):
+    tiny.save_adapter(tmp_path / "ranked", base_model("llama"), ("q_proj", "down_proj"), r=of_source)
+    result = quick_transfer("llama", "mistral", adapter=str(tmp_path / "ranked"), start=start)
+    config = json.loads((result.folder / "adapter_config.json").read_text())
+    assert (config["r"], result.manifest["adapter"]["rank"]) == (written, of_source)
+    assert result.manifest["logit_difference"] <= 1e-4
+    assert result.manifest["losses"]["kl_after"] < result.manifest["losses"]["kl_before"]
+
+
 @pytest.mark.parametrize("start", ["fresh", "ridge", "paper"])
 def test_an_adapter_that_is_no_plain_lora(base_model, tmp_path, quick_transfer, start, caplog):
     tiny.save_adapter(tmp_path / "dora", base_model("llama"), ("q_proj", "v_proj"), use_dora=True)

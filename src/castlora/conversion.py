@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, is_mlx_adapter, open_adapter
-from castlora.adapters import LowRank, portable_rank, read_factors, write_portable
+from castlora.adapters import PORTABLE_RANKS, LowRank, portable_rank, read_factors, write_portable
 from castlora.chat import TEMPLATE_FILE
 from castlora.config import Form
 from castlora.errors import UserError
@@ -76,8 +76,13 @@ def _write_adapter(adapter: str, base: str | None, part: Path, to: Form) -> None
     if to == "mlx":
         write_mlx(part, factors, number_of_layers(slots), base_name)
     else:
-        rank = portable_rank(max(lora.rank for lora in factors.values()))
-        write_portable(part, factors, slots, rank, base_name, None)
+        rank = max(lora.rank for lora in factors.values())
+        if rank > PORTABLE_RANKS[-1]:
+            raise UserError(
+                f"Adapter {adapter!r} has rank {rank}, serving engines accept {PORTABLE_RANKS[-1]}; give --to merged, "
+                "or --to mlx for MLX-LM."
+            )
+        write_portable(part, factors, slots, portable_rank(rank), base_name, None)
     _copy_template(adapter, part)
 
 
