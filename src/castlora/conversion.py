@@ -17,6 +17,7 @@ from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, is_mlx_adapter, op
 from castlora.adapters import PORTABLE_RANKS, LowRank, portable_rank, read_factors, write_portable
 from castlora.chat import TEMPLATE_FILE
 from castlora.config import Form
+from castlora.effective import without_start
 from castlora.errors import UserError
 from castlora.evaluation import load_adapter
 from castlora.mlx import mlx_base, read_mlx, write_mlx
@@ -93,14 +94,15 @@ def _plain_factors(adapter: str, base: str | None) -> tuple[dict[str, LowRank], 
         config = load_config(name)
         slots = linear_slots(skeleton(config), config)
         return read_mlx(Path(adapter), slots), slots, name
-    files = open_adapter(adapter)
-    if not files.is_plain:
+    files = open_adapter(adapter, with_start=True)
+    if not (files.is_plain or files.has_start):
         raise UserError(
             f"Adapter {adapter!r} is of kind {files.kind}, which has no exact low-rank form; give --to merged."
         )
     name = _base_of(adapter, base, files.base_model)
     config = load_config(name)
-    return read_factors(files, config), linear_slots(skeleton(config), config), name
+    factors = without_start(files, load_model(name)[0]) if files.has_start else read_factors(files, config)
+    return factors, linear_slots(skeleton(config), config), name
 
 
 def _write_safetensors(adapter: str, part: Path) -> None:
