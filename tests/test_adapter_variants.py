@@ -87,6 +87,14 @@ def test_modules_that_are_left_out_have_no_factors(base_model, tmp_path, options
     assert set(factors_of(tmp_path, base_model("llama"))) == adapted
 
 
+@pytest.mark.parametrize("value", ["lm_head", "x" * 100_000, {"lm_head": 1}, 7])
+def test_modules_to_save_are_a_list(copy, base_model, value):
+    path = copy / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": value}))
+    with pytest.raises(UserError, match=r"modules_to_save in adapter_config\.json is no list of names"):
+        factors_of(copy, base_model("llama"))
+
+
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory) -> Path:
     """A tiny Mixtral."""

@@ -149,7 +149,7 @@ def read_fields(name: str, path: Path) -> dict[str, Any]:
     """The fields of an adapter's configuration, before PEFT reads them.
 
     Raises:
-        UserError: the file is no JSON object, or a field has more entries than any model has modules.
+        UserError: the file is no JSON object, or a field of it holds what PEFT would not come to an end with.
     """
     try:
         written: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -162,6 +162,9 @@ def read_fields(name: str, path: Path) -> dict[str, Any]:
                 f"Adapter {name!r}: {field} has {len(value)} entries, more than the {_MOST_ENTRIES} that are read; "
                 "name modules by their last part, as q_proj."
             )
+    if not isinstance(written.get("modules_to_save"), list | None):
+        # PEFT would take a text for a list of letters.
+        raise UserError(f"Adapter {name!r}: modules_to_save in {CONFIG_FILE} is no list of names; write it as one.")
     return written
 
 
