@@ -1,9 +1,10 @@
 """Searches for inputs that break a reader, led by which lines of castlora they reach.
 
-    pip install atheris && python -m benchmarks.guided_fuzz -max_total_time=600
+    python -m benchmarks.guided_fuzz -max_total_time=600
 
-Runs on Linux and takes the options of libFuzzer. Each input replaces one file of an intact input of `benchmarks.fuzz`;
-the search ends at the first failure, with the input in a file, and otherwise with the number of inputs tried.
+Runs on Linux, where atheris does, with the options of libFuzzer. Each input replaces one file of an intact input of
+`benchmarks.fuzz`; the search ends at the first failure, with the input in a file, and otherwise with the number of
+inputs tried.
 """
 
 import logging

@@ -13,7 +13,7 @@ import tiny
 import torch
 from hypothesis import settings
 
-from castlora import verification
+from castlora import pipeline, transfer, verification
 from castlora.adapter_files import open_adapter
 from castlora.adapters import read_factors
 from castlora.models import linear_slots, load_config
@@ -99,3 +99,27 @@ def paired(base_model, adapter):
         return *models, pair_modules(*slots, factors), factors
 
     return load
+
+
+@pytest.fixture
+def quick_transfer(
+    base_model, adapter, text_file, tmp_path, checked_in_process
+) -> Callable[..., pipeline.TransferResult]:
+    """Transfers the adapter of one tiny model to another in three steps."""
+
+    def run(source: str, target: str, out: str = "out", modules=None, **options) -> pipeline.TransferResult:
+        if "prompts" not in options:
+            options = {"text": str(text_file)} | options
+        return transfer(
+            **{
+                "adapter": str(adapter(source, modules)),
+                "target": str(base_model(target)),
+                "out": str(tmp_path / out),
+                "steps": 3,
+                "batch_size": 4,
+                "tuning": tiny.SHORT,
+                **options,
+            }
+        )
+
+    return run

@@ -127,7 +127,7 @@ BAD_INPUTS = {
     ),
     "adapter with NaN": (adapter_with_nan, "adapter_model.safetensors of "),
     "DoRA without its magnitudes": (changed_adapter(use_dora=True), "it lacks 'base_model.model.model.layers.0."),
-    "PiSSA": (changed_adapter(init_lora_weights="pissa"), "init_lora_weights='pissa' changed the base model"),
+    "PiSSA": (changed_adapter(init_lora_weights="pissa"), "PiSSA changed the base model before training; make a plain"),
     "trained head without its weights": (changed_adapter(modules_to_save=["lm_head"]), "it lacks 'base_model.model.lm"),
     "another shape": (changed_adapter(r=8), "has shape (4, 32), the base needs (8, 32); name the base"),
     "no base named": (changed_adapter(base_model_name_or_path=None), "names no base model; name it with --source"),

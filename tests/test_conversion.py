@@ -110,6 +110,20 @@ def test_a_merged_model_needs_no_adapter(base_model, source, tmp_path, options):
     assert tiny.tokenizer_of(tmp_path / "merged")("Who?") == tiny.tokenizer_of(base_model("mistral"))("Who?")
 
 
+@pytest.mark.parametrize("modules", [["lm_head"], ["wte"], ["lm_head", "wte"]])
+def test_a_merged_model_keeps_apart_what_an_adapter_changed_in_tied_embeddings(base_model, tmp_path, modules):
+    base = base_model("gpt2")
+    assert load_config(str(base)).tie_word_embeddings
+    live = tiny.save_adapter(tmp_path / "adapter", base, ["c_attn", *modules])
+    for name, parameter in live.named_parameters():
+        if "lora_embedding_A" in name:
+            parameter.data.normal_(std=0.1)
+    live.save_pretrained(tmp_path / "adapter")
+    convert(str(tmp_path / "adapter"), "merged", str(tmp_path / "merged"), base=str(base))
+    expected = logits_with(base, tmp_path / "adapter")
+    torch.testing.assert_close(tiny.logits(tiny.load(tmp_path / "merged"), IDS), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_merged_model_has_the_precision_of_its_base(base_model, source, tmp_path):
     half = tmp_path / "half"
     tiny.load(base_model("llama")).to(torch.bfloat16).save_pretrained(half)
@@ -200,6 +214,14 @@ def test_an_mlx_adapter_given_to_anything_else_is_told_what_to_do(base_model, so
         open_adapter(folder)
     with pytest.raises(UserError, match="--to peft first"):
         convert(folder, "merged", str(tmp_path / "out"))
+
+
+def test_a_rank_that_engines_do_not_accept_is_not_cut_in_silence(base_model, source, tmp_path):
+    adapter, base = source("llama", ("q_proj",), r=256), str(base_model("llama"))
+    with pytest.raises(UserError, match="has rank 256, serving engines accept 128; give --to merged"):
+        convert(adapter, "peft", str(tmp_path / "out"), base=base)
+    assert not list(tmp_path.iterdir())
+    convert(adapter, "merged", str(tmp_path / "out"), base=base)
 
 
 @pytest.mark.parametrize("form", ["peft", "mlx"])

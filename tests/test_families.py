@@ -40,6 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": GROUPED,
     "olmo": {},
     "granite": GROUPED,
+    "smollm": {"model_type": "llama", **GROUPED, "tie_word_embeddings": True},
     "smollm3": GROUPED,
     "phi": {},
     "starcoder2": GROUPED,

@@ -1,11 +1,13 @@
 """A short run of `benchmarks.fuzz`; the long one is a command."""
 
+import itertools
 import json
 import random
 
 import pytest
 
 from benchmarks.fuzz import TARGETS, Outcome, Target, fuzz, main, try_once
+from benchmarks.mutations import HOSTILE_NUMBERS, HOSTILE_TEXTS
 from castlora.errors import UserError
 
 
@@ -14,6 +16,20 @@ def test_damaged_inputs_are_taken_or_refused_in_one_sentence():
     assert [failure for outcome in outcomes.values() for failure in outcome.failures] == []
     assert all(outcome.tried == 40 == outcome.taken + outcome.refused for outcome in outcomes.values())
     assert all(outcome.refused > outcome.taken / 2 for outcome in outcomes.values())
+
+
+@pytest.mark.parametrize("name", ["adapter to check", "MLX-LM adapter"])
+def test_no_field_of_a_configuration_breaks_a_reader_by_what_it_holds(tmp_path, name):
+    TARGETS[name].files(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    intact = json.loads(path.read_text())
+    lists = ([], [None, {}], ["b", "a", 1], ["x" * 1000], {"q_proj": None}, {"q_proj": 10**400}, {"a": {"b": [1]}})
+    for field, value in itertools.product(intact, [None, *HOSTILE_TEXTS, *HOSTILE_NUMBERS, *lists]):
+        path.write_text(json.dumps(intact | {field: value}))
+        try:
+            TARGETS[name].read(tmp_path)
+        except UserError as error:
+            assert str(error).isprintable()
 
 
 @pytest.mark.parametrize("name", list(TARGETS))

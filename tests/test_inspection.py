@@ -94,6 +94,12 @@ def test_the_plan_knows_which_ranks_hold_the_update(adapter, base_model):
     )
 
 
+def test_a_rank_that_no_engine_accepts_is_said_to_be_cut(adapter, base_model):
+    target = str(base_model("phi3"))
+    assert "is cut to rank 128" in text_of(str(adapter("llama", ("q_proj", "k_proj"), r=65)), target)
+    assert "is cut to rank" not in text_of(str(adapter("llama", ("q_proj", "k_proj"), r=64)), target)
+
+
 def test_what_no_map_carries_is_said_before_a_model_is_loaded(base_model, adapter):
     extra = adapter("llama", ("q_proj",), modules_to_save=("lm_head",))
     assert "also trains lm_head. No map carries that;" in text_of(str(extra), str(base_model("mistral")))

@@ -235,3 +235,10 @@ def test_a_tokenizer_that_contradicts_itself_is_refused(copy):
     path.write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"Tokenizer of .*damaged' (cannot be read|contradicts itself) .*out of vocab"):
         ByteTokenizer.from_tokenizer(load_tokenizer(str(copy)))
+
+
+def test_a_tokenizer_whose_unknown_token_is_no_token_is_refused(copy):
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"unk_token": ""}))
+    with pytest.raises(UserError, match=r"Tokenizer of .*damaged' contradicts itself"):
+        ByteTokenizer.from_tokenizer(load_tokenizer(str(copy)))

@@ -1,10 +1,4 @@
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,44 +6,16 @@ import pytest
 import tiny
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 
-from castlora import UserError, check_portable, config, pipeline, report_runs, transfer
+from castlora import UserError, check_portable, pipeline, report_runs
 from castlora.adapter_files import open_adapter
 from castlora.adapters import LowRank, read_factors, write_portable
-from castlora.cli import main
 from castlora.config import Tuning
-from castlora.distill import TRAINABLE_FILE, DistillationTrainer
 from castlora.models import load_config
 from castlora.text import Passage
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "castlora.json", "report.html", "report.json"]
-SHORT = Tuning(passages=24, filled_passages=24, max_length=88, answer_tokens=8)
 ANSWERED = Tuning(passages=24, filled_passages=24, max_length=60, answer_tokens=6)
-
-
-@pytest.fixture
-def quick_transfer(
-    base_model, adapter, text_file, tmp_path, checked_in_process
-) -> Callable[..., pipeline.TransferResult]:
-    """Transfers the adapter of one tiny model to another in three steps."""
-
-    def run(source: str, target: str, out: str = "out", modules=None, **options) -> pipeline.TransferResult:
-        if "prompts" not in options:
-            options = {"text": str(text_file)} | options
-        return transfer(
-            **{
-                "adapter": str(adapter(source, modules)),
-                "target": str(base_model(target)),
-                "out": str(tmp_path / out),
-                "steps": 3,
-                "batch_size": 4,
-                "tuning": SHORT,
-                **options,
-            }
-        )
-
-    return run
 
 
 def weights(out: Path) -> bytes:
@@ -154,11 +120,22 @@ def test_an_adapter_on_q_and_v_changes_q_and_v_alone(base_model, quick_transfer)
 def test_an_adapter_whose_modules_have_unlike_ranks_and_scales(base_model, tmp_path, quick_transfer, trained):
     options = {"rank_pattern": {"q_proj": 2, "down_proj": 9}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}
     tiny.save_adapter(tmp_path / "uneven", base_model("llama"), tiny.LINEAR_MODULES["llama"], **options)
-    tuning = replace(SHORT, trained=trained)
+    tuning = replace(tiny.SHORT, trained=trained)
     result = quick_transfer("llama", "mistral", adapter=str(tmp_path / "uneven"), start="ridge", tuning=tuning)
     config = json.loads((result.folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["use_rslora"]) == (16, 16, {}, False)
     assert result.manifest["logit_difference"] <= 1e-4
+
+
+@pytest.mark.parametrize(("of_source", "written"), [(1, 8), (256, 128)])
+@pytest.mark.parametrize("start", ["fresh", "ridge"])
+def test_adapters_of_the_smallest_and_of_a_large_rank(base_model, tmp_path, quick_transfer, start, of_source, written):
+    tiny.save_adapter(tmp_path / "ranked", base_model("llama"), ("q_proj", "down_proj"), r=of_source)
+    result = quick_transfer("llama", "mistral", adapter=str(tmp_path / "ranked"), start=start)
+    config = json.loads((result.folder / "adapter_config.json").read_text())
+    assert (config["r"], result.manifest["adapter"]["rank"]) == (written, of_source)
+    assert result.manifest["logit_difference"] <= 1e-4
+    assert result.manifest["losses"]["kl_after"] < result.manifest["losses"]["kl_before"]
 
 
 @pytest.mark.parametrize("start", ["fresh", "ridge", "paper"])
@@ -183,7 +160,7 @@ def test_what_the_adapter_trains_beyond_maps_is_named(base_model, tmp_path, quic
 
 
 def test_maps_leave_the_parts_of_a_fused_target_without_a_source_unchanged(base_model, quick_transfer):
-    tuning = replace(SHORT, trained="maps")
+    tuning = replace(tiny.SHORT, trained="maps")
     result = quick_transfer("llama", "gpt2", modules=("q_proj", "v_proj"), start="ridge", tuning=tuning)
     assert result.manifest["rank"] == 8
     for factor in read_factors(open_adapter(str(result.folder)), load_config(str(base_model("gpt2")))).values():
@@ -273,104 +250,6 @@ def test_little_text_is_read_again_and_again(quick_transfer, tmp_path):
     assert result.manifest["passages"] == {"training": 1, "held_out": 1}
 
 
-def test_a_run_with_other_settings_does_not_touch_an_interrupted_one(quick_transfer, tmp_path, monkeypatch):
-    def interrupt(*_arguments, **_options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pipeline, "train_student", interrupt)
-        quick_transfer("llama", "gpt2")
-    kept = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="holds an interrupted run with other settings"):
-        quick_transfer("llama", "gpt2", seed=1)
-    assert kept == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    quick_transfer("llama", "gpt2")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
-
-
-@pytest.fixture
-def interrupted_transfer(quick_transfer, monkeypatch):
-    """A transfer that is interrupted after six steps."""
-    compute_loss = DistillationTrainer.compute_loss
-
-    def interrupt(trainer, *arguments, **keywords):
-        if trainer.state.global_step == 6:
-            raise KeyboardInterrupt
-        return compute_loss(trainer, *arguments, **keywords)
-
-    def run(*arguments, **options):
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(DistillationTrainer, "compute_loss", interrupt)
-            quick_transfer(*arguments, **options)
-
-    return run
-
-
-def test_interrupted_maps_and_head_continue_to_the_same_bytes(quick_transfer, interrupted_transfer, tmp_path):
-    options = {"recipe": "paper", "start": "ridge", "steps": 10}
-    interrupted_transfer("llama", "gpt2", **options)
-    (checkpoint,) = (tmp_path / "out").glob(".castlora/checkpoints/checkpoint-6")
-    kept = load_file(checkpoint / TRAINABLE_FILE)
-    assert {"hidden_head" if "hidden_head" in key else key.split(".")[-3] for key in kept} == {
-        "hidden_head", "parametrizations",
-    }  # fmt: skip
-    resumed = quick_transfer("llama", "gpt2", **options)
-    undisturbed = quick_transfer("llama", "gpt2", "undisturbed", **options)
-    assert weights(resumed.folder) == weights(undisturbed.folder)
-    assert [entry["step"] for entry in resumed.log] == [entry["step"] for entry in undisturbed.log]
-    assert resumed.manifest["losses"] == undisturbed.manifest["losses"]
-
-
-@pytest.mark.parametrize(
-    "damaged", ["checkpoints/checkpoint-6/optimizer.pt", "checkpoints/checkpoint-6/trainable.safetensors",
-                "checkpoints/checkpoint-5/trainer_state.json", "reading/passages.json"],
-)  # fmt: skip
-def test_damaged_state_makes_a_run_go_on_from_what_is_whole(quick_transfer, interrupted_transfer, tmp_path, damaged):
-    interrupted_transfer("llama", "gpt2", steps=10)
-    path = tmp_path / "out" / ".castlora" / damaged
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    resumed = quick_transfer("llama", "gpt2", steps=10)
-    undisturbed = quick_transfer("llama", "gpt2", "undisturbed", steps=10)
-    assert weights(resumed.folder) == weights(undisturbed.folder)
-    assert not (resumed.folder / ".castlora").exists()
-
-
-def test_a_killed_run_continues_to_the_same_bytes(base_model, adapter, prompts_file, tmp_path, monkeypatch, request):
-    def words(out: Path) -> list[str]:
-        places = {"adapter": adapter("llama"), "target": base_model("gpt2"), "prompts": prompts_file, "out": out}
-        numbers = {"steps": 40, "batch_size": 4, "tuning.max-length": 60, "tuning.answer-tokens": 6}
-        return ["transfer", *(word for key, value in (places | numbers).items() for word in (f"--{key}", str(value)))]
-
-    out = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "castlora", *words(out)], env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    while process.poll() is None and not list(out.glob(".castlora/checkpoints/checkpoint-*/sealed.json")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert [path.name for path in out.iterdir()] == [".castlora"]
-
-    resumed_from = []
-    train_student = pipeline.train_student
-
-    def spy(*arguments, **options):
-        resumed_from.append(arguments[-1])
-        return train_student(*arguments, **options)
-
-    monkeypatch.setattr(pipeline, "train_student", spy)
-    main(words(out))
-    request.getfixturevalue("checked_in_process")
-    main(words(tmp_path / "undisturbed"))
-    assert Path(resumed_from[0]).name.startswith("checkpoint-") and resumed_from[1] is None
-    assert sorted(path.name for path in out.iterdir()) == FILES
-    assert weights(out) == weights(tmp_path / "undisturbed")
-    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (out, tmp_path / "undisturbed")]
-    assert configs[0] == configs[1]
-
-
 def test_an_adapter_that_computes_something_else_is_not_published(base_model, quick_transfer, tmp_path, monkeypatch):
     def write_half(folder, factors, *arguments):
         halved = {name: LowRank(factor.a, factor.b / 2) for name, factor in factors.items()}
@@ -380,15 +259,3 @@ def test_an_adapter_that_computes_something_else_is_not_published(base_model, qu
     with pytest.raises(RuntimeError, match=r"adapter's logits differ from the trained model's by .*, above 1e-04"):
         quick_transfer("llama", "gpt2")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".castlora"]
-
-
-def test_an_interrupted_run_is_not_continued_with_another_default(quick_transfer, monkeypatch):
-    def interrupt(*_arguments, **_options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pipeline, "start_student", interrupt)
-        quick_transfer("llama", "gpt2")
-    monkeypatch.setitem(config.RECIPES, "default", replace(config.DEFAULT, temperature=3.0))
-    with pytest.raises(UserError, match="holds an interrupted run with other settings"):
-        quick_transfer("llama", "gpt2")

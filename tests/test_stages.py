@@ -10,7 +10,8 @@ from castlora.config import DEFAULT
 from castlora.errors import UserError
 from castlora.plan import plan_transfer
 from castlora.positions import AlignedPassage
-from castlora.stages import HELD_OUT_PASSAGES, load_models, reading_order
+from castlora.stages import HELD_OUT_PASSAGES, align_text, load_models, reading_order, start_student
+from castlora.starts import student_factors
 from castlora.teaching import TextSource, choose_prompts, draw_text, prompt_formats, teach_text
 from castlora.text import GENERIC_FORMATS, SLOT, Passage
 
@@ -129,12 +130,36 @@ def test_text_that_prompts_make_useless_is_pointed_out(tmp_path, caplog):
     assert "'corpus.txt' is not read" in caplog.text
 
 
-def test_maps_whose_fold_no_engine_accepts_are_refused_and_a_fresh_start_is_not(base_model, adapter):
+def test_maps_whose_fold_no_engine_accepts_are_refused_and_other_starts_are_cut(base_model, adapter):
     big = str(adapter("llama", ("q_proj", "k_proj", "v_proj"), r=64))
     plan = plan_transfer(big, str(base_model("gpt2")), str(base_model("llama")))
     with pytest.raises(UserError, match="need rank 192, serving engines accept 128; give --start fresh"):
-        plan.rank(replace(DEFAULT, start="ridge"), None)
+        plan.rank(replace(DEFAULT, start="ridge", trained="maps"), None)
+    assert plan.rank(replace(DEFAULT, start="ridge"), None) == 128
     assert plan.rank(replace(DEFAULT, start="fresh"), None) == 64
+
+
+def test_a_start_of_too_large_a_rank_is_cut_to_the_best_of_the_rank_that_is_written(base_model, adapter, caplog):
+    plan = plan_transfer(str(adapter("llama", ("up_proj",))), str(base_model("mistral")), str(base_model("llama")))
+    models = load_models(plan)
+    texts = [Passage(text) for text in tiny.sentences(12)]
+    recipe = replace(DEFAULT, max_length=48, context_weight=1.0)
+    training, _ = align_text(models, texts, recipe)
+    with caplog.at_level("INFO", logger="castlora"):
+        whole = student_factors(start_student(models, plan, recipe, training, 8, seed=0).model, plan.target_modules)
+    assert "is lost" not in caplog.text
+    models = load_models(plan)
+    with caplog.at_level("INFO", logger="castlora"):
+        cut = student_factors(start_student(models, plan, recipe, training, 2, seed=0).model, plan.target_modules)
+    lost = kept = 0.0
+    for name, lora in whole.items():
+        delta = lora.b @ lora.a
+        difference = (delta - cut[name].b @ cut[name].a).square().sum()
+        torch.testing.assert_close(difference, torch.linalg.svdvals(delta)[2:].square().sum(), rtol=1e-2, atol=1e-6)
+        lost, kept = lost + float(difference), kept + float(delta.square().sum())
+    share = 100 * (lost / kept) ** 0.5
+    assert share > 1
+    assert f"The start is cut from rank 4 to 2: {share:.1f} % of its norm is lost." in caplog.text
 
 
 def test_the_teacher_has_what_the_adapter_trains_beyond_maps(base_model, tmp_path):

@@ -34,8 +34,12 @@ from tests.tokenizers_under_test import (
 )
 
 WORDS = ("the", " the", "12345", "7", "é", "e\u0301", "ﬁ", "日本", "Привет", "א", "\u0300", "🙂", "👩🏽‍🚀", "🇩🇪")
+RIGHT_TO_LEFT = ("مرحبا", " שלום", "\u200f", "\u202b", "עם 123")
+COMBINING = ("नमस्ते", "ก็", "ế", "e\u0323\u0302", "\u1100\u1161\u11a8")
+CODE = ("def f(x):\n    return x[1:]\n", "\t\tif (a != b) {\r\n", "<div class='a'>", "x_1 = 0x41;")
 SPACES = (" ", "  ", "\r\n", "\n", "\t", "\u00a0", "\u200a")
 LOOK_ALIKES = ("<0x41>", "Ġ", "\x00", "<", "</")
+WRITTEN = (*WORDS, *RIGHT_TO_LEFT, *COMBINING, *CODE, *SPACES, *LOOK_ALIKES)
 NOT_SPELLED = ("▁", "<s>", "</s>", "<unk>", "<|endoftext|>")
 
 
@@ -43,10 +47,8 @@ def texts_from(*snippets: str) -> st.SearchStrategy[str]:
     return st.lists(st.sampled_from(snippets) | st.text(max_size=4), max_size=12).map("".join)
 
 
-texts = texts_from(*WORDS, *SPACES, *LOOK_ALIKES, *NOT_SPELLED, "▁▁", " ▁", "<think>", "é ü")
-plain_texts = texts_from(*WORDS, *SPACES, *LOOK_ALIKES).filter(
-    lambda text: not any(snippet in text for snippet in NOT_SPELLED)
-)
+texts = texts_from(*WRITTEN, *NOT_SPELLED, "▁▁", " ▁", "<think>", "é ü")
+plain_texts = texts_from(*WRITTEN).filter(lambda text: not any(snippet in text for snippet in NOT_SPELLED))
 lossless = st.sampled_from(sorted(LOSSLESS))
 many_examples = settings(max_examples=100, deadline=None)
 

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from castlora.config import Tuning
 from castlora.positions import AlignedPassage, align_passages
 from castlora.text import Passage
 from castlora.tokens import ByteTokenizer
@@ -32,6 +33,9 @@ PLACES = "near the old mill, under the bridge, behind the house, over the hill".
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 CONTEXT = 96
 """Positions that every tiny model has."""
+
+SHORT = Tuning(passages=24, filled_passages=24, max_length=88, answer_tokens=8)
+"""Text of a transfer that takes a second."""
 
 FAMILIES = ("llama", "mistral", "phi3", "gpt2", "gpt2-deep")
 LINEAR_MODULES = {

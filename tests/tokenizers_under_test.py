@@ -111,6 +111,19 @@ def unigram_with_nfkc() -> PreTrainedTokenizerFast:
     return fast(backend)
 
 
+def unigram_with_byte_fallback() -> PreTrainedTokenizerFast:
+    vocabulary, _ = trained_merges(200)
+    known = dict.fromkeys([*SPECIALS, *BYTE_PIECES, *vocabulary])
+    # Longer pieces are likelier than their parts, as in a trained vocabulary.
+    scores = [(piece, 0.0 if piece in SPECIALS else -10.0 - len(known) / (1 + len(piece))) for piece in known]
+    backend = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))
+    backend.add_special_tokens([AddedToken(special, normalized=False, special=True) for special in SPECIALS])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = llama2_decoder()
+    backend.post_processor = begin_of_sequence(backend)
+    return fast(backend)
+
+
 def byte_level(
     vocab_size: int,
     pre_tokenizer: pre_tokenizers.PreTokenizer,
@@ -164,6 +177,7 @@ LOSSLESS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "pretokenised metaspace": pretokenised_metaspace,
     "metaspace without prefix": metaspace_without_prefix,
     "plain spaces": plain_spaces,
+    "unigram with byte fallback": unigram_with_byte_fallback,
     "GPT-2-like": gpt2_like,
     "Llama-3-like": llama3_like,
     "byte level with prefix": byte_level_with_prefix,

@@ -26,6 +26,8 @@ _CARRIED_FIELDS = {
     "modules_to_save", "bias", "lora_bias", "trainable_token_indices", "target_parameters",
 }  # fmt: skip
 """Fields of a LoRA configuration that do not keep it from being carried; any other may change what it computes."""
+REPEATABLE_STARTS = {"pissa": "PiSSA", "olora": "OLoRA"}
+"""Starts that move a part of the base model's weights into the factors, by a rule without chance or data."""
 _MOST_ENTRIES = 4000
 """Entries of a list or a table of a configuration."""
 
@@ -50,7 +52,13 @@ class AdapterFiles:
         if self.config.peft_type != PeftType.LORA:
             return str(PeftType(self.config.peft_type).value)
         assert isinstance(self.config, LoraConfig)
-        return "DoRA" if self.config.use_dora else "LoRA"
+        kind = REPEATABLE_STARTS.get(str(self.config.init_lora_weights), "LoRA")
+        return "DoRA" if self.config.use_dora else kind
+
+    @property
+    def has_start(self) -> bool:
+        """Whether it fits a base model that its start has changed, which is to be repeated."""
+        return self.kind in REPEATABLE_STARTS.values()
 
     @property
     def base_model(self) -> str:
@@ -86,8 +94,13 @@ def find_adapter(name_or_path: str, revision: str | None = None) -> Path:
     return folder
 
 
-def open_adapter(name_or_path: str, revision: str | None = None) -> AdapterFiles:
+def open_adapter(name_or_path: str, revision: str | None = None, with_start: bool = False) -> AdapterFiles:
     """Finds an adapter and reads its configuration, without touching its weights.
+
+    Args:
+        name_or_path: folder or hub id
+        revision: of the hub id
+        with_start: whether to take one that needs its start repeated
 
     Raises:
         UserError: it cannot be found, or uses a feature that cannot be carried.
@@ -95,7 +108,13 @@ def open_adapter(name_or_path: str, revision: str | None = None) -> AdapterFiles
     folder = find_adapter(name_or_path, revision)
     config = _read_config(name_or_path, folder / CONFIG_FILE)
     _refuse_unsupported(name_or_path, config)
-    return AdapterFiles(name_or_path, folder, config)
+    files = AdapterFiles(name_or_path, folder, config)
+    if files.has_start and not with_start:
+        raise UserError(
+            f"Adapter {name_or_path!r}: {files.kind} changed the base model before training; make a plain LoRA of it "
+            "first: castlora convert --adapter FOLDER --to peft --base MODEL --out NEW."
+        )
+    return files
 
 
 def _adapter_folder(name_or_path: str, revision: str | None) -> Path:
@@ -130,7 +149,7 @@ def read_fields(name: str, path: Path) -> dict[str, Any]:
     """The fields of an adapter's configuration, before PEFT reads them.
 
     Raises:
-        UserError: the file is no JSON object, or a field has more entries than any model has modules.
+        UserError: the file is no JSON object, or a field of it holds what PEFT would not come to an end with.
     """
     try:
         written: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -143,6 +162,9 @@ def read_fields(name: str, path: Path) -> dict[str, Any]:
                 f"Adapter {name!r}: {field} has {len(value)} entries, more than the {_MOST_ENTRIES} that are read; "
                 "name modules by their last part, as q_proj."
             )
+    if not isinstance(written.get("modules_to_save"), list | None):
+        # PEFT would take a text for a list of letters.
+        raise UserError(f"Adapter {name!r}: modules_to_save in {CONFIG_FILE} is no list of names; write it as one.")
     return written
 
 
@@ -163,7 +185,9 @@ def _refuse_unsupported(name: str, config: PeftConfig) -> None:
     if not isinstance(config, LoraConfig):
         return
     start = config.init_lora_weights
-    if start not in (True, False, "gaussian", "orthogonal", "eva"):
+    if start not in (True, False, "gaussian", "orthogonal", "eva", *REPEATABLE_STARTS) or (
+        config.use_dora and start in REPEATABLE_STARTS
+    ):
         raise UserError(
             f"Adapter {name!r}: init_lora_weights={start!r} changed the base model before training, so that these "
             "weights fit no published one; save it again from the training run with PEFT's save_pretrained(..., "

@@ -116,7 +116,7 @@ def portable_rank(rank: int) -> int:
     for accepted in PORTABLE_RANKS:
         if rank <= accepted:
             return accepted
-    raise UserError(f"Rank {rank} is above {PORTABLE_RANKS[-1]}, the largest that serving engines accept.")
+    raise UserError(f"Rank {rank} is above {PORTABLE_RANKS[-1]}, the largest that engines accept; give that or less.")
 
 
 def write_portable(

@@ -6,13 +6,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
 
 from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, is_mlx_adapter, open_adapter
-from castlora.adapters import LowRank, portable_rank, read_factors, write_portable
+from castlora.adapters import PORTABLE_RANKS, LowRank, portable_rank, read_factors, write_portable
 from castlora.chat import TEMPLATE_FILE
 from castlora.config import Form
+from castlora.effective import without_start
 from castlora.errors import UserError
 from castlora.evaluation import load_adapter
 from castlora.mlx import mlx_base, read_mlx, write_mlx
@@ -72,8 +77,13 @@ def _write_adapter(adapter: str, base: str | None, part: Path, to: Form) -> None
     if to == "mlx":
         write_mlx(part, factors, number_of_layers(slots), base_name)
     else:
-        rank = portable_rank(max(lora.rank for lora in factors.values()))
-        write_portable(part, factors, slots, rank, base_name, None)
+        rank = max(lora.rank for lora in factors.values())
+        if rank > PORTABLE_RANKS[-1]:
+            raise UserError(
+                f"Adapter {adapter!r} has rank {rank}, serving engines accept {PORTABLE_RANKS[-1]}; give --to merged, "
+                "or --to mlx for MLX-LM."
+            )
+        write_portable(part, factors, slots, portable_rank(rank), base_name, None)
     _copy_template(adapter, part)
 
 
@@ -84,14 +94,15 @@ def _plain_factors(adapter: str, base: str | None) -> tuple[dict[str, LowRank], 
         config = load_config(name)
         slots = linear_slots(skeleton(config), config)
         return read_mlx(Path(adapter), slots), slots, name
-    files = open_adapter(adapter)
-    if not files.is_plain:
+    files = open_adapter(adapter, with_start=True)
+    if not (files.is_plain or files.has_start):
         raise UserError(
             f"Adapter {adapter!r} is of kind {files.kind}, which has no exact low-rank form; give --to merged."
         )
     name = _base_of(adapter, base, files.base_model)
     config = load_config(name)
-    return read_factors(files, config), linear_slots(skeleton(config), config), name
+    factors = without_start(files, load_model(name)[0]) if files.has_start else read_factors(files, config)
+    return factors, linear_slots(skeleton(config), config), name
 
 
 def _write_safetensors(adapter: str, part: Path) -> None:
@@ -111,11 +122,26 @@ def _write_merged(adapter: str, base: str | None, part: Path) -> None:
         raise UserError(f"Adapter {adapter!r} is one of MLX-LM; convert it with --to peft first.")
     name = _base_of(adapter, base, open_adapter(adapter).base_model)
     model, tokenizer = load_model(name)
+    adapted = load_adapter(model, adapter, name)
+    _untie_embeddings(model)
     # Merged in fp32: bf16 would round away what is small beside the weight.
-    merged = load_adapter(model, adapter, name).merge_and_unload()
+    merged = adapted.merge_and_unload()
     merged.to(load_config(name).dtype or merged.dtype).save_pretrained(part)
     tokenizer.save_pretrained(part)
     _copy_template(adapter, part)
+
+
+def _untie_embeddings(model: PreTrainedModel) -> None:
+    """Gives input and output embeddings that share a matrix one each, where an adapter changes either."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    inward, outward = map(_base_layer, ends)
+    if inward.weight is outward.weight and (inward, outward) != ends:
+        outward.weight = nn.Parameter(outward.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+
+
+def _base_layer(module: nn.Module | BaseTunerLayer) -> Any:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _write_gguf(adapter: str, base: str | None, part: Path, llama_cpp: Path) -> None:

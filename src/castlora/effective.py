@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from castlora.adapters import KEY_PREFIX, LowRank
+from castlora.adapter_files import AdapterFiles
+from castlora.adapters import KEY_PREFIX, LowRank, read_factors
 from castlora.models import LinearSlot
+from castlora.starts import student_factors
 
 _POWER_ITERATIONS = 4
 _OVERSAMPLING = 8
@@ -49,6 +52,34 @@ def effective_update(
         found[name] = LowRank(best.a.cpu(), best.b.cpu())
         whole += float(delta.square().sum())
     return EffectiveUpdate(found, math.sqrt(left_out / whole) if whole > 0 else 0.0)
+
+
+def without_start(files: AdapterFiles, base: PreTrainedModel) -> dict[str, LowRank]:
+    """What an adapter changes in its base model that took its start from the base model's weights.
+
+    PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) train B·A beside W − B₀·A₀, and B₀ and A₀ follow from W. The
+    start is repeated here, so that ΔW = B·A − B₀·A₀, of twice the rank.
+
+    Args:
+        files: the adapter
+        base: its base model; PEFT changes it in place
+
+    Returns:
+        module path → factors
+
+    Raises:
+        UserError: it trains more than linear maps of the layers, or cannot be read.
+    """
+    assert isinstance(files.config, LoraConfig)
+    plain = replace(files, config=replace(files.config, init_lora_weights=True))
+    trained = read_factors(plain, base.config)
+    started = get_peft_model(base, files.config)
+    assert isinstance(started, PeftModel)
+    initial = student_factors(started, trained)
+    return {
+        name: LowRank(torch.cat([lora.a, initial[name].a]), torch.cat([lora.b, -initial[name].b], dim=1))
+        for name, lora in trained.items()
+    }
 
 
 def low_rank(delta: Tensor, rank: int) -> LowRank:

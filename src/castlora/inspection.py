@@ -137,9 +137,12 @@ def _say_ranks(plan: Plan) -> str:
     accepted = ", ".join(map(str, PORTABLE_RANKS))
     kind = plan.adapter.kind
     cut = "" if plan.adapter.is_plain else f" The update of a {kind} adapter is cut to this rank for the maps' start."
+    largest = PORTABLE_RANKS[-1]
+    too_large = f" A start that needs more is cut to rank {largest}." if plan.exact_rank > largest else ""
     return (
         f"Adapter {public_name(plan.adapter.name)} ({kind}): {adapted}.{cut} The folded maps need rank "
         f"{plan.exact_rank}, a fresh start {plan.adapter_rank}; the rank that is written is the next one of {accepted}."
+        f"{too_large}"
     )
 
 

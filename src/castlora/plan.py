@@ -57,16 +57,19 @@ class Plan:
                 )
 
     def rank(self, recipe: Recipe, wanted: int | None) -> int:
-        """Rank of the adapter to write.
+        """Rank of the adapter to write; where no rank that engines accept holds the update, the largest of them.
 
         Raises:
-            UserError: the wanted rank cannot hold the folded updates, or no rank can that engines accept.
+            UserError: the rank cannot hold maps that are trained, or engines do not accept it.
         """
+        largest = PORTABLE_RANKS[-1]
         needed = self.adapter_rank if recipe.start == "fresh" else self.exact_rank
-        if recipe.start != "fresh" and needed > PORTABLE_RANKS[-1]:
+        if recipe.start != "fresh" and recipe.trained == "maps" and needed > largest:
             raise UserError(
-                f"The folded maps need rank {needed}, serving engines accept {PORTABLE_RANKS[-1]}; give --start fresh."
+                f"The folded maps need rank {needed}, serving engines accept {largest}; give --start fresh, or "
+                "--tuning.trained factors, whose start is cut to that rank."
             )
+        needed = min(needed, largest)
         if wanted is None:
             return portable_rank(needed)
         if recipe.start != "fresh" and wanted < needed:

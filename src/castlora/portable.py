@@ -22,6 +22,8 @@ from castlora.models import layer_index, module_type
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _FLOATS = {"F32", "F16", "BF16"}
 _NAME_RULE = "base by name"
+_LONGEST_NAME = 200
+"""Characters; a hub id has at most 96."""
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
@@ -196,12 +198,12 @@ def _no_extras(adapter: _Contents) -> Iterator[str]:
 
 def _plain_targets(adapter: _Contents) -> Iterator[str]:
     targets = adapter.config.get("target_modules")
-    if not isinstance(targets, list):
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         yield f"target_modules is {targets!r}; write a list of module names."
         return
     if targets != sorted(targets):
         yield "target_modules is not sorted, so that the same adapter has other bytes each time it is saved."
-    for target in map(str, targets):
+    for target in targets:
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)?", target):
             yield f"target_modules names {target!r}; write the end of a module name, such as 'q_proj'."
         elif not any(module == target or module.endswith(f".{target}") for module in adapter.modules()):
@@ -233,7 +235,9 @@ def _base_by_name(adapter: _Contents) -> Iterator[str]:
     base = adapter.config.get("base_model_name_or_path")
     if not base:
         yield "base_model_name_or_path is empty; llama.cpp's converter finds the base model by it."
-    elif str(base).startswith(("/", ".", "~")) or Path(str(base)).is_dir():
+    elif not isinstance(base, str) or len(base) > _LONGEST_NAME:
+        yield "base_model_name_or_path is no name; write the hub id of the base model."
+    elif base.startswith(("/", ".", "~")) or Path(base).is_dir():
         yield "base_model_name_or_path is a folder of one machine; write the hub id of the base model."
 
 
@@ -244,9 +248,13 @@ def _no_tokenizer(adapter: _Contents) -> Iterator[str]:
 
 
 def _finite_scale(adapter: _Contents) -> Iterator[str]:
-    rank, alpha = adapter.config.get("r"), adapter.config.get("lora_alpha")
-    is_number = isinstance(rank, int | float) and isinstance(alpha, int | float)
-    if not is_number or not rank or not math.isfinite(alpha / rank):
+    rank: Any = adapter.config.get("r")
+    alpha: Any = adapter.config.get("lora_alpha")
+    try:
+        is_finite = math.isfinite(alpha / rank)
+    except (TypeError, ZeroDivisionError, OverflowError):
+        is_finite = False
+    if not is_finite:
         yield f"lora_alpha / r is {alpha!r} / {rank!r}, which is no number."
 
 

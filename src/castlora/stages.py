@@ -1,7 +1,8 @@
 """The stages of a transfer, each from plain inputs to plain results; `pipeline` strings them together."""
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def start_student(
     folded, maps = _solved_start(models, plan, recipe, training[:_STATISTICS_PASSAGES], seed)
     peft_model = attach_lora(models.target, plan.target_modules, rank)
     if folded:
-        start_from_factors(peft_model, {name: balance(lora) for name, lora in folded.items()})
+        start_from_factors(peft_model, _of_rank(folded, rank))
     elif maps:
         parametrize_by_maps(peft_model, plan.pairing, plan.factors, maps)
     with_head = recipe.mse_weight > 0
@@ -148,6 +149,23 @@ def _solved_start(
         if trains_factors:
             return solve_by_layers(*both, plan.pairing, plan.factors, passages, factors), {}
         return {}, solve_by_layers(*both, plan.pairing, plan.factors, passages, maps_of)
+
+
+def _of_rank(folded: Mapping[str, LowRank], rank: int) -> dict[str, LowRank]:
+    """Balanced factors, cut to their largest singular values where they have more than the rank holds."""
+    balanced = {name: balance(lora) for name, lora in folded.items()}
+    cut = {name: LowRank(lora.a[:rank], lora.b[:, :rank]) for name, lora in balanced.items()}
+    largest = max(lora.rank for lora in balanced.values())
+    if largest > rank:
+        whole, kept = _square_of_norm(balanced), _square_of_norm(cut)
+        lost = math.sqrt(max(0.0, 1 - kept / whole)) if whole > 0 else 0.0
+        logger.info("The start is cut from rank %d to %d: %.1f %% of its norm is lost.", largest, rank, 100 * lost)
+    return cut
+
+
+def _square_of_norm(balanced: Mapping[str, LowRank]) -> float:
+    """Of the updates B·A: a singular value is the squared norm of its row of A."""
+    return sum(float(lora.a.double().square().sum(dim=1).square().sum()) for lora in balanced.values())
 
 
 def hold_teacher(

@@ -77,6 +77,7 @@ class ByteTokenizer:
         speller = _speller(serialised, _name(fast))
         try:
             backend = _backend_with_whole_offsets(serialised)
+            special_ids, eos_token_id = fast.all_special_ids, fast.eos_token_id
         except Exception as error:  # What the tokenizers library raises has no type of its own.
             raise UserError(
                 f"Tokenizer of {_name(fast)} contradicts itself ({first_line(error)}); copy its tokenizer.json again."
@@ -84,9 +85,9 @@ class ByteTokenizer:
         backend.encode_special_tokens = fast.split_special_tokens
         return cls(
             backend=backend,
-            spellings=_spellings(backend, serialised, speller, silent_ids=fast.all_special_ids),
+            spellings=_spellings(backend, serialised, speller, silent_ids=special_ids),
             byte_pieces=_byte_pieces(backend, speller),
-            eos_token_id=fast.eos_token_id,
+            eos_token_id=eos_token_id,
             fingerprint=_digest(serialised),
         )
 
