@@ -2,13 +2,13 @@
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from castlora.errors import UserError
+from castlora.measured_tasks import measured, read_task
 from castlora.report import (
     ChangedPiece,
     ChangedText,
@@ -19,6 +19,7 @@ from castlora.report import (
     Report,
     Sample,
     SitePair,
+    Skill,
     compare_runs,
     describe_comparison,
     render_comparison,
@@ -31,9 +32,9 @@ logger = logging.getLogger("castlora")
 
 MANIFEST_FILE = "castlora.json"
 DETAILS_FILE = "report.json"
+TASKS = "tasks"
+"""Where the manifest keeps what was measured after the run."""
 _MOST_LAYERS = 1000
-_LARGEST = 1e100
-"""What a run can have measured; figures have room for no more."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class RunDetails:
         """Reads what `to_json` wrote."""
         record = json.loads(text)
         return cls(
-            [{str(name): _measured(value) for name, value in entry.items()} for entry in record["log"]],
+            [{str(name): measured(value) for name, value in entry.items()} for entry in record["log"]],
             [_sample(sample) for sample in record["samples"]],
             [_changed_text(change) for change in record["changes"]],
             [str(name) for name in record["files"]],
@@ -127,9 +128,9 @@ def _run(name: str, manifest: Mapping[str, Any], details: RunDetails) -> Compare
         identity(manifest),
         measured_positions(manifest),
         objective(manifest),
-        (_measured(losses["kl_before"]), _measured(losses["kl_after"])),
-        _measured(manifest["seconds"]),
-        _measured(manifest["peak_memory_bytes"]),
+        (measured(losses["kl_before"]), measured(losses["kl_after"])),
+        measured(manifest["seconds"]),
+        measured(manifest["peak_memory_bytes"]),
     )
 
 
@@ -138,6 +139,7 @@ def run_report(manifest: Mapping[str, Any], details: RunDetails) -> Report:
     return Report(
         title=f"{manifest['adapter']['name']} → {manifest['target']['name']}",
         facts={"source": str(manifest["source"]["name"]), "target": str(manifest["target"]["name"])},
+        skills=task_skills(manifest),
         distillation=_distillation(details.log, manifest["losses"]),
         imitation=_imitation(manifest["answers"]),
         pairing=_pairing(manifest["pairing"], manifest["layer_map"]),
@@ -147,6 +149,11 @@ def run_report(manifest: Mapping[str, Any], details: RunDetails) -> Report:
         command=str(manifest["command"]),
         files=details.files,
     )
+
+
+def task_skills(manifest: Mapping[str, Any]) -> list[Skill]:
+    """The tasks that the transferred adapter has been scored on since."""
+    return [read_task(task) for task in manifest.get(TASKS, ())]
 
 
 def _pairing(sites: Sequence[Mapping[str, Any]], layer_map: Sequence[int]) -> Pairing:
@@ -169,18 +176,18 @@ def _distillation(log: Sequence[Mapping[str, float]], losses: Mapping[str, float
     return Distillation(
         loss,
         components if len(components) > 1 else {},
-        held_out_before=_measured(losses["held_out_before"]),
-        held_out_after=_measured(losses["held_out_after"]),
-        agreement_before=_measured(losses["agreement_before"]),
-        agreement_after=_measured(losses["agreement_after"]),
+        held_out_before=measured(losses["held_out_before"]),
+        held_out_after=measured(losses["held_out_after"]),
+        agreement_before=measured(losses["agreement_before"]),
+        agreement_after=measured(losses["agreement_after"]),
     )
 
 
 def _imitation(answers: Mapping[str, Any] | None) -> Imitation | None:
     if answers is None:
         return None
-    low, high = map(_measured, answers["ci95"])
-    before, after = _measured(answers["same_before"]), _measured(answers["same_after"])
+    low, high = map(measured, answers["ci95"])
+    before, after = measured(answers["same_before"]), measured(answers["same_after"])
     return Imitation(int(answers["prompts"]), before, after, (low, high))
 
 
@@ -194,26 +201,10 @@ def _sample(record: Mapping[str, Any]) -> Sample:
 
 def _changed_text(record: Mapping[str, Any]) -> ChangedText:
     pieces = [
-        ChangedPiece(
-            str(piece["text"]), _measured(piece["source"]), _measured(piece["target"]), bool(piece["in_answer"])
-        )
+        ChangedPiece(str(piece["text"]), measured(piece["source"]), measured(piece["target"]), bool(piece["in_answer"]))
         for piece in record["pieces"]
     ]
     return ChangedText(str(record["source_lead"]), str(record["target_lead"]), pieces)
-
-
-def _measured(value: object) -> float:
-    """A number that a run may have measured; NaN and infinities are among them.
-
-    Raises:
-        ValueError: it is beyond everything that can be.
-    """
-    if not isinstance(value, int | float):
-        raise TypeError("not a number")
-    number = float(value)
-    if math.isfinite(number) and abs(number) > _LARGEST:
-        raise ValueError("out of range")
-    return number
 
 
 def _site_label(module_name: str) -> str:

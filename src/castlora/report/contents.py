@@ -38,6 +38,7 @@ class Skill:
         lift: How much of a retrained adapter's gain arrived; None without a retrained adapter.
         metric: What the score is.
         examples: Number of test examples.
+        sha256: Digest of the task file, which tells tasks of one name apart.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Skill:
     lift: Lift | None = None
     metric: str = "accuracy"
     examples: int | None = None
+    sha256: str | None = None
 
     @property
     def countable_lift(self) -> Lift | None:
