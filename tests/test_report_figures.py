@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from castlora.formatting import compare, number, percent, percent_interval, printable, score
@@ -84,6 +84,7 @@ class TestLossFigure:
 
     @few_examples
     @given(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9))
+    @example(0.0, 5e-324)
     def test_levels_enclose_the_range(self, one: float, other: float) -> None:
         low, high = sorted((one, other))
         levels = nice_levels(low, high)

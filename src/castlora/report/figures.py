@@ -18,6 +18,8 @@ MOST_POINTS = 300
 _LIFT_LIMITS = (-0.5, 1.5)
 _SHADE_LIMIT = 0.6
 _MOST_LEVELS = 9
+_SMALLEST = 1e-300
+"""Numbers below it cannot be divided without a loss."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def bucket_means(points: Series, size: int) -> list[tuple[float, float]]:
 
 def nice_levels(low: float, high: float) -> list[float]:
     """Returns three to seven round values that enclose the range; from 0 when the range comes near it."""
+    low, high = (0.0 if abs(end) < _SMALLEST else end for end in (low, high))
     if 0 <= low < 0.5 * high:
         low = 0.0
     if high - low <= 1e-9 * max(abs(low), abs(high)):
