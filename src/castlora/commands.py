@@ -80,6 +80,8 @@ def _teach(
 ) -> None:
     r"""Writes prompts with the answers of source + LoRA, once for transfers to any number of targets.
 
+    The same command continues a run that was interrupted.
+
     Args:
         adapter: folder or hub id of a PEFT LoRA
         out: JSON lines file to write, for castlora transfer --taught

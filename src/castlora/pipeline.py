@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from castlora.manifest import (
     versions,
 )
 from castlora.pairing import Pairing, describe
+from castlora.parts import Parts
 from castlora.plan import Plan, describe_beyond, plan_transfer
 from castlora.positions import AlignedPassage, collate
 from castlora.record import write_record
@@ -197,17 +199,19 @@ class _Reading:
 
 
 def _read(run: RunDirectory, models: Models, text: TextSource, recipe: Recipe, seed: int) -> _Reading:
-    """Passages with answers; written once, so that a resumed run does not look for them again."""
+    """Passages with answers; what is found is kept, so that a resumed run does not look for it again."""
     path = run.reading / PASSAGES_FILE
     if is_sealed(run.reading):
         logger.debug("The text of the interrupted run is read again")
         record = json.loads(path.read_text(encoding="utf-8"))
         return _Reading(record["formats"], [Passage(**passage) for passage in record["passages"]])
-    formats = prompt_formats(models, text, recipe, seed)
-    reading = _Reading(formats, teach_text(models, text, formats, recipe, seed))
+    parts = Parts(run.parts)
+    formats = prompt_formats(models, text, recipe, seed, parts)
+    reading = _Reading(formats, teach_text(models, text, formats, recipe, seed, parts))
     run.reading.mkdir(exist_ok=True)
     write_whole(path, json.dumps(asdict(reading)))
     seal(run.reading)
+    shutil.rmtree(run.parts, ignore_errors=True)
     return reading
 
 
