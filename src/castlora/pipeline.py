@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -238,6 +238,8 @@ def _train(
     teacher = hold_teacher(models, training, held_out, recipe)
     measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
     before = measure(student)
+    with student.model.disable_adapter():
+        bare = measure(student)
     name = run.out.resolve().name
     checkpoint = run.last_checkpoint()
     if checkpoint:
@@ -249,7 +251,7 @@ def _train(
     scale = keep_best_scale(student, measure, TRAINED_SCALES)
     after = measure(student)
     logger.info("Held-out KL to source + LoRA: %.4f before, %.4f after (nats per position)", before.kl, after.kl)
-    return _Trained(_losses(before, after), scale, log)
+    return _Trained(_losses({"bare": bare, "before": before, "after": after}), scale, log)
 
 
 def _report_shared_mass(models: Models, held_out: list[AlignedPassage]) -> dict[str, float]:
@@ -278,10 +280,10 @@ def _write_adapter(run: RunDirectory, plan: Plan, student: Student, rank: int, h
     return difference
 
 
-def _losses(before: HeldOut, after: HeldOut) -> dict[str, float]:
+def _losses(measured: Mapping[str, HeldOut]) -> dict[str, float]:
     return {
         f"{name}_{when}": value
-        for when, held_out in (("before", before), ("after", after))
+        for when, held_out in measured.items()
         for name, value in (("held_out", held_out.loss), ("kl", held_out.kl), ("agreement", held_out.agreement))
     }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from castlora.errors import UserError
+from castlora.formatting import number
 from castlora.measured_tasks import measured, read_task
 from castlora.report import (
     ChangedPiece,
@@ -146,6 +147,7 @@ def run_report(manifest: Mapping[str, Any], details: RunDetails) -> Report:
         samples=details.samples,
         changes=details.changes,
         manifest=manifest,
+        cost=_cost(manifest),
         command=str(manifest["command"]),
         files=details.files,
     )
@@ -180,7 +182,21 @@ def _distillation(log: Sequence[Mapping[str, float]], losses: Mapping[str, float
         held_out_after=measured(losses["held_out_after"]),
         agreement_before=measured(losses["agreement_before"]),
         agreement_after=measured(losses["agreement_after"]),
+        held_out_bare=_measured_if_known(losses.get("held_out_bare")),
+        agreement_bare=_measured_if_known(losses.get("agreement_bare")),
     )
+
+
+def _cost(manifest: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "wall time": f"{number(measured(manifest['seconds']))} s",
+        "peak memory": f"{number(measured(manifest['peak_memory_bytes']) / 2**30)} GiB",
+        **{f"{kind.replace('_', '-')} passages": str(count) for kind, count in manifest["passages"].items()},
+    }
+
+
+def _measured_if_known(value: object) -> float | None:
+    return None if value is None else measured(value)
 
 
 def _imitation(answers: Mapping[str, Any] | None) -> Imitation | None:
@@ -188,7 +204,8 @@ def _imitation(answers: Mapping[str, Any] | None) -> Imitation | None:
         return None
     low, high = map(measured, answers["ci95"])
     before, after = measured(answers["same_before"]), measured(answers["same_after"])
-    return Imitation(int(answers["prompts"]), before, after, (low, high))
+    by_chance = _measured_if_known(answers.get("same_by_chance"))
+    return Imitation(int(answers["prompts"]), before, after, (low, high), by_chance)
 
 
 def _sample(record: Mapping[str, Any]) -> Sample:

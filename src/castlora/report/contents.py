@@ -67,8 +67,10 @@ class Distillation:
         components: Parts of the loss by name, e.g. "KL" and "hidden MSE", each in the form of `loss`.
         held_out_before: Loss on held-out text of the start.
         held_out_after: Loss on held-out text of the result.
-        agreement_before: Share of held-out positions where the bare target's next token is the teacher's.
+        held_out_bare: Loss on held-out text of the bare target.
+        agreement_before: Share of held-out positions where the start's next token is the teacher's.
         agreement_after: The same share for the result.
+        agreement_bare: The same share for the bare target.
     """
 
     loss: Series = ()
@@ -77,6 +79,8 @@ class Distillation:
     held_out_after: float | None = None
     agreement_before: float | None = None
     agreement_after: float | None = None
+    held_out_bare: float | None = None
+    agreement_bare: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,14 @@ class Imitation:
         same_before: Share of the bare target's answers that are the same.
         same_after: Share of the transferred target's.
         interval: 95 % interval of `same_after`.
+        same_by_chance: Share of the transferred target's answers that are the teacher's to another prompt.
     """
 
     prompts: int
     same_before: float
     same_after: float
     interval: tuple[float, float]
+    same_by_chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,7 @@ class Report:
         samples: Generated text side by side.
         changes: What the adapters change in held-out text, and where.
         manifest: Full record of the run, JSON-like.
+        cost: What the run took, e.g. {"time": "90 s"}.
         command: Command line that reproduces the run.
         files: Names of the files written.
     """
@@ -202,5 +209,6 @@ class Report:
     samples: Sequence[Sample] = ()
     changes: Sequence[ChangedText] = ()
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     files: Sequence[str] = ()
