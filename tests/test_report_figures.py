@@ -94,6 +94,10 @@ class TestLossFigure:
 
 
 class TestHeatMap:
+    def test_the_paired_column_is_marked_where_it_is_known(self) -> None:
+        rows = heat_rows([[0.25, 0.75], [None, 0.5], [0.5, 0.25]], [0, 0])
+        assert [[cell.best for cell in row] for row in rows] == [[True, False], [True, False], [True, False]]
+
     def test_cells(self) -> None:
         first, second = heat_rows([[1.0, 0.5], [0.999, None]])
         assert [(cell.column, cell.text, cell.shade, cell.best) for cell in first] == [

@@ -38,6 +38,7 @@ from castlora.positions import AlignedPassage, collate
 from castlora.record import write_record
 from castlora.run_directory import RunDirectory, check_output, is_sealed, open_run, seal, write_whole
 from castlora.scaling import TRAINED_SCALES, ScaleChoice, keep_best_scale
+from castlora.similarity import measure_similarity
 from castlora.stages import Models, align_text, hold_teacher, load_models, start_student, train_student
 from castlora.starts import student_factors
 from castlora.teaching import TextSource, prompt_formats, teach_text
@@ -158,6 +159,7 @@ def transfer(
             resolved.answer_tokens,
         )
         changes = measure_changes(models, student.model, shown, resolved.max_length, _SHOWN_PASSAGES)
+        similarity = measure_similarity(models, student.model, plan.pairing, shown, resolved.max_length)
         manifest = {
             **describe_inputs(plan, models, text_source, reading.formats),
             "licences": licences,
@@ -181,7 +183,7 @@ def transfer(
         manifest["peak_memory_bytes"] = peak_memory_bytes()
         if reading.passages[0].is_chat and models.target_tokenizer.chat_template is None:
             write_whole(run.finished / TEMPLATE_FILE, target_template(models.source_tokenizer, models.target_tokenizer))
-        write_record(run.finished, manifest, trained.log, imitation, changes)
+        write_record(run.finished, manifest, trained.log, imitation, changes, similarity)
         run.publish()
     logger.info("Wrote %s", out)
     if prompts is None and taught is None:

@@ -13,7 +13,16 @@ from castlora.errors import UserError, first_line
 from castlora.imitation import Imitation
 from castlora.licences import CARD_FILE
 from castlora.measured_tasks import read_task
-from castlora.report import BARE_TARGET, SOURCE_LORA, TRANSFERRED, ChangedText, Sample, render_report, write_report
+from castlora.report import (
+    BARE_TARGET,
+    SOURCE_LORA,
+    TRANSFERRED,
+    ChangedText,
+    Sample,
+    Similarity,
+    render_report,
+    write_report,
+)
 from castlora.run_directory import write_whole
 from castlora.runs import DETAILS_FILE, MANIFEST_FILE, TASKS, RunDetails, read_run, run_report, task_skills
 
@@ -27,6 +36,7 @@ def write_record(
     log: list[dict[str, float]],
     imitation: Imitation | None,
     changes: Sequence[ChangedText],
+    similarity: Similarity,
 ) -> None:
     """Writes the manifest, the card and the report of a finished run beside its adapter.
 
@@ -36,11 +46,12 @@ def write_record(
         log: of the training
         imitation: what the models write after held-out prompts, where there are any
         changes: what the adapters change in held-out text
+        similarity: how alike the bare models are at paired places
     """
     write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
     write_card(folder, manifest)
     files = sorted([*(path.name for path in folder.iterdir()), DETAILS_FILE, REPORT_FILE])
-    details = RunDetails(log, report_samples(imitation), changes, files)
+    details = RunDetails(log, report_samples(imitation), changes, files, similarity)
     write_whole(folder / DETAILS_FILE, details.to_json())
     write_report(run_report(manifest, details), folder / REPORT_FILE)
 

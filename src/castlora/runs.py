@@ -19,6 +19,7 @@ from castlora.report import (
     Pairing,
     Report,
     Sample,
+    Similarity,
     SitePair,
     Skill,
     compare_runs,
@@ -48,6 +49,8 @@ class RunDetails:
     changes: Sequence[ChangedText] = ()
     files: Sequence[str] = ()
     """Names of the files written."""
+    similarity: Similarity | None = None
+    """How alike the bare models are at paired places."""
 
     def to_json(self) -> str:
         """The text of `DETAILS_FILE`."""
@@ -62,6 +65,7 @@ class RunDetails:
             [_sample(sample) for sample in record["samples"]],
             [_changed_text(change) for change in record["changes"]],
             [str(name) for name in record["files"]],
+            _similarity(record.get("similarity")),
         )
 
 
@@ -143,7 +147,7 @@ def run_report(manifest: Mapping[str, Any], details: RunDetails) -> Report:
         skills=task_skills(manifest),
         distillation=_distillation(details.log, manifest["losses"]),
         imitation=_imitation(manifest["answers"]),
-        pairing=_pairing(manifest["pairing"], manifest["layer_map"]),
+        pairing=_pairing(manifest["pairing"], manifest["layer_map"], details.similarity),
         samples=details.samples,
         changes=details.changes,
         manifest=manifest,
@@ -158,17 +162,28 @@ def task_skills(manifest: Mapping[str, Any]) -> list[Skill]:
     return [read_task(task) for task in manifest.get(TASKS, ())]
 
 
-def _pairing(sites: Sequence[Mapping[str, Any]], layer_map: Sequence[int]) -> Pairing:
-    """A row per target module and a layer-by-layer matrix."""
+def _pairing(sites: Sequence[Mapping[str, Any]], layer_map: Sequence[int], similarity: Similarity | None) -> Pairing:
+    """A row per target module and a layer-by-layer matrix: of similarities, or of what is paired."""
+    modules, layers = (similarity.modules, similarity.layers) if similarity else ({}, [])
     pairs = []
     for site in sites:
         sources = " + ".join(_site_label(source["module"]) for source in site["sources"])
-        pairs.append(SitePair(_site_label(site["target"]), sources or None))
+        pairs.append(SitePair(_site_label(site["target"]), sources or None, modules.get(site["target"])))
     if not all(0 <= layer < _MOST_LAYERS for layer in [len(layer_map), *layer_map]):
         raise ValueError("layer_map")
+    if layers:
+        return Pairing(pairs, layers, "CKA of hidden states, before the transfer", layer_map)
     columns = range(1 + max(layer_map))
-    matrix = [[float(layer == source) for layer in columns] for source in layer_map]
-    return Pairing(pairs, matrix, measure="paired")
+    return Pairing(pairs, [[float(layer == source) for layer in columns] for source in layer_map], "paired", layer_map)
+
+
+def _similarity(record: Mapping[str, Any] | None) -> Similarity | None:
+    if record is None:
+        return None
+    layers = [[measured(value) for value in row] for row in record["layers"]]
+    if max(len(layers), *map(len, layers), 0) >= _MOST_LAYERS:
+        raise ValueError("layers")
+    return Similarity({str(name): measured(value) for name, value in record["modules"].items()}, layers)
 
 
 def _distillation(log: Sequence[Mapping[str, float]], losses: Mapping[str, float]) -> Distillation:

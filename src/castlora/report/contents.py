@@ -125,11 +125,27 @@ class Pairing:
         sites: One entry per target site.
         matrix: Weights or similarities, target layers × source layers; empty for none.
         measure: What the matrix holds, e.g. "CKA".
+        layer_map: For each target layer the source layer that speaks for it, to be outlined; empty to outline the
+            largest value of each row.
     """
 
     sites: Sequence[SitePair]
     matrix: Sequence[Sequence[float | None]] = ()
     measure: str = "weight"
+    layer_map: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike two bare models are on held-out text, as CKA: 1 where one space is the other, rotated and scaled.
+
+    Attributes:
+        modules: Of the outputs of each target module and of its partners in the source, by target module.
+        layers: Of the hidden states after each layer, target layers × source layers.
+    """
+
+    modules: Mapping[str, float]
+    layers: Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def render_report(report: Report) -> str:
             measured=_measured(report),
             loss=_loss_figure(report.distillation),
             loss_height=_LOSS_HEIGHT,
-            heat=figures.heat_rows(report.pairing.matrix) if report.pairing else [],
+            heat=figures.heat_rows(report.pairing.matrix, report.pairing.layer_map) if report.pairing else [],
             manifest=json.dumps(report.manifest, indent=2, ensure_ascii=False, default=str),
         )
     )
