@@ -139,7 +139,7 @@ def transfer(
     models = load_models(plan)
     check_objective(models.shared, resolved)
 
-    with open_run(out, settings, _needed_bytes(plan, resolved)) as run:
+    with open_run(out, settings, plan.state_bytes(resolved)) as run:
         try:
             reading = _read(run, models, text_source, resolved, seed)
             training, held_out = align_text(models, reading.passages, resolved)
@@ -288,16 +288,3 @@ def _losses(measured: Mapping[str, HeldOut]) -> dict[str, float]:
         for when, held_out in measured.items()
         for name, value in (("held_out", held_out.loss), ("kl", held_out.kl), ("agreement", held_out.agreement))
     }
-
-
-def _needed_bytes(plan: Plan, recipe: Recipe) -> int:
-    """Disk for two checkpoints: each trained number in fp32 and its two optimizer moments."""
-    trained = 0
-    for pair in plan.pairing.mapped:
-        for branch in pair.branches:
-            a, b = plan.factors[branch.source_module].a, plan.factors[branch.source_module].b
-            if recipe.start == "fresh" or recipe.trained == "factors":
-                trained += a.shape[0] * (pair.target.d_in + pair.target.d_out)
-            else:
-                trained += a.shape[1] * pair.target.d_in + b.shape[0] * pair.target.d_out
-    return 2 * 3 * 4 * trained + (16 << 20)
