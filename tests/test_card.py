@@ -1,17 +1,26 @@
 """The model card: complete, valid for the Hub, and silent about the machine it was made on."""
 
+import math
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from castlora.card import is_hub_id, make_card, public_command, public_name, write_card
 from castlora.lift import Lift
 from castlora.report import BARE_TARGET, RETRAINED, TRANSFERRED, Score, Skill
+
+DOCUMENTED = {
+    "language", "license", "license_name", "license_link", "library_name", "tags", "datasets", "metrics", "base_model",
+    "base_model_relation", "new_version", "pipeline_tag", "thumbnail", "model-index",
+}  # fmt: skip
+"""Fields of a model card's metadata in the documentation of the hub."""
 
 HOSTILE = "evil`](javascript:x)\n---\nlicense: mit\n---\n# Heading\n<script>alert(1)</script>|``` ![x](y) \x1b\u202e"
 
@@ -130,6 +139,21 @@ def test_the_hub_can_read_what_was_measured(tmp_path: Path) -> None:
     written = ModelCard.load(write_card(tmp_path, manifest(), [SKILL]))
     assert measured(written) == {**held_out, ("trec", "accuracy"): 0.688, ("trec", "lift"): 0.859}
     assert measured(make_card(manifest())) == held_out
+
+
+def test_the_metadata_are_what_the_hub_documents(tmp_path: Path) -> None:
+    """As the hub's own check of a card, which needs a network, would have them: nothing unknown, nothing lost."""
+    path = write_card(tmp_path, manifest(), [replace(SKILL, sha256="ab" * 32)])
+    metadata = metadata_load(path)
+    assert set(metadata) <= DOCUMENTED
+    assert metadata["base_model_relation"] in ("adapter", "merge", "quantized", "finetune")
+    assert metadata["pipeline_tag"] == "text-generation"
+    name, results = model_index_to_eval_results(metadata["model-index"])
+    assert eval_results_to_model_index(name, results) == metadata["model-index"]
+    assert len({(result.unique_identifier, result.metric_type) for result in results}) == len(results) == 5
+    assert all(isinstance(result.metric_value, float) and math.isfinite(result.metric_value) for result in results)
+    assert ModelCardData(**metadata, ignore_metadata_errors=False).to_dict() == metadata
+    assert ModelCard.load(path, ignore_metadata_errors=False).data.to_dict() == metadata
 
 
 def test_what_was_not_measured_is_in_no_index() -> None:

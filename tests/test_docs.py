@@ -14,7 +14,9 @@ from castlora.commands import BENCHMARKS, COMMANDS
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("module", ["inspection", "licences", "lift", "maps", "objective", "portable", "solvers"])
+@pytest.mark.parametrize(
+    "module", ["inspection", "licences", "lift", "maps", "objective", "portable", "similarity", "solvers"]
+)
 def test_the_examples_of_docstrings_run(module):
     failed, attempted = doctest.testmod(import_module(f"castlora.{module}"))
     assert failed == 0 and attempted > 0

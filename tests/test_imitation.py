@@ -53,3 +53,12 @@ def test_the_share_of_answers_that_are_the_same_up_to_spaces():
     imitation = Imitation(["p"] * 4, ["a", "b ", "c", "d"], ["a", "x", "x", "x"], [" a", "b", "c", "D"])
     assert (imitation.same_before, imitation.same_after) == (0.25, 0.75)
     assert imitation.ci95[0] < 0.75 < imitation.ci95[1]
+
+
+def test_the_share_by_chance_leaves_out_the_own_prompt():
+    imitation = Imitation(["p"] * 4, ["a", "a ", "b", "c"], [""] * 4, ["a", "b", "b", " c"])
+    # Of its answers to the four prompts one, one, none and none of the three others' are the same.
+    assert imitation.same_by_chance == pytest.approx((1 + 1 + 0 + 0) / (4 * 3))
+    constant = Imitation(["p"] * 3, ["a"] * 3, [""] * 3, ["a"] * 3)
+    assert constant.same_after == constant.same_by_chance == 1
+    assert Imitation(["p"], ["a"], [""], ["a"]).same_by_chance is None

@@ -37,6 +37,8 @@ def test_a_transfer_is_described_without_any_weights(adapter, weightless):
     assert "q_proj <- c_attn(q)" in text and "gate_proj <- nothing" in text
     assert "dropped (no partner in the target): transformer.h.1,3.attn.c_attn, " in text
     assert "Source modules dropped: 8. Target modules left unchanged: 3." in text
+    assert text.startswith("It can be moved: 18 of 21 modules of the target have a partner in the adapter. The default")
+    assert "GiB of disk while it runs" in text
     assert "Forecast for 10 steps of 16 passages on this machine: about " in text
     assert "source + LoRA reads 66048 candidate prompts and writes answers: about " in text
     shared = SharedVocabulary.of(
@@ -44,6 +46,12 @@ def test_a_transfer_is_described_without_any_weights(adapter, weightless):
     )
     count = len(shared.source_ids)
     assert f"{count} tokens are spelled alike, {count / 300:.0%} of the source's and {count / 309:.0%}" in text
+
+
+def test_an_adapter_whose_folded_rank_no_engine_takes_needs_a_fresh_start(base_model, tmp_path):
+    tiny.save_adapter(tmp_path / "wide", base_model("llama"), tiny.LINEAR_MODULES["llama"], r=64)
+    text = text_of(str(tmp_path / "wide"), str(base_model("phi3")), source=str(base_model("llama")))
+    assert text.startswith("It can be moved with --start fresh: ") and "would need rank 192" in text
 
 
 def test_the_command_that_moves_the_adapter_is_given(adapter, base_model, tmp_path):

@@ -93,6 +93,7 @@ def hostile_report() -> Report:
         samples=[Sample(HOSTILE, {HOSTILE: HOSTILE, TRANSFERRED: "x" + HOSTILE}, HOSTILE), Sample(HOSTILE, {})],
         changes=[ChangedText(HOSTILE, HOSTILE, [ChangedPiece(HOSTILE, math.nan, 1.0, True)])],
         manifest={HOSTILE: [HOSTILE]},
+        cost={HOSTILE: HOSTILE},
         command=HOSTILE,
         files=[HOSTILE],
     )
@@ -356,6 +357,24 @@ class TestVerdict:
         assert "2\xa0% without the adapter" in found.details[0] and "From 2.00 to 0.500" in found.details[1]
         assert "answer as the teacher" in render_report(report)
         assert verdict(replace(report, skills=[SKILL])).headline == "86\xa0% of the lift arrived"
+
+    def test_controls_stand_beside_the_result(self) -> None:
+        run = Distillation(
+            held_out_before=2.0, held_out_after=0.5, agreement_before=0.4, agreement_after=0.77, held_out_bare=2.5,
+            agreement_bare=0.31,
+        )  # fmt: skip
+        report = replace(REPORT, skills=(), distillation=run, imitation=Imitation(64, 0.02, 0.81, (0.7, 0.9), 0.15))
+        said = " ".join(verdict(report).details)
+        assert "the other prompts, 15\xa0% of its answers are the same" in said
+        assert "in 77\xa0% of positions, 31\xa0% without the adapter" in said
+        rows = [[text_of(cell) for cell in row] for row in tree(render_report(report)).iter("tr")]
+        assert ["loss", "2.50", "2.00", "0.500"] in rows
+        assert ["next token as the teacher's", "31\xa0%", "40\xa0%", "77\xa0%"] in rows
+        assert ["answer as the teacher's to another prompt", "", "", "15\xa0%"] in rows
+
+    def test_the_cost_is_shown(self) -> None:
+        assert "wall time90 s" in page_text(replace(REPORT, cost={"wall time": "90 s"}))
+        assert "wall time" not in page_text(REPORT)
 
     def test_samples_can_be_compared_with_what_another_model_wrote(self) -> None:
         sample = Sample("Who?", {TRANSFERRED: " a fox", BARE_TARGET: "a hen"}, "a fox", SOURCE_LORA)

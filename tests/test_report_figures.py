@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from castlora.formatting import compare, number, percent, percent_interval, printable, score
@@ -84,6 +84,7 @@ class TestLossFigure:
 
     @few_examples
     @given(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9))
+    @example(0.0, 5e-324)
     def test_levels_enclose_the_range(self, one: float, other: float) -> None:
         low, high = sorted((one, other))
         levels = nice_levels(low, high)
@@ -93,6 +94,10 @@ class TestLossFigure:
 
 
 class TestHeatMap:
+    def test_the_paired_column_is_marked_where_it_is_known(self) -> None:
+        rows = heat_rows([[0.25, 0.75], [None, 0.5], [0.5, 0.25]], [0, 0])
+        assert [[cell.best for cell in row] for row in rows] == [[True, False], [True, False], [True, False]]
+
     def test_cells(self) -> None:
         first, second = heat_rows([[1.0, 0.5], [0.999, None]])
         assert [(cell.column, cell.text, cell.shade, cell.best) for cell in first] == [

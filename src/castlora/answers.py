@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -9,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from castlora.parts import NOTHING_KEPT, Parts
 from castlora.text import Passage
 
 
@@ -59,6 +62,7 @@ def write_answers(
     max_prompt_tokens: int,
     batch_size: int,
     seed: int,
+    parts: Parts = NOTHING_KEPT,
 ) -> Iterator[Passage]:
     """Continues each prompt by sampling from the model until it ends the text.
 
@@ -73,25 +77,55 @@ def write_answers(
         max_prompt_tokens: longest prompt, in tokens; longer ones are left out
         batch_size: prompts per batch
         seed: of the sampling
+        parts: keeps the answers, batch by batch
 
     Yields:
         the prompts with their answers
     """
     torch.manual_seed(seed)
-    groups = prompt_batches(tokenizer, prompts, max_prompt_tokens, batch_size, next(model.parameters()).device)
-    for group in tqdm(groups, desc="source + LoRA writes answers", unit="batch"):
-        written = model.generate(
-            input_ids=group.ids,
-            attention_mask=group.mask,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id or 0,
-            eos_token_id=tokenizer.eos_token_id,
+    device = next(model.parameters()).device
+    groups = prompt_batches(tokenizer, prompts, max_prompt_tokens, batch_size, device)
+    for index, group in enumerate(tqdm(groups, desc="source + LoRA writes answers", unit="batch")):
+        written = parts.json(
+            f"answers-{index:05d}",
+            [prompt.text for prompt in group.passages],
+            partial(_sample_answers, model, tokenizer, group, max_new_tokens),
         )
-        read, texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (group.ids, written))
-        for before, text, prompt in zip(read, texts, group.passages, strict=True):
-            answer = text[len(before) :] if text.startswith(before) else ""
+        # The batches after one that was kept are sampled as if it had just been.
+        _set_generator(device, written["generator"])
+        for answer, prompt in zip(written["answers"], group.passages, strict=True):
             yield replace(prompt, text=prompt.text + answer)
+
+
+def _sample_answers(
+    model: PeftModel, tokenizer: PreTrainedTokenizerFast, group: PromptBatch, max_new_tokens: int
+) -> dict[str, Any]:
+    """Answers to a batch of prompts, and the state in which they leave the generator of random numbers."""
+    written = model.generate(
+        input_ids=group.ids,
+        attention_mask=group.mask,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id or 0,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    read, texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (group.ids, written))
+    answers = [text[len(before) :] if text.startswith(before) else "" for before, text in zip(read, texts, strict=True)]
+    return {"answers": answers, "generator": _generator(group.ids.device)}
+
+
+def _generator(device: torch.device) -> str:
+    """State of the generator that sampling on a device draws from, in hexadecimal."""
+    state = torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+    return bytes(state.tolist()).hex()
+
+
+def _set_generator(device: torch.device, state: str) -> None:
+    read = torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8)
+    if device.type == "cpu":
+        torch.set_rng_state(read)
+    else:
+        torch.get_device_module(device).set_rng_state(read)

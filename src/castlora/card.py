@@ -29,6 +29,9 @@ _ACCESS_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 _LONGEST_NAME = 200
 _NAMED_MODULES = 4
 
+_SCORES_BEGIN = "<!-- castlora evaluate --record true writes the lines from here -->"
+_SCORES_END = "<!-- to here -->"
+
 _LIMITS = """\
 - The adapter imitates the source model with its adapter, mistakes and biases included. No labels were used.
 - It belongs to the revision of the base model named above; on another one it may do harm.
@@ -64,6 +67,25 @@ def write_card(folder: Path, manifest: Mapping[str, Any], skills: Sequence[Skill
     return path
 
 
+def add_scores(card: ModelCard, skills: Sequence[Skill], scored: Skill, name: str) -> None:
+    """Brings the scores of a task into a card that its owner may have changed; what is not about this task stays.
+
+    Args:
+        card: The card.
+        skills: All tasks that were scored, for the table. A card from which its owner has taken the place of the table
+            gets none.
+        scored: The one whose results the metadata get, instead of those that they had for it.
+        name: What the adapter is called where the metadata do not say it.
+    """
+    card.data["model_name"] = card.data.get("model_name") or _slug(name)
+    others = [result for result in card.data.get("eval_results", ()) if result.dataset_revision != scored.sha256]
+    card.data["eval_results"] = others + _skill_results(scored)
+    before, begin, rest = card.text.partition(_SCORES_BEGIN)
+    _, end, after = rest.partition(_SCORES_END)
+    if begin and end:
+        card.text = f"{before}{begin}\n{_evaluation(skills)}\n{end}{after}"
+
+
 def make_card(manifest: Mapping[str, Any], skills: Sequence[Skill] = ()) -> ModelCard:
     """Returns the model card that `write_card` writes."""
     adapter, source = _name(manifest["adapter"]["name"]), _name(manifest["source"]["name"])
@@ -75,7 +97,7 @@ def make_card(manifest: Mapping[str, Any], skills: Sequence[Skill] = ()) -> Mode
         "## Origin",
         _table(("", ""), _facts(manifest)),
         "## Evaluation",
-        _evaluation(skills),
+        f"{_SCORES_BEGIN}\n{_evaluation(skills)}\n{_SCORES_END}",
         "## Use",
         _fenced("python", _peft_snippet(manifest)),
         _fenced("shell", _vllm_snippet(manifest)),
@@ -123,12 +145,22 @@ def _skill_results(skill: Skill) -> list[EvalResult]:
         (_slug(skill.metric), "score of the transferred adapter", skill.value(TRANSFERRED)),
         ("lift", "(transferred - bare target) / (retrained - bare target)", lift.lift if lift else None),
     ]
-    return _results(_slug(skill.name), _slug(skill.name), measured)
+    return _results(_slug(skill.name), _slug(skill.name), measured, skill.sha256)
 
 
-def _results(data_type: str, data: str, measured: Sequence[tuple[str, str, float | None]]) -> list[EvalResult]:
+def _results(
+    data_type: str, data: str, measured: Sequence[tuple[str, str, float | None]], revision: str | None = None
+) -> list[EvalResult]:
     return [
-        EvalResult("text-generation", data_type, data, metric_type=kind, metric_name=name, metric_value=value)
+        EvalResult(
+            "text-generation",
+            data_type,
+            data,
+            dataset_revision=revision,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=value,
+        )
         for kind, name, value in measured
         if is_number(value)
     ]

@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"castlora: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
-        print("castlora: interrupted; the same command continues a transfer where it was", file=sys.stderr)
+        print("castlora: interrupted; the same command continues transfer or teach where it was", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -80,6 +80,8 @@ def _teach(
 ) -> None:
     r"""Writes prompts with the answers of source + LoRA, once for transfers to any number of targets.
 
+    The same command continues a run that was interrupted.
+
     Args:
         adapter: folder or hub id of a PEFT LoRA
         out: JSON lines file to write, for castlora transfer --taught
@@ -111,6 +113,8 @@ def _evaluate(
     out: str | None = None,
     batch_size: int = 32,
     chat: bool = False,
+    retrained: str | None = None,
+    record: bool = False,
     json: bool = False,
 ) -> None:
     """Scores a model, with or without an adapter, on a task file.
@@ -122,16 +126,15 @@ def _evaluate(
         out: JSON file for the result
         batch_size: items per forward pass
         chat: whether prompts are messages of a user, in the model's chat template
+        retrained: adapter that was trained on the task for the model, to measure the lift by
+        record: whether the scores go into manifest, model card and report of the adapter, which transfer wrote
         json: whether the result is printed as JSON
     """
+    from castlora.evaluation import describe
     from castlora.evaluation import evaluate as run
 
-    result = run(model=model, adapter=adapter, task=task, out=out, batch_size=batch_size, chat=chat)
-    if json:
-        _print_json(result)
-        return
-    low, high = result["ci95"]
-    print(f"{result['metric']} {result['score']:.3f} [{low:.3f}, {high:.3f}]  nll {result['nll']:.3f}  n {result['n']}")
+    result = run(model, task, adapter, out, batch_size, None, chat, retrained, record)
+    _print_result(result, describe(result), json)
 
 
 def _inspect(
@@ -155,10 +158,7 @@ def _inspect(
     from castlora.inspection import inspect as run
 
     found = run(adapter, target, source, steps, batch_size)
-    if json:
-        _print_json(found.record)
-    else:
-        print(found)
+    _print_result(found.record, str(found), json)
 
 
 def _check(adapter: str, json: bool = False) -> None:
@@ -241,10 +241,7 @@ def _steer(
     from castlora.steering import steer as run
 
     result = run(adapter, target, task, source, text, prompts, layer, strength, seed, out)
-    if json:
-        _print_json(result)
-    else:
-        print(describe(result))
+    _print_result(result, describe(result), json)
 
 
 def _report(runs: list[str], out: str, json: bool = False) -> None:
@@ -273,10 +270,7 @@ def _demo(out: str = "castlora-demo", seed: int = 0, json: bool = False) -> None
     from castlora.demonstration import demonstrate
 
     result = demonstrate(out, seed)
-    if json:
-        _print_json(result.record)
-    else:
-        print(result)
+    _print_result(result.record, str(result), json)
 
 
 def _bench_quality(
@@ -368,6 +362,13 @@ def _bench_speed(
     settings = SpeedSettings(shape, seed, repeats, rank, length, batch_size, passages, doublings, threads)
     run_speed(Path(out), settings, MEASURES if measures is None else _split(measures) or [])
     print(f"Wrote {Path(out) / PAGE_FILE}")
+
+
+def _print_result(record: Any, text: str, json: bool) -> None:
+    if json:
+        _print_json(record)
+    else:
+        print(text)
 
 
 def _print_json(value: Any) -> None:

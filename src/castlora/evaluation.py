@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,9 +23,13 @@ from castlora.completions import (
     readable_tokens,
 )
 from castlora.errors import UserError, first_line
-from castlora.lift import bootstrap_interval
+from castlora.formatting import score_interval
+from castlora.lift import COUNTABLE_GAIN, bootstrap_interval, lift_with_interval
+from castlora.measured_tasks import describe_task
 from castlora.models import LIBRARY_ERRORS, load_model, public_name
 from castlora.patterns import check_patterns
+from castlora.record import check_record, record_task
+from castlora.report import BARE_TARGET, RETRAINED, TRANSFERRED, Score, Skill
 from castlora.tasks import TaskItem, load_task
 
 GENERATION_MARGIN = 8
@@ -152,6 +156,8 @@ def evaluate(
     batch_size: int = 32,
     revision: str | None = None,
     chat: bool = False,
+    retrained: str | None = None,
+    record: bool = False,
 ) -> dict[str, Any]:
     """Scores a model, with or without an adapter, on a task file.
 
@@ -164,40 +170,104 @@ def evaluate(
         revision: revision of the model on the hub.
         chat: whether prompts are messages of a user, in the chat template of the model, or of the adapter's folder
             where the model has none.
+        retrained: hub id or folder of an adapter that was trained on the task for the model; with it and the bare model
+            the lift of `adapter` is measured.
+        record: whether the scores, those of the bare model included, go into the manifest, the model card and the
+            report of `adapter`, a folder that `castlora.transfer` wrote.
 
     Returns:
         metric, score, n, ci95, nll, and what was scored: model, revision, adapter, task, chat, task_sha256, versions.
+        With `retrained` or `record` also scores, by what was scored, and with `retrained` the lift.
 
     Raises:
-        UserError: the task file is malformed, or the adapter does not fit the model.
+        UserError: the task file is malformed, an adapter does not fit the model, or nothing can be recorded.
     """
     items = load_task(task)
+    _check_compared(model, adapter, retrained, record)
     loaded, tokenizer = load_model(model, revision=revision)
     if chat:
         items = chat_items(items, tokenizer, _template(tokenizer, adapter))
         tokenizer = without_special_tokens(tokenizer)
+    compared: dict[str, Evaluation] = {}
+    if retrained is not None or record:
+        compared[BARE_TARGET] = evaluate_model(loaded, tokenizer, items, batch_size)
     scored: CausalLM = loaded if adapter is None else load_adapter(loaded, adapter, model)
-    result = evaluate_model(scored, tokenizer, items, batch_size)
-    record = {
-        "metric": result.metric,
-        "score": result.score,
-        "n": result.n,
-        "ci95": list(result.ci95),
-        "nll": result.nll,
+    found = evaluate_model(scored, tokenizer, items, batch_size)
+    digest = hashlib.sha256(Path(task).read_bytes()).hexdigest()
+    result = {
+        "metric": found.metric,
+        "score": found.score,
+        "n": found.n,
+        "ci95": list(found.ci95),
+        "nll": found.nll,
         "model": public_name(model),
         "revision": revision,
         "adapter": adapter and public_name(adapter),
         "task": Path(task).name,
         "chat": chat,
-        "task_sha256": hashlib.sha256(Path(task).read_bytes()).hexdigest(),
+        "task_sha256": digest,
         "versions": _versions(),
     }
+    if compared:
+        compared[TRANSFERRED] = found
+        # An adapter changes the model in place: the other one needs it anew, and memory holds it once.
+        del scored, loaded
+        if retrained is not None:
+            anew = load_adapter(load_model(model, revision=revision)[0], retrained, model)
+            compared[RETRAINED] = evaluate_model(anew, tokenizer, items, batch_size)
+        described = describe_task(skill_of(Path(task).stem, digest, compared), chat, _versions())
+        result |= {"scores": described["scores"], "lift": described["lift"]}
+        if record and adapter is not None:
+            record_task(Path(adapter), described)
     if out is not None:
-        rows = zip(result.scores.tolist(), result.nlls.tolist(), result.predictions, strict=True)
+        rows = zip(found.scores.tolist(), found.nlls.tolist(), found.predictions, strict=True)
         per_item = [{"score": score, "nll": nll, "prediction": prediction} for score, nll, prediction in rows]
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps({**record, "items": per_item}, indent=1) + "\n", encoding="utf-8")
-    return record
+        Path(out).write_text(json.dumps({**result, "items": per_item}, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """The result of `evaluate` as text."""
+    low, high = result["ci95"]
+    lines = [
+        f"{result['metric']} {result['score']:.3f} [{low:.3f}, {high:.3f}]  nll {result['nll']:.3f}  n {result['n']}"
+    ]
+    others = {name: found for name, found in result.get("scores", {}).items() if name != TRANSFERRED}
+    lines += [f"{name} {found['score']:.3f}" for name, found in others.items()]
+    lift = result.get("lift")
+    if lift and lift["countable"]:
+        lines.append(f"lift {lift['value']:.3f} {score_interval(lift['ci95'])}".rstrip())
+    elif lift:
+        lines.append(f"no lift: retraining gains less than {COUNTABLE_GAIN:.2f}")
+    return "\n".join(lines)
+
+
+def _check_compared(model: str, adapter: str | None, retrained: str | None, record: bool) -> None:
+    """Raises a UserError before anything is loaded if what is to be compared or recorded cannot be."""
+    if adapter is None and (retrained is not None or record):
+        option = "--record" if record else "--retrained"
+        raise UserError(f"{option} is about an adapter; give one with --adapter.")
+    if retrained is not None:
+        find_adapter(retrained)
+    if adapter is not None and record:
+        check_record(adapter, model)
+
+
+def skill_of(name: str, sha256: str, evaluations: Mapping[str, Evaluation]) -> Skill:
+    """What models reached on one task, with the lift where both ends of its scale were scored.
+
+    Args:
+        name: of the task
+        sha256: digest of the task file
+        evaluations: by model: BARE_TARGET, TRANSFERRED, and others as far as they were scored
+    """
+    scores = {model: Score(found.score, found.ci95, found.nll) for model, found in evaluations.items()}
+    transferred, retrained = evaluations[TRANSFERRED], evaluations.get(RETRAINED)
+    lift = None
+    if retrained is not None:
+        lift = lift_with_interval(evaluations[BARE_TARGET].scores, transferred.scores, retrained.scores)
+    return Skill(name, scores, lift, transferred.metric, transferred.n, sha256)
 
 
 def _template(tokenizer: PreTrainedTokenizerFast, adapter: str | None) -> str:

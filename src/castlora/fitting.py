@@ -215,7 +215,9 @@ def collect_moments(
         if permutation is not None:
             order = torch.randperm(int(counts.sum()), generator=permutation).to(device)
             at_source = at_source[0][order], at_source[1][order]
-        take_source, take_target = (partial(_rows, batch_size=len(counts), places=at) for at in (at_source, at_target))
+        take_source, take_target = (
+            partial(rows_at, batch_size=len(counts), places=at) for at in (at_source, at_target)
+        )
         with (
             capture(source, source_names, take_source) as in_source,
             capture(target, target_names, take_target) as in_target,
@@ -234,7 +236,7 @@ def collect_moments(
     return moments
 
 
-def _rows(activations: Tensor, batch_size: int, places: tuple[Tensor, Tensor]) -> Tensor:
+def rows_at(activations: Tensor, batch_size: int, places: tuple[Tensor, Tensor]) -> Tensor:
     """The activations at places of a batch, shape (places, width)."""
     # OPT's MLP reads the tokens of all passages as one long row.
     return activations.reshape(batch_size, -1, activations.shape[-1])[places]

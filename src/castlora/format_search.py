@@ -8,6 +8,7 @@ answers with certainty, and differently to different texts, which the base model
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from castlora.answers import prompt_batches
+from castlora.parts import NOTHING_KEPT, Parts
 from castlora.selection import next_token_probabilities
 from castlora.text import GENERIC_FORMATS, SLOT, Passage
 from castlora.tokens import ByteTokenizer
@@ -93,6 +95,7 @@ def find_formats(
     formats: Sequence[str],
     fillings: Sequence[str],
     max_prompt_tokens: int,
+    parts: Parts = NOTHING_KEPT,
 ) -> list[str]:
     """The formats in which the adapter has the largest effect that depends on the text.
 
@@ -105,6 +108,7 @@ def find_formats(
         formats: formats to try, each with a `{text}` slot
         fillings: texts for the slot
         max_prompt_tokens: longest prompt, in tokens; longer ones are left out
+        parts: keeps the effect in each format
 
     Returns:
         the best format, up to seven that come near it, and the generic ones that come half as near; none where the
@@ -124,15 +128,19 @@ def find_formats(
             bare = next_token_probabilities(teacher, tokenizer, groups[0])
         return settled_effect(adapted, bare, answers[form[-1].isalnum()])
 
+    def effects(stage: str, forms: Sequence[str], texts: Sequence[str], said: str) -> dict[str, float]:
+        return {
+            form: parts.json(f"{stage}-{index:05d}", [form, *texts], partial(effect, form, texts))
+            for index, form in enumerate(tqdm(forms, desc=said, unit="format"))
+        }
+
     few = fillings[:_FIRST_FILLINGS]
-    first = {
-        form: effect(form, few) for form in tqdm(formats, desc="source + LoRA tries prompt formats", unit="format")
-    }
+    first = effects("format", formats, few, "source + LoRA tries prompt formats")
     shortlist = sorted(first, key=lambda form: -first[form])[:_SHORTLIST]
     again = list(dict.fromkeys([*shortlist, *(form for form in formats if form in GENERIC_FORMATS)]))
-    effects = {form: effect(form, fillings) for form in tqdm(again, desc="the best of them again", unit="format")}
-    found = near_best(effects)
-    described = ", ".join(f"{form!r} ({effects[form]:.2f})" for form in found) or "none"
+    final = effects("format-again", again, fillings, "the best of them again")
+    found = near_best(final)
+    described = ", ".join(f"{form!r} ({final[form]:.2f})" for form in found) or "none"
     logger.info("Prompt formats that the adapter listens to, with its effect there in nats: %s", described)
     return found
 

@@ -1,6 +1,7 @@
 """What source + LoRA, the bare target and the transferred one write after held-out prompts, side by side."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,19 @@ class Imitation:
     def same_after(self) -> float:
         """The same share for the transferred target."""
         return float(_same(self.teacher, self.transferred).mean())
+
+    @property
+    def same_by_chance(self) -> float | None:
+        """The same share where each answer is held against those to the other prompts; None where there are none.
+
+        A target that had learned which answers occur, and not from what they follow, would do no better.
+        """
+        count = len(self.prompts)
+        if count < 2:
+            return None
+        teacher = Counter(answer.strip() for answer in self.teacher)
+        alike = sum(teacher[answer.strip()] for answer in self.transferred)
+        return float((alike - _same(self.teacher, self.transferred).sum()) / (count * (count - 1)))
 
     @property
     def ci95(self) -> tuple[float, float]:

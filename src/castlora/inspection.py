@@ -78,6 +78,7 @@ def inspect(
         "command": _command(adapter, target, source),
     }
     sections = [
+        _say_verdict(plan),
         _say_bases(record),
         _say_ranks(plan),
         _say_tokenizers(record["tokenizers"]),
@@ -186,6 +187,8 @@ class _Forecast:
     """Prompts made of general text that source + LoRA reads before the first step."""
     reading_seconds: float
     memory_bytes: int
+    disk_bytes: int
+    """While it runs; what is left afterwards is the adapter."""
 
 
 def _forecast(plan: Plan, steps: int, batch_size: int) -> _Forecast:
@@ -204,13 +207,26 @@ def _forecast(plan: Plan, steps: int, batch_size: int) -> _Forecast:
         reading_seconds=2 * source_count * read / (_UTILISATION * rate),
         memory_bytes=(source_count + target_count) * _BYTES_PER_WEIGHT
         + 4 * batch_size * DEFAULT.max_length * (plan.source_config.vocab_size + 3 * plan.target_config.vocab_size),
+        disk_bytes=plan.state_bytes(DEFAULT),
     )
+
+
+def _say_verdict(plan: Plan) -> str:
+    with_partner, modules = len(plan.pairing.mapped), len(plan.pairing.pairs)
+    partners = f"{with_partner} of {modules} modules of the target have a partner in the adapter"
+    if plan.exact_rank > PORTABLE_RANKS[-1]:
+        return (
+            f"It can be moved with --start fresh: {partners}, but the folded maps would need rank {plan.exact_rank}, "
+            f"and serving engines accept {PORTABLE_RANKS[-1]}."
+        )
+    return f"It can be moved: {partners}. The default recipe does it: closed-form maps, folded, then trained."
 
 
 def _say_forecast(forecast: _Forecast) -> str:
     return (
         f"Forecast for {forecast.steps} steps of {forecast.batch_size} passages on this machine: about "
-        f"{_duration(forecast.seconds)} and {forecast.memory_bytes / 2**30:.1f} GiB of memory beyond Python's own. "
+        f"{_duration(forecast.seconds)}, {forecast.memory_bytes / 2**30:.1f} GiB of memory beyond Python's own, "
+        f"and {forecast.disk_bytes / 2**30:.2f} GiB of disk while it runs. "
         f"Before them, source + LoRA reads {forecast.candidate_prompts} candidate prompts and writes answers: about "
         f"{_duration(forecast.reading_seconds)}, less where --prompts are given."
     )

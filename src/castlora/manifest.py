@@ -67,7 +67,7 @@ def describe_imitation(imitation: Imitation | None) -> dict[str, Any] | None:
     if imitation is None:
         return None
     shares = {"same_before": imitation.same_before, "same_after": imitation.same_after, "ci95": list(imitation.ci95)}
-    return {"prompts": len(imitation.prompts), **shares}
+    return {"prompts": len(imitation.prompts), **shares, "same_by_chance": imitation.same_by_chance}
 
 
 def describe_pairing(pairing: Pairing) -> list[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 import json
 import logging
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,13 @@ from castlora.manifest import (
     versions,
 )
 from castlora.pairing import Pairing, describe
+from castlora.parts import Parts
 from castlora.plan import Plan, describe_beyond, plan_transfer
 from castlora.positions import AlignedPassage, collate
 from castlora.record import write_record
 from castlora.run_directory import RunDirectory, check_output, is_sealed, open_run, seal, write_whole
 from castlora.scaling import TRAINED_SCALES, ScaleChoice, keep_best_scale
+from castlora.similarity import measure_similarity
 from castlora.stages import Models, align_text, hold_teacher, load_models, start_student, train_student
 from castlora.starts import student_factors
 from castlora.teaching import TextSource, prompt_formats, teach_text
@@ -136,7 +139,7 @@ def transfer(
     models = load_models(plan)
     check_objective(models.shared, resolved)
 
-    with open_run(out, settings, _needed_bytes(plan, resolved)) as run:
+    with open_run(out, settings, plan.state_bytes(resolved)) as run:
         try:
             reading = _read(run, models, text_source, resolved, seed)
             training, held_out = align_text(models, reading.passages, resolved)
@@ -156,6 +159,7 @@ def transfer(
             resolved.answer_tokens,
         )
         changes = measure_changes(models, student.model, shown, resolved.max_length, _SHOWN_PASSAGES)
+        similarity = measure_similarity(models, student.model, plan.pairing, shown, resolved.max_length)
         manifest = {
             **describe_inputs(plan, models, text_source, reading.formats),
             "licences": licences,
@@ -179,7 +183,7 @@ def transfer(
         manifest["peak_memory_bytes"] = peak_memory_bytes()
         if reading.passages[0].is_chat and models.target_tokenizer.chat_template is None:
             write_whole(run.finished / TEMPLATE_FILE, target_template(models.source_tokenizer, models.target_tokenizer))
-        write_record(run.finished, manifest, trained.log, imitation, changes)
+        write_record(run.finished, manifest, trained.log, imitation, changes, similarity)
         run.publish()
     logger.info("Wrote %s", out)
     if prompts is None and taught is None:
@@ -197,17 +201,19 @@ class _Reading:
 
 
 def _read(run: RunDirectory, models: Models, text: TextSource, recipe: Recipe, seed: int) -> _Reading:
-    """Passages with answers; written once, so that a resumed run does not look for them again."""
+    """Passages with answers; what is found is kept, so that a resumed run does not look for it again."""
     path = run.reading / PASSAGES_FILE
     if is_sealed(run.reading):
         logger.debug("The text of the interrupted run is read again")
         record = json.loads(path.read_text(encoding="utf-8"))
         return _Reading(record["formats"], [Passage(**passage) for passage in record["passages"]])
-    formats = prompt_formats(models, text, recipe, seed)
-    reading = _Reading(formats, teach_text(models, text, formats, recipe, seed))
+    parts = Parts(run.parts)
+    formats = prompt_formats(models, text, recipe, seed, parts)
+    reading = _Reading(formats, teach_text(models, text, formats, recipe, seed, parts))
     run.reading.mkdir(exist_ok=True)
     write_whole(path, json.dumps(asdict(reading)))
     seal(run.reading)
+    shutil.rmtree(run.parts, ignore_errors=True)
     return reading
 
 
@@ -234,6 +240,8 @@ def _train(
     teacher = hold_teacher(models, training, held_out, recipe)
     measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
     before = measure(student)
+    with student.model.disable_adapter():
+        bare = measure(student)
     name = run.out.resolve().name
     checkpoint = run.last_checkpoint()
     if checkpoint:
@@ -245,7 +253,7 @@ def _train(
     scale = keep_best_scale(student, measure, TRAINED_SCALES)
     after = measure(student)
     logger.info("Held-out KL to source + LoRA: %.4f before, %.4f after (nats per position)", before.kl, after.kl)
-    return _Trained(_losses(before, after), scale, log)
+    return _Trained(_losses({"bare": bare, "before": before, "after": after}), scale, log)
 
 
 def _report_shared_mass(models: Models, held_out: list[AlignedPassage]) -> dict[str, float]:
@@ -274,22 +282,9 @@ def _write_adapter(run: RunDirectory, plan: Plan, student: Student, rank: int, h
     return difference
 
 
-def _losses(before: HeldOut, after: HeldOut) -> dict[str, float]:
+def _losses(measured: Mapping[str, HeldOut]) -> dict[str, float]:
     return {
         f"{name}_{when}": value
-        for when, held_out in (("before", before), ("after", after))
+        for when, held_out in measured.items()
         for name, value in (("held_out", held_out.loss), ("kl", held_out.kl), ("agreement", held_out.agreement))
     }
-
-
-def _needed_bytes(plan: Plan, recipe: Recipe) -> int:
-    """Disk for two checkpoints: each trained number in fp32 and its two optimizer moments."""
-    trained = 0
-    for pair in plan.pairing.mapped:
-        for branch in pair.branches:
-            a, b = plan.factors[branch.source_module].a, plan.factors[branch.source_module].b
-            if recipe.start == "fresh" or recipe.trained == "factors":
-                trained += a.shape[0] * (pair.target.d_in + pair.target.d_out)
-            else:
-                trained += a.shape[1] * pair.target.d_in + b.shape[0] * pair.target.d_out
-    return 2 * 3 * 4 * trained + (16 << 20)

@@ -47,6 +47,18 @@ class Plan:
         """Target modules that receive an update."""
         return [pair.target.name for pair in self.pairing.mapped]
 
+    def state_bytes(self, recipe: Recipe) -> int:
+        """Disk for two checkpoints: each trained number in fp32 and its two optimizer moments."""
+        trained = 0
+        for pair in self.pairing.mapped:
+            for branch in pair.branches:
+                a, b = self.factors[branch.source_module].a, self.factors[branch.source_module].b
+                if recipe.start == "fresh" or recipe.trained == "factors":
+                    trained += a.shape[0] * (pair.target.d_in + pair.target.d_out)
+                else:
+                    trained += a.shape[1] * pair.target.d_in + b.shape[0] * pair.target.d_out
+        return 2 * 3 * 4 * trained + (16 << 20)
+
     def check_length(self, recipe: Recipe) -> None:
         """Raises a UserError if the passages are longer than either model can read."""
         for name, config in ((self.source, self.source_config), (self.target, self.target_config)):

@@ -1,15 +1,30 @@
 """What a finished run says about itself: the manifest, the model card and the report."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from castlora.card import write_card
+import yaml
+from huggingface_hub import ModelCard
+
+from castlora.card import add_scores, public_name, write_card
+from castlora.errors import UserError, first_line
 from castlora.imitation import Imitation
-from castlora.report import BARE_TARGET, SOURCE_LORA, TRANSFERRED, ChangedText, Sample, write_report
+from castlora.licences import CARD_FILE
+from castlora.measured_tasks import read_task
+from castlora.report import (
+    BARE_TARGET,
+    SOURCE_LORA,
+    TRANSFERRED,
+    ChangedText,
+    Sample,
+    Similarity,
+    render_report,
+    write_report,
+)
 from castlora.run_directory import write_whole
-from castlora.runs import DETAILS_FILE, MANIFEST_FILE, RunDetails, run_report
+from castlora.runs import DETAILS_FILE, MANIFEST_FILE, TASKS, RunDetails, read_run, run_report, task_skills
 
 REPORT_FILE = "report.html"
 _SAMPLES = 6
@@ -21,6 +36,7 @@ def write_record(
     log: list[dict[str, float]],
     imitation: Imitation | None,
     changes: Sequence[ChangedText],
+    similarity: Similarity,
 ) -> None:
     """Writes the manifest, the card and the report of a finished run beside its adapter.
 
@@ -30,13 +46,66 @@ def write_record(
         log: of the training
         imitation: what the models write after held-out prompts, where there are any
         changes: what the adapters change in held-out text
+        similarity: how alike the bare models are at paired places
     """
     write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
     write_card(folder, manifest)
     files = sorted([*(path.name for path in folder.iterdir()), DETAILS_FILE, REPORT_FILE])
-    details = RunDetails(log, report_samples(imitation), changes, files)
+    details = RunDetails(log, report_samples(imitation), changes, files, similarity)
     write_whole(folder / DETAILS_FILE, details.to_json())
     write_report(run_report(manifest, details), folder / REPORT_FILE)
+
+
+def check_record(folder: str, model: str) -> None:
+    """Raises a UserError unless scores of `model` can be added to what the run in `folder` says about itself."""
+    target = read_run(folder).report.manifest["target"]["name"]
+    if _last_component(str(target)) != _last_component(model):
+        raise UserError(
+            f"{folder!r} is an adapter for {target!r}, and --model is {model!r}; record scores on its own base model, "
+            "by that name or in a folder of that name."
+        )
+    _read_card(Path(folder))
+
+
+def record_task(folder: Path, task: Mapping[str, Any]) -> None:
+    """Adds the scores of a task to the manifest, the card and the report of a finished run.
+
+    Scored again, a task takes the place of what it was. What its owner has written into the card stays.
+
+    Args:
+        folder: where the adapter lies
+        task: as `describe_task` writes it
+
+    Raises:
+        UserError: a file of the run is damaged.
+    """
+    card = _read_card(folder)
+    manifest = dict(read_run(str(folder)).report.manifest)
+    others = [other for other in manifest.get(TASKS, ()) if other["sha256"] != task["sha256"]]
+    manifest[TASKS] = [*others, task]
+    write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
+    add_scores(card, task_skills(manifest), read_task(task), manifest["adapter"]["name"])
+    write_whole(folder / CARD_FILE, str(card))
+    # Without the details that it was made of the page would lose what it shows.
+    if (folder / REPORT_FILE).is_file() and (folder / DETAILS_FILE).is_file():
+        write_whole(folder / REPORT_FILE, render_report(read_run(str(folder)).report))
+
+
+def _last_component(name: str) -> str:
+    return public_name(name).split("/")[-1]
+
+
+def _read_card(folder: Path) -> ModelCard:
+    path = folder / CARD_FILE
+    if not path.is_file():
+        raise UserError(f"{str(folder)!r} has no {CARD_FILE}; give a folder that castlora transfer wrote.")
+    try:
+        card: ModelCard = ModelCard.load(path)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{CARD_FILE} in {str(folder)!r} is no model card ({first_line(error)}); mend the metadata above its text."
+        ) from error
+    return card
 
 
 def report_samples(imitation: Imitation | None) -> list[Sample]:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,11 @@ class RunDirectory:
     def state(self) -> Path:
         """Folder of everything that is not a result."""
         return self.out / STATE_FOLDER
+
+    @property
+    def parts(self) -> Path:
+        """Folder of what the stage that is under way has computed so far."""
+        return self.state / "parts"
 
     @property
     def checkpoints(self) -> Path:
@@ -115,17 +120,44 @@ def check_output(out: str, request: dict[str, Any]) -> bool:
         return False
     if not request_file.is_file():
         raise UserError(f"--out {out!r} is not empty; give a new folder, nothing is ever overwritten.")
+    _check_request(f"--out {out!r} holds", "folder", request_file, request)
+    return True
+
+
+def check_output_file(out: str, request: dict[str, Any]) -> bool:
+    """Whether an interrupted run of the same request has begun to make the file `out`.
+
+    Raises:
+        UserError: the file is there or cannot be, or another run has begun to make it.
+    """
+    path = Path(out)
+    request_file = file_state(path) / _REQUEST_FILE
+    if not path.parent.is_dir():
+        raise UserError(f"--out {out!r} lies in no folder that exists; give a new file.")
+    if not request_file.is_file():
+        if path.exists():
+            raise _file_exists(out)
+        return False
+    _check_request(f"--out {out!r} is the file of", "file", request_file, request)
+    return True
+
+
+def _file_exists(out: str) -> UserError:
+    return UserError(f"--out {out!r} exists; give a new file, nothing is ever overwritten.")
+
+
+def file_state(out: Path) -> Path:
+    """Folder beside a file that is being made, of everything that is not the result."""
+    return out.with_name(f"{STATE_FOLDER}-{out.name}")
+
+
+def _check_request(holds: str, place: str, request_file: Path, request: dict[str, Any]) -> None:
     try:
         interrupted = json.loads(request_file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"--out {out!r} holds an interrupted run whose {_REQUEST_FILE} is damaged; give a new folder."
-        ) from error
+        raise UserError(f"{holds} an interrupted run whose {_REQUEST_FILE} is damaged; give a new {place}.") from error
     if interrupted != request:
-        raise UserError(
-            f"--out {out!r} holds an interrupted run with other settings; finish that one or give a new folder."
-        )
-    return True
+        raise UserError(f"{holds} an interrupted run with other settings; finish that one or give a new {place}.")
 
 
 @contextmanager
@@ -143,20 +175,54 @@ def open_run(out: str, request: dict[str, Any], needed_bytes: int) -> Iterator[R
             f"--out {out!r}: the run needs {needed_bytes >> 20} MiB of disk and {free >> 20} MiB are free; "
             "make room or give a folder on another disk."
         )
-    try:
-        run.state.mkdir(parents=True, exist_ok=True)
-        # The system takes the lock from a process that is killed.
-        lock = FileLock(run.state / _LOCK_FILE, blocking=False).acquire()
-    except Timeout as error:
-        raise UserError(f"--out {out!r} is in use by another run; wait for its end or give a new folder.") from error
-    except OSError as error:
-        raise UserError(f"--out {out!r} cannot be written ({error.strerror}); give another folder.") from error
-    with lock, _full_disk_as_user_error(run.out):
-        # Another run may have ended or begun before the lock was ours.
-        if not check_output(out, request):
-            write_whole(run.state / _REQUEST_FILE, json.dumps(request, indent=1, sort_keys=True))
+    with _open_state(run.state, out, "folder", request, check_output):
         run.drop_what_is_not_whole()
         yield run
+
+
+@contextmanager
+def open_file_run(out: str, request: dict[str, Any]) -> Iterator[Path]:
+    """The folder of the state of a run that makes one file, new or from an interrupted run.
+
+    What is written there under the name of the file becomes the file, and the folder goes, when all is done, or when
+    bad input has ended the run.
+
+    Raises:
+        UserError: the file cannot be made, another process makes it, or the disk becomes too full.
+    """
+    path, state = Path(out), file_state(Path(out))
+    check_output_file(out, request)
+    with _open_state(state, out, "file", request, check_output_file):
+        try:
+            yield state
+        except UserError:
+            shutil.rmtree(state)
+            raise
+        result = state / path.name
+        # The same run may have been killed right after it had put its result there.
+        if path.exists() and path.read_bytes() != result.read_bytes():
+            raise _file_exists(out)
+        result.replace(path)
+        shutil.rmtree(state)
+
+
+@contextmanager
+def _open_state(
+    state: Path, out: str, place: str, request: dict[str, Any], check: Callable[[str, dict[str, Any]], bool]
+) -> Iterator[None]:
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        # The system takes the lock from a process that is killed.
+        lock = FileLock(state / _LOCK_FILE, blocking=False).acquire()
+    except Timeout as error:
+        raise UserError(f"--out {out!r} is in use by another run; wait for its end or give a new {place}.") from error
+    except OSError as error:
+        raise UserError(f"--out {out!r} cannot be written ({error.strerror}); give another {place}.") from error
+    with lock, _full_disk_as_user_error(Path(out)):
+        # Another run may have ended or begun before the lock was ours.
+        if not check(out, request):
+            write_whole(state / _REQUEST_FILE, json.dumps(request, indent=1, sort_keys=True))
+        yield
 
 
 @contextmanager
@@ -182,8 +248,8 @@ def _holds_no_result(folder: Path) -> bool:
     return all(path.name == STATE_FOLDER for path in folder.iterdir())
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there in full or not at all."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file, text as UTF-8, so that it is there in full or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
     part.replace(path)

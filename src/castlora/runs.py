@@ -2,13 +2,14 @@
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from castlora.errors import UserError
+from castlora.formatting import number
+from castlora.measured_tasks import measured, read_task
 from castlora.report import (
     ChangedPiece,
     ChangedText,
@@ -18,7 +19,9 @@ from castlora.report import (
     Pairing,
     Report,
     Sample,
+    Similarity,
     SitePair,
+    Skill,
     compare_runs,
     describe_comparison,
     render_comparison,
@@ -31,9 +34,9 @@ logger = logging.getLogger("castlora")
 
 MANIFEST_FILE = "castlora.json"
 DETAILS_FILE = "report.json"
+TASKS = "tasks"
+"""Where the manifest keeps what was measured after the run."""
 _MOST_LAYERS = 1000
-_LARGEST = 1e100
-"""What a run can have measured; figures have room for no more."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class RunDetails:
     changes: Sequence[ChangedText] = ()
     files: Sequence[str] = ()
     """Names of the files written."""
+    similarity: Similarity | None = None
+    """How alike the bare models are at paired places."""
 
     def to_json(self) -> str:
         """The text of `DETAILS_FILE`."""
@@ -56,10 +61,11 @@ class RunDetails:
         """Reads what `to_json` wrote."""
         record = json.loads(text)
         return cls(
-            [{str(name): _measured(value) for name, value in entry.items()} for entry in record["log"]],
+            [{str(name): measured(value) for name, value in entry.items()} for entry in record["log"]],
             [_sample(sample) for sample in record["samples"]],
             [_changed_text(change) for change in record["changes"]],
             [str(name) for name in record["files"]],
+            _similarity(record.get("similarity")),
         )
 
 
@@ -127,9 +133,9 @@ def _run(name: str, manifest: Mapping[str, Any], details: RunDetails) -> Compare
         identity(manifest),
         measured_positions(manifest),
         objective(manifest),
-        (_measured(losses["kl_before"]), _measured(losses["kl_after"])),
-        _measured(manifest["seconds"]),
-        _measured(manifest["peak_memory_bytes"]),
+        (measured(losses["kl_before"]), measured(losses["kl_after"])),
+        measured(manifest["seconds"]),
+        measured(manifest["peak_memory_bytes"]),
     )
 
 
@@ -138,28 +144,46 @@ def run_report(manifest: Mapping[str, Any], details: RunDetails) -> Report:
     return Report(
         title=f"{manifest['adapter']['name']} → {manifest['target']['name']}",
         facts={"source": str(manifest["source"]["name"]), "target": str(manifest["target"]["name"])},
+        skills=task_skills(manifest),
         distillation=_distillation(details.log, manifest["losses"]),
         imitation=_imitation(manifest["answers"]),
-        pairing=_pairing(manifest["pairing"], manifest["layer_map"]),
+        pairing=_pairing(manifest["pairing"], manifest["layer_map"], details.similarity),
         samples=details.samples,
         changes=details.changes,
         manifest=manifest,
+        cost=_cost(manifest),
         command=str(manifest["command"]),
         files=details.files,
     )
 
 
-def _pairing(sites: Sequence[Mapping[str, Any]], layer_map: Sequence[int]) -> Pairing:
-    """A row per target module and a layer-by-layer matrix."""
+def task_skills(manifest: Mapping[str, Any]) -> list[Skill]:
+    """The tasks that the transferred adapter has been scored on since."""
+    return [read_task(task) for task in manifest.get(TASKS, ())]
+
+
+def _pairing(sites: Sequence[Mapping[str, Any]], layer_map: Sequence[int], similarity: Similarity | None) -> Pairing:
+    """A row per target module and a layer-by-layer matrix: of similarities, or of what is paired."""
+    modules, layers = (similarity.modules, similarity.layers) if similarity else ({}, [])
     pairs = []
     for site in sites:
         sources = " + ".join(_site_label(source["module"]) for source in site["sources"])
-        pairs.append(SitePair(_site_label(site["target"]), sources or None))
+        pairs.append(SitePair(_site_label(site["target"]), sources or None, modules.get(site["target"])))
     if not all(0 <= layer < _MOST_LAYERS for layer in [len(layer_map), *layer_map]):
         raise ValueError("layer_map")
+    if layers:
+        return Pairing(pairs, layers, "CKA of hidden states, before the transfer", layer_map)
     columns = range(1 + max(layer_map))
-    matrix = [[float(layer == source) for layer in columns] for source in layer_map]
-    return Pairing(pairs, matrix, measure="paired")
+    return Pairing(pairs, [[float(layer == source) for layer in columns] for source in layer_map], "paired", layer_map)
+
+
+def _similarity(record: Mapping[str, Any] | None) -> Similarity | None:
+    if record is None:
+        return None
+    layers = [[measured(value) for value in row] for row in record["layers"]]
+    if max(len(layers), *map(len, layers), 0) >= _MOST_LAYERS:
+        raise ValueError("layers")
+    return Similarity({str(name): measured(value) for name, value in record["modules"].items()}, layers)
 
 
 def _distillation(log: Sequence[Mapping[str, float]], losses: Mapping[str, float]) -> Distillation:
@@ -169,19 +193,34 @@ def _distillation(log: Sequence[Mapping[str, float]], losses: Mapping[str, float
     return Distillation(
         loss,
         components if len(components) > 1 else {},
-        held_out_before=_measured(losses["held_out_before"]),
-        held_out_after=_measured(losses["held_out_after"]),
-        agreement_before=_measured(losses["agreement_before"]),
-        agreement_after=_measured(losses["agreement_after"]),
+        held_out_before=measured(losses["held_out_before"]),
+        held_out_after=measured(losses["held_out_after"]),
+        agreement_before=measured(losses["agreement_before"]),
+        agreement_after=measured(losses["agreement_after"]),
+        held_out_bare=_measured_if_known(losses.get("held_out_bare")),
+        agreement_bare=_measured_if_known(losses.get("agreement_bare")),
     )
+
+
+def _cost(manifest: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "wall time": f"{number(measured(manifest['seconds']))} s",
+        "peak memory": f"{number(measured(manifest['peak_memory_bytes']) / 2**30)} GiB",
+        **{f"{kind.replace('_', '-')} passages": str(count) for kind, count in manifest["passages"].items()},
+    }
+
+
+def _measured_if_known(value: object) -> float | None:
+    return None if value is None else measured(value)
 
 
 def _imitation(answers: Mapping[str, Any] | None) -> Imitation | None:
     if answers is None:
         return None
-    low, high = map(_measured, answers["ci95"])
-    before, after = _measured(answers["same_before"]), _measured(answers["same_after"])
-    return Imitation(int(answers["prompts"]), before, after, (low, high))
+    low, high = map(measured, answers["ci95"])
+    before, after = measured(answers["same_before"]), measured(answers["same_after"])
+    by_chance = _measured_if_known(answers.get("same_by_chance"))
+    return Imitation(int(answers["prompts"]), before, after, (low, high), by_chance)
 
 
 def _sample(record: Mapping[str, Any]) -> Sample:
@@ -194,26 +233,10 @@ def _sample(record: Mapping[str, Any]) -> Sample:
 
 def _changed_text(record: Mapping[str, Any]) -> ChangedText:
     pieces = [
-        ChangedPiece(
-            str(piece["text"]), _measured(piece["source"]), _measured(piece["target"]), bool(piece["in_answer"])
-        )
+        ChangedPiece(str(piece["text"]), measured(piece["source"]), measured(piece["target"]), bool(piece["in_answer"]))
         for piece in record["pieces"]
     ]
     return ChangedText(str(record["source_lead"]), str(record["target_lead"]), pieces)
-
-
-def _measured(value: object) -> float:
-    """A number that a run may have measured; NaN and infinities are among them.
-
-    Raises:
-        ValueError: it is beyond everything that can be.
-    """
-    if not isinstance(value, int | float):
-        raise TypeError("not a number")
-    number = float(value)
-    if math.isfinite(number) and abs(number) > _LARGEST:
-        raise ValueError("out of range")
-    return number
 
 
 def _site_label(module_name: str) -> str:

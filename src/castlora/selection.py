@@ -7,6 +7,7 @@ gives an answer of its own show what the skill looks at, provided that no answer
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -16,11 +17,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from castlora.answers import PromptBatch, prompt_batches
+from castlora.parts import NOTHING_KEPT, Parts
 from castlora.text import Passage
 
 _LIKELIEST = 64
 _OUTCOMES = 256
 _ITERATIONS = 100
+_BATCHES_KEPT_TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def predict_first_tokens(
     prompts: Sequence[Passage],
     max_prompt_tokens: int,
     batch_size: int,
+    parts: Parts = NOTHING_KEPT,
 ) -> FirstTokens:
     """What the model predicts right after each prompt.
 
@@ -119,17 +123,33 @@ def predict_first_tokens(
         prompts: the prompts, without answers
         max_prompt_tokens: longest prompt, in tokens; longer ones are left out
         batch_size: prompts per batch
+        parts: keeps the predictions, some batches at a time
     """
     groups = prompt_batches(tokenizer, prompts, max_prompt_tokens, batch_size, next(model.parameters()).device)
-    kept, ids, probabilities, sums = [], [], [], []
-    for group in tqdm(groups, desc="source + LoRA reads candidate prompts", unit="batch"):
+    predicted = []
+    with tqdm(total=len(groups), desc="source + LoRA reads candidate prompts", unit="batch") as progress:
+        for start in range(0, len(groups), _BATCHES_KEPT_TOGETHER):
+            some = groups[start : start + _BATCHES_KEPT_TOGETHER]
+            asked = [prompt.text for group in some for prompt in group.passages]
+            compute = partial(_predict, model, tokenizer, some)
+            predicted.append(parts.tensors(f"first-tokens-{start:05d}", asked, compute))
+            progress.update(len(some))
+    kept = [prompt for group in groups for prompt in group.passages]
+    ids, probabilities = (torch.cat([part[name] for part in predicted]) for name in ("ids", "probabilities"))
+    mean = torch.stack([part["sum"] for part in predicted]).sum(0) / len(kept)
+    return FirstTokens(kept, ids, probabilities, mean.float())
+
+
+def _predict(model: PeftModel, tokenizer: PreTrainedTokenizerFast, groups: Sequence[PromptBatch]) -> dict[str, Tensor]:
+    """The likeliest first tokens after each prompt, and the sum of all distributions."""
+    ids, probabilities, total = [], [], torch.zeros((), dtype=torch.float64)
+    for group in groups:
         distribution = next_token_probabilities(model, tokenizer, group)
         likeliest = distribution.topk(min(_LIKELIEST, distribution.shape[-1]))
-        kept += group.passages
         ids.append(likeliest.indices)
         probabilities.append(likeliest.values)
-        sums.append(distribution.sum(0))
-    return FirstTokens(kept, torch.cat(ids), torch.cat(probabilities), torch.stack(sums).sum(0) / len(kept))
+        total = total + distribution.sum(0, dtype=torch.float64)
+    return {"ids": torch.cat(ids), "probabilities": torch.cat(probabilities), "sum": total}
 
 
 def next_token_probabilities(model: PeftModel, tokenizer: PreTrainedTokenizerFast, batch: PromptBatch) -> Tensor:

@@ -3,11 +3,12 @@
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import set_seed
 
+from castlora import __version__
 from castlora.adapter_files import open_adapter
 from castlora.answers import write_answers
 from castlora.chat import Conversation, ask, chat_passages, read_conversations
@@ -15,8 +16,10 @@ from castlora.config import Recipe, Tuning, check_seed, resolve_recipe
 from castlora.errors import UserError
 from castlora.format_search import FILLINGS, find_formats
 from castlora.models import context_length
+from castlora.parts import NOTHING_KEPT, Parts
 from castlora.plan import plan_transfer
 from castlora.positions import bytes_per_token
+from castlora.run_directory import check_output_file, open_file_run
 from castlora.selection import most_informative, mutual_information, predict_first_tokens
 from castlora.stages import HELD_OUT_PASSAGES, Models, load_teacher
 from castlora.taught import check_taught, read_taught, write_taught
@@ -99,7 +102,9 @@ class TextSource:
             next(read_documents(self.text or HUB_DEFAULT))
 
 
-def prompt_formats(models: Models, text: TextSource, recipe: Recipe, seed: int) -> Sequence[str]:
+def prompt_formats(
+    models: Models, text: TextSource, recipe: Recipe, seed: int, parts: Parts = NOTHING_KEPT
+) -> Sequence[str]:
     """What general text is put into; nothing where prompts are given or text is read as it runs.
 
     Where the format of the adapter's prompts is not known, those that it listens to are found by asking it.
@@ -119,6 +124,7 @@ def prompt_formats(models: Models, text: TextSource, recipe: Recipe, seed: int) 
         candidate_formats(read_documents(general), recipe.format_candidates),
         draw_fillings(read_documents(general), FILLINGS, seed),
         _longest_prompt(models, recipe),
+        parts,
     )
     return found or GENERIC_FORMATS
 
@@ -154,7 +160,14 @@ def draw_text(models: Models, text: TextSource, formats: Sequence[str], recipe: 
     return passages
 
 
-def teach_text(models: Models, text: TextSource, formats: Sequence[str], recipe: Recipe, seed: int) -> list[Passage]:
+def teach_text(
+    models: Models,
+    text: TextSource,
+    formats: Sequence[str],
+    recipe: Recipe,
+    seed: int,
+    parts: Parts = NOTHING_KEPT,
+) -> list[Passage]:
     """The text of a run with all that source + LoRA has to say to it: passages are drawn, chosen and answered.
 
     Raises:
@@ -165,8 +178,8 @@ def teach_text(models: Models, text: TextSource, formats: Sequence[str], recipe:
         return read_taught(text.taught, count, models.source_tokenizer, models.target_tokenizer)
     drawn = draw_text(models, text, formats, recipe, seed)
     logger.info("Text: %s, %d passages", text.regime, len(drawn))
-    chosen = choose_prompts(models, drawn, recipe) if formats else drawn
-    return answer_prompts(models, chosen, recipe, seed)
+    chosen = choose_prompts(models, drawn, recipe, parts) if formats else drawn
+    return answer_prompts(models, chosen, recipe, seed, parts)
 
 
 def teach(
@@ -183,6 +196,7 @@ def teach(
     """Writes prompts with the answers of source + LoRA, for transfers to any number of targets.
 
     The first part of a transfer, which needs no target: text is drawn, put into prompt formats, chosen and answered.
+    Called again with the same arguments after an interruption, it continues where it was.
 
     Args:
         adapter: folder or hub id of a PEFT LoRA
@@ -201,27 +215,32 @@ def teach(
     Raises:
         UserError: bad input; nothing has been written.
     """
-    path = Path(out)
-    if path.exists() or not path.parent.is_dir():
-        state = "exists" if path.exists() else "lies in no folder that exists"
-        raise UserError(f"--out {out!r} {state}; give a new file, nothing is ever overwritten.")
     check_seed(seed)
     recipe = resolve_recipe("default", None, None, None, tuning or Tuning())
     if not recipe.write_answers:
         raise UserError("write_answers is false, so that there is nothing to teach; leave it out.")
+    request = {
+        "adapter": adapter, "source": source, "text": text, "prompt_format": prompt_format, "prompts": prompts,
+        "chat": chat, "seed": seed, "resolved_recipe": asdict(recipe), "castlora_version": __version__,
+    }  # fmt: skip
+    check_output_file(out, request)
     text_source = TextSource(text, prompt_format, prompts, chat)
     text_source.check()
     set_seed(seed)
     base = source or open_adapter(adapter).base_model
     models = load_teacher(plan_transfer(adapter, base, source))
-    formats = prompt_formats(models, text_source, recipe, seed)
-    passages = teach_text(models, text_source, formats, recipe, seed)
-    write_taught(path, passages)
+    with open_file_run(out, request) as state:
+        parts = Parts(state / "parts")
+        formats = prompt_formats(models, text_source, recipe, seed, parts)
+        passages = teach_text(models, text_source, formats, recipe, seed, parts)
+        write_taught(state / Path(out).name, passages)
     logger.info("Wrote %d answered prompts to %s", len(passages), out)
-    return path
+    return Path(out)
 
 
-def choose_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe) -> list[Passage]:
+def choose_prompts(
+    models: Models, passages: Sequence[Passage], recipe: Recipe, parts: Parts = NOTHING_KEPT
+) -> list[Passage]:
     """Of more prompts than are to be kept, those that tell most about the skill."""
     if len(passages) <= _kept_prompts(recipe):
         return list(passages)
@@ -231,6 +250,7 @@ def choose_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe) 
         passages,
         _longest_prompt(models, recipe),
         _PROMPT_BATCH,
+        parts,
     )
     distributions = first_tokens.distributions()
     indices = most_informative(distributions, min(_kept_prompts(recipe), len(distributions)))
@@ -242,7 +262,9 @@ def choose_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe) 
     return [passage for passage in passages if passage in chosen]
 
 
-def answer_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe, seed: int) -> list[Passage]:
+def answer_prompts(
+    models: Models, passages: Sequence[Passage], recipe: Recipe, seed: int, parts: Parts = NOTHING_KEPT
+) -> list[Passage]:
     """Prompts with the answers that source + LoRA writes, in shuffled order; plain text as it is."""
     prompts = [passage for passage in passages if passage.answer_start]
     if not prompts or not recipe.write_answers:
@@ -255,6 +277,7 @@ def answer_prompts(models: Models, passages: Sequence[Passage], recipe: Recipe, 
         max_prompt_tokens=_longest_prompt(models, recipe),
         batch_size=_PROMPT_BATCH,
         seed=seed,
+        parts=parts,
     )
     shuffled = list(answered)
     random.Random(seed).shuffle(shuffled)

@@ -1,5 +1,6 @@
 """Runs the demo: transfer, four evaluations, a table, samples and a report."""
 
+import hashlib
 import json
 import logging
 import time
@@ -11,24 +12,22 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from castlora.card import write_card
 from castlora.completions import generate
 from castlora.config import Tuning
 from castlora.demonstration.bundle import SOURCE, TARGET, DemoSkill, demo_models_path, demo_skill
 from castlora.errors import UserError
-from castlora.evaluation import Evaluation, evaluate_model, load_adapter
+from castlora.evaluation import Evaluation, evaluate_model, load_adapter, skill_of
 from castlora.lift import Lift, lift_with_interval
+from castlora.measured_tasks import describe_task
 from castlora.models import best_device, load_model
 from castlora.pipeline import TransferResult, transfer
-from castlora.record import REPORT_FILE
+from castlora.record import REPORT_FILE, record_task
 from castlora.report import (
     BARE_TARGET,
     RETRAINED,
     SOURCE_LORA,
     TRANSFERRED,
     Sample,
-    Score,
-    Skill,
     write_report,
 )
 from castlora.runs import read_run
@@ -134,7 +133,8 @@ def _write_results(
     lift: Lift,
     samples: Sequence[Sample],
 ) -> dict[str, Any]:
-    scores = {name: Score(found.score, found.ci95, found.nll) for name, found in evaluations.items()}
+    digest = hashlib.sha256(skill.task.read_bytes()).hexdigest()
+    task = describe_task(skill_of(skill.title, digest, evaluations), False, result.manifest["versions"])
     record = {
         "skill": skill.name,
         "scores": {
@@ -145,14 +145,11 @@ def _write_results(
         "transfer": result.manifest,
     }
     (folder / RESULTS_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    any_evaluation = evaluations[TRANSFERRED]
-    shown_skill = Skill(skill.title, scores, lift, any_evaluation.metric, any_evaluation.n)
-    write_card(result.folder, result.manifest, [shown_skill])
+    record_task(result.folder, task)
     report = replace(
         read_run(str(result.folder)).report,
         title=f"{skill.title}: {SOURCE} → {TARGET}",
         facts={"source": SOURCE, "target": TARGET, "text": "unlabelled prompts"},
-        skills=[shown_skill],
         samples=samples,
         command="castlora demo",
         files=["adapter/", RESULTS_FILE, REPORT_FILE],

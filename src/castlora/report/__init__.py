@@ -15,6 +15,7 @@ from castlora.report.contents import (
     Report,
     Sample,
     Score,
+    Similarity,
     SitePair,
     Skill,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Report",
     "Sample",
     "Score",
+    "Similarity",
     "SitePair",
     "Skill",
     "compare_runs",

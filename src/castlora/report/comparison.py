@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from castlora.formatting import is_interval, is_number, number, percent, percent_interval
+from castlora.formatting import is_interval, is_number, number, percent, percent_interval, score, score_interval
 from castlora.report import figures
-from castlora.report.contents import Report
+from castlora.report.contents import BARE_TARGET, TRANSFERRED, Report, Score
 from castlora.report.verdict import Verdict, verdict
 
 LOSS_HEIGHT = 280
@@ -227,7 +227,22 @@ def measures(comparison: Comparison) -> list[Measure]:
         "Next token as source + LoRA's": agreements,
         "KL divergence to source + LoRA, nats per position; shorter is closer": divergences,
     }
-    return [Measure(name, rows) for name, rows in named.items() if rows]
+    return [*_task_measures(comparison), *(Measure(name, rows) for name, rows in named.items() if rows)]
+
+
+def _task_measures(comparison: Comparison) -> list[Measure]:
+    """The scores of the runs on each task, without and with the adapter."""
+    axis = figures.Axis(0.0, 1.0)
+    rows: dict[tuple[str | None, str], list[BarRow]] = {}
+    for letter, run in comparison.runs.items():
+        for skill in run.report.skills:
+            transferred = skill.scores.get(TRANSFERRED, Score(None))
+            bounds = transferred.interval
+            whisker = (axis.position(bounds[0]), axis.position(bounds[1])) if is_interval(bounds) else None
+            ends = skill.value(BARE_TARGET), transferred.value
+            row = _row(letter, ends, axis, score, whisker, score_interval(bounds))
+            rows.setdefault((skill.sha256, f"{skill.name}: {skill.metric}"), []).append(row)
+    return [Measure(name, of_runs) for (_, name), of_runs in rows.items()]
 
 
 def _row(
@@ -274,6 +289,7 @@ def describe_comparison(comparison: Comparison) -> dict[str, Any]:
                 "verdict": run.verdict.headline,
                 "losses": dict(run.report.manifest["losses"]),
                 "answers": run.report.manifest["answers"],
+                "tasks": run.report.manifest.get("tasks", []),
                 "seconds": run.seconds,
                 "peak_memory_bytes": run.peak_memory_bytes,
                 "command": run.report.command,

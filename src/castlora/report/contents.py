@@ -38,6 +38,7 @@ class Skill:
         lift: How much of a retrained adapter's gain arrived; None without a retrained adapter.
         metric: What the score is.
         examples: Number of test examples.
+        sha256: Digest of the task file, which tells tasks of one name apart.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Skill:
     lift: Lift | None = None
     metric: str = "accuracy"
     examples: int | None = None
+    sha256: str | None = None
 
     @property
     def countable_lift(self) -> Lift | None:
@@ -65,8 +67,10 @@ class Distillation:
         components: Parts of the loss by name, e.g. "KL" and "hidden MSE", each in the form of `loss`.
         held_out_before: Loss on held-out text of the start.
         held_out_after: Loss on held-out text of the result.
-        agreement_before: Share of held-out positions where the bare target's next token is the teacher's.
+        held_out_bare: Loss on held-out text of the bare target.
+        agreement_before: Share of held-out positions where the start's next token is the teacher's.
         agreement_after: The same share for the result.
+        agreement_bare: The same share for the bare target.
     """
 
     loss: Series = ()
@@ -75,6 +79,8 @@ class Distillation:
     held_out_after: float | None = None
     agreement_before: float | None = None
     agreement_after: float | None = None
+    held_out_bare: float | None = None
+    agreement_bare: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,14 @@ class Imitation:
         same_before: Share of the bare target's answers that are the same.
         same_after: Share of the transferred target's.
         interval: 95 % interval of `same_after`.
+        same_by_chance: Share of the transferred target's answers that are the teacher's to another prompt.
     """
 
     prompts: int
     same_before: float
     same_after: float
     interval: tuple[float, float]
+    same_by_chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +125,27 @@ class Pairing:
         sites: One entry per target site.
         matrix: Weights or similarities, target layers × source layers; empty for none.
         measure: What the matrix holds, e.g. "CKA".
+        layer_map: For each target layer the source layer that speaks for it, to be outlined; empty to outline the
+            largest value of each row.
     """
 
     sites: Sequence[SitePair]
     matrix: Sequence[Sequence[float | None]] = ()
     measure: str = "weight"
+    layer_map: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike two bare models are on held-out text, as CKA: 1 where one space is the other, rotated and scaled.
+
+    Attributes:
+        modules: Of the outputs of each target module and of its partners in the source, by target module.
+        layers: Of the hidden states after each layer, target layers × source layers.
+    """
+
+    modules: Mapping[str, float]
+    layers: Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -187,6 +211,7 @@ class Report:
         samples: Generated text side by side.
         changes: What the adapters change in held-out text, and where.
         manifest: Full record of the run, JSON-like.
+        cost: What the run took, e.g. {"time": "90 s"}.
         command: Command line that reproduces the run.
         files: Names of the files written.
     """
@@ -200,5 +225,6 @@ class Report:
     samples: Sequence[Sample] = ()
     changes: Sequence[ChangedText] = ()
     manifest: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     files: Sequence[str] = ()

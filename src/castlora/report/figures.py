@@ -18,6 +18,8 @@ MOST_POINTS = 300
 _LIFT_LIMITS = (-0.5, 1.5)
 _SHADE_LIMIT = 0.6
 _MOST_LEVELS = 9
+_SMALLEST = 1e-300
+"""Numbers below it cannot be divided without a loss."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def bucket_means(points: Series, size: int) -> list[tuple[float, float]]:
 
 def nice_levels(low: float, high: float) -> list[float]:
     """Returns three to seven round values that enclose the range; from 0 when the range comes near it."""
+    low, high = (0.0 if abs(end) < _SMALLEST else end for end in (low, high))
     if 0 <= low < 0.5 * high:
         low = 0.0
     if high - low <= 1e-9 * max(abs(low), abs(high)):
@@ -211,7 +214,7 @@ class HeatCell:
         column: Source layer.
         text: Its value, as written in the cell.
         shade: Opacity of its fill, from 0 to the limit up to which the value stays readable on it.
-        best: Whether no other source layer has a larger value for this target layer.
+        best: Whether it is marked: the paired source layer, or the one with the largest value.
     """
 
     column: int
@@ -220,22 +223,29 @@ class HeatCell:
     best: bool
 
 
-def heat_rows(matrix: Sequence[Sequence[float | None]]) -> list[list[HeatCell]]:
+def heat_rows(matrix: Sequence[Sequence[float | None]], layer_map: Sequence[int] = ()) -> list[list[HeatCell]]:
     """Shades a matrix (target layers × source layers); values over 1 are scaled, short rows are filled up.
 
     Args:
         matrix: Weights or similarities; None and NaN where there is no value.
+        layer_map: Column to be marked in each row; empty to mark the largest values.
     """
     width = max(map(len, matrix), default=0)
     known = [value for row in matrix for value in row if is_number(value)]
     largest = max([1.0, *known])
     rows = []
-    for row in matrix:
+    for index, row in enumerate(matrix):
         best = max((value for value in row if is_number(value) and value > 0), default=None)
+        marked = layer_map[index] if index < len(layer_map) else None
         cells = [
-            HeatCell(column, _cell_text(value), round(_SHADE_LIMIT * max(0.0, value) / largest, 3), value == best)
+            HeatCell(
+                column,
+                _cell_text(value),
+                round(_SHADE_LIMIT * max(0.0, value) / largest, 3),
+                value == best if marked is None else column == marked,
+            )
             if is_number(value)
-            else HeatCell(column, "", 0.0, best=False)
+            else HeatCell(column, "", 0.0, best=column == marked)
             for column, value in enumerate([*row, *[None] * (width - len(row))])
         ]
         rows.append(cells)

@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from castlora.formatting import MISSING, number, percent, percent_interval, printable, score, score_interval
+from castlora.formatting import MISSING, is_number, number, percent, percent_interval, printable, score, score_interval
 from castlora.report import figures
 from castlora.report.comparison import LOSS_HEIGHT, Comparison, loss_curves, measures
 from castlora.report.contents import Distillation, Report
@@ -38,7 +38,7 @@ def render_report(report: Report) -> str:
             measured=_measured(report),
             loss=_loss_figure(report.distillation),
             loss_height=_LOSS_HEIGHT,
-            heat=figures.heat_rows(report.pairing.matrix) if report.pairing else [],
+            heat=figures.heat_rows(report.pairing.matrix, report.pairing.layer_map) if report.pairing else [],
             manifest=json.dumps(report.manifest, indent=2, ensure_ascii=False, default=str),
         )
     )
@@ -85,18 +85,20 @@ def _loss_figure(run: Distillation | None) -> figures.LossFigure | None:
     return figures.loss_figure({"loss": run.loss, **run.components}, ends, _LOSS_HEIGHT)
 
 
-def _measured(report: Report) -> list[tuple[str, str, str]]:
+def _measured(report: Report) -> list[tuple[str, ...]]:
+    """Rows of the bare target, the start and the result on held-out text."""
     run, imitation = report.distillation, report.imitation
-    rows = []
+    rows: list[tuple[str, ...]] = []
     if imitation is not None:
-        rows.append(("answer as the teacher's", percent(imitation.same_before), percent(imitation.same_after)))
+        rows.append(("answer as the teacher's", percent(imitation.same_before), "", percent(imitation.same_after)))
+    if imitation is not None and is_number(imitation.same_by_chance):
+        rows.append(("answer as the teacher's to another prompt", "", "", percent(imitation.same_by_chance)))
     if run is None:
         return rows
-    rows += [
-        ("loss", number(run.held_out_before), number(run.held_out_after)),
-        ("next token as the teacher's", percent(run.agreement_before), percent(run.agreement_after)),
-    ]
-    return [row for row in rows if row[1:] != (MISSING, MISSING)]
+    losses = run.held_out_bare, run.held_out_before, run.held_out_after
+    agreements = run.agreement_bare, run.agreement_before, run.agreement_after
+    rows += [("loss", *map(number, losses)), ("next token as the teacher's", *map(percent, agreements))]
+    return [row for row in rows if set(row[1:]) - {MISSING}]
 
 
 def _printable(value: object) -> object:

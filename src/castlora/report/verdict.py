@@ -96,9 +96,17 @@ def _imitation_verdict(imitation: Imitation, distilled: Verdict) -> Verdict:
         [
             f"After {imitation.prompts} prompts kept out of training the target writes what source + LoRA writes, word"
             f" for word; {percent(imitation.same_before)} without the adapter.",
+            *_chance(imitation),
             *distilled.details,
         ],
     )
+
+
+def _chance(imitation: Imitation) -> list[str]:
+    if not is_number(imitation.same_by_chance):
+        return []
+    share = percent(imitation.same_by_chance)
+    return [f"Held against what source + LoRA writes after the other prompts, {share} of its answers are the same."]
 
 
 def _distillation_verdict(run: Distillation) -> Verdict:
@@ -108,6 +116,7 @@ def _distillation_verdict(run: Distillation) -> Verdict:
     details = ["That says how closely the target follows its teacher, not how well it does on a task."]
     if is_number(run.agreement_after):
         earlier = f", {percent(run.agreement_before)} before" if is_number(run.agreement_before) else ""
+        earlier = f", {percent(run.agreement_bare)} without the adapter" if is_number(run.agreement_bare) else earlier
         details.insert(0, f"Its next token is the teacher's in {percent(run.agreement_after)} of positions{earlier}.")
     if not is_number(before) or before <= 0:
         return Verdict(f"Held-out loss {number(after)}", details=details)
