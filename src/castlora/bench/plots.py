@@ -14,6 +14,7 @@ _NAMES, _VALUES = 250, 130
 """Room in pixels for the names on the left and the figures on the right of the bars."""
 _CURVES_HEIGHT, _LINE = 360, 16
 _DEFAULT_COLOUR, _OTHER_COLOUR, _INK, _FAINT = "#0b6e75", "#8c959f", "#1f2328", "#d0d7de"
+_MOST_TICKS = 8
 _LINES = ((_DEFAULT_COLOUR, "none", 4), ("#b35900", "7 4", 3), ("#6e4fa3", "2 3", 3))
 """Colour, dashes and size of the marks of each line."""
 
@@ -62,26 +63,46 @@ def curve_chart(curves: Sequence[Curve], x_title: str, y_title: str) -> str:
         y_title: what y is
     """
     every = [point for curve in curves for point in curve.points]
-    ticks = sorted({x for x, _ in every})
+    first, last = min(x for x, _ in every), max(x for x, _ in every)
     low, high = (f(bound, *(y for _, y in every)) for f, bound in ((min, 0.0), (max, 1.0)))
     left, right, top, bottom = 60, _WIDTH - _VALUES, 2 * _MARGIN, _CURVES_HEIGHT - 50
 
     def place(x: float, y: float) -> tuple[float, float]:
-        along = math.log(x / ticks[0]) / math.log(ticks[-1] / ticks[0]) if len(ticks) > 1 else 0.5
+        along = math.log(x / first) / math.log(last / first) if first < last else 0.5
         return left + along * (right - left), bottom - (y - low) / (high - low) * (bottom - top)
 
     parts = [_text(left, bottom + 40, x_title), _text(left, top - 12, y_title)]
-    for tick in ticks:
+    for tick in logarithmic_ticks([x for x, _ in every]):
         x, _ = place(tick, 0)
         parts.append(_text(x, bottom + 20, f"{tick:g}", anchor="middle"))
     for level in (0.0, 0.5, 1.0):
-        _, y = place(ticks[0], level)
+        _, y = place(first, level)
         parts.append(f'<path d="M{left} {y:.1f}H{right}" stroke="{_FAINT}"/>')
         parts.append(_text(left - 8, y + 4, f"{level:.1f}", anchor="end"))
     ends = _apart([place(*curve.points[-1])[1] for curve in curves])
     for number, (curve, end) in enumerate(zip(curves, ends, strict=True)):
         parts.append(_curve(curve.name, [place(x, y) for x, y in curve.points], number, end))
     return _svg(_CURVES_HEIGHT, f"{y_title} against {x_title}", parts)
+
+
+def logarithmic_ticks(values: Iterable[float]) -> list[float]:
+    """Where to label a logarithmic axis: at its values, or where these are many at round numbers between them.
+
+    Args:
+        values: above 0
+
+    Example:
+        >>> logarithmic_ticks([50, 100, 100])
+        [50, 100]
+        >>> logarithmic_ticks(range(7, 120))
+        [10.0, 20.0, 50.0, 100.0]
+    """
+    distinct = sorted(set(values))
+    if len(distinct) <= _MOST_TICKS:
+        return distinct
+    low, high = distinct[0], distinct[-1]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [tick for decade in decades for step in (1, 2, 5) if low <= (tick := step * 10.0**decade) <= high]
 
 
 def _apart(heights: Sequence[float]) -> list[float]:
