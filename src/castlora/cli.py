@@ -15,9 +15,12 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_pa
 from castlora import __version__
 from castlora.commands import BENCHMARKS, COMMANDS
 from castlora.errors import BAD_INPUT, UserError
+from castlora.launcher import is_launched, is_main, process_count, wait_for_turn
 
 INTERRUPTED = 130
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
+_SHARED = ("transfer",)
+"""Commands that several processes can run together."""
 _WITHOUT_OPTION = "runs"
 """The parameter that takes the words of a command that follow no option."""
 
@@ -27,8 +30,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         program, complaint = _in_short(self.prog.replace(" [options]", ""), message)
-        print(f"castlora: {complaint}; see {program} --help.", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        _end_with(f"{complaint}; see {program} --help.")
 
     def get_completion_script(self, completion_type: str, **options: Any) -> str:
         """A script for a shell, with options as people type them; or the schema of the settings, as files have them."""
@@ -120,19 +122,46 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         _set_verbosity(quiet, verbose)
+        _check_launch(chosen)
         run(**vars(settings))
+        if is_launched():
+            from castlora.processes import leave
+
+            leave()
     except UserError as error:
-        print(f"castlora: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        _end_with(str(error))
     except KeyboardInterrupt:
-        print("castlora: interrupted; the same command continues transfer or teach where it was", file=sys.stderr)
+        if is_main():
+            print("castlora: interrupted; the same command continues transfer or teach where it was", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except Exception:
+        wait_for_turn(found_bad_input=False)
+        raise
+
+
+def _end_with(complaint: str) -> NoReturn:
+    """Ends the command because of bad input; of several processes one says why."""
+    wait_for_turn(found_bad_input=True)
+    print(f"castlora: {complaint}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def _check_launch(command: str) -> None:
+    """Raises a UserError if a launcher has started several processes of a command that is one."""
+    if process_count() > 1 and command not in _SHARED:
+        raise UserError(f"castlora {command} runs in one process; start it without torchrun or accelerate launch.")
 
 
 def _set_verbosity(quiet: bool, verbose: bool) -> None:
     """Sets what is written to standard error; the variables are read by libraries that no command has imported yet."""
     if quiet and verbose:
         raise UserError("--quiet and --verbose contradict each other; give one of them.")
+    if process_count() > 1 and not verbose:
+        # PyTorch says in every process that the gradients could be laid out otherwise.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not is_main():
+        _be_silent()
+        return
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"
     if verbose:
@@ -148,6 +177,13 @@ def _set_verbosity(quiet: bool, verbose: bool) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     # PEFT says of every module of a GPT-2 that it reads the layout from the module.
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+
+
+def _be_silent() -> None:
+    """What several processes have to say, the main one says."""
+    logging.basicConfig(level=logging.CRITICAL)
+    warnings.filterwarnings("ignore")
+    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "critical", "HF_HUB_VERBOSITY": "critical"}
 
 
 def _underscored(word: str) -> str:

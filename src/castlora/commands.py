@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from castlora.config import Form, RecipeName, ShapeName, Start, Tracker, Tuning
+from castlora.launcher import is_main
 
 NOT_PORTABLE = 1
 
@@ -63,7 +64,7 @@ def _transfer(
         adapter, target, out, source, text, _prompt_format(prompt_format), prompts, chat, taught, recipe, start, steps,
         batch_size, seed, rank, tuning, report_to,
     )  # fmt: skip
-    if json:
+    if json and is_main():
         _print_json(result.manifest)
 
 

@@ -1,7 +1,7 @@
 """Training the student (target + LoRA) to behave like the teacher (source + LoRA)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from castlora.objective import (
     weighted_mean,
 )
 from castlora.positions import AlignedPassage, Batch, PassageDataset, batches, collate, counted_places
+from castlora.processes import from_all, share_of_mean, wait_for_all
 from castlora.run_directory import seal
 from castlora.teacher import Predictions, Side, Teacher, predict
 from castlora.vocabulary import SharedVocabulary
@@ -42,6 +43,9 @@ _HELD_OUT_BATCH = 16
 _ADAM_BETAS = (0.9, 0.98)
 # Only models narrower than about 128 would go beyond it, and one of width 64 was seen to lose what it had learned.
 _HIGHEST_LEARNING_RATE = 0.01
+
+Mean = Callable[[Tensor, Tensor], Tensor]
+"""Mean of values under weights, both of one shape."""
 
 
 class Student(nn.Module):
@@ -57,6 +61,21 @@ class Student(nn.Module):
         """Keeps dropout off: the teacher's predictions are exact, and noise in the student would only blur them."""
         # The Trainer calls this at every step, and walking through all modules takes longer than it looks.
         return super().train(False) if self.training else self
+
+    def forward(
+        self, taught: Predictions, batch: Batch, shared: SharedVocabulary, recipe: Recipe, mean: Mean = weighted_mean
+    ) -> dict[str, Tensor]:
+        """The parts of the objective, as `distillation_losses` has them.
+
+        All that gradients flow through is inside, as data-parallel training needs it.
+        """
+        return distillation_losses(taught, self.predict(batch), batch, self.hidden_head, shared, recipe, mean)
+
+    def predict(self, batch: Batch) -> Predictions:
+        """What the student predicts on a batch."""
+        # PEFT looks at a weight more than once; maps need not be folded each time.
+        with parametrize.cached():
+            return predict(self.model, batch, "target", self.hidden_head is not None)
 
     def causal_lm(self) -> PeftModelForCausalLM:
         """The student as the language model that it is."""
@@ -79,10 +98,7 @@ def check_objective(shared: SharedVocabulary, recipe: Recipe) -> None:
 
 def read_batch(teacher: Teacher, student: Student, batch: Batch) -> tuple[Predictions, Predictions]:
     """What teacher and student predict on a batch; gradients flow into the student only."""
-    taught = teacher.predict(batch)
-    # PEFT looks at a weight more than once; maps need not be folded each time.
-    with parametrize.cached():
-        return taught, predict(student.model, batch, "target", student.hidden_head is not None)
+    return teacher.predict(batch), student.predict(batch)
 
 
 def distillation_losses(
@@ -92,6 +108,7 @@ def distillation_losses(
     hidden_head: nn.Module | None,
     shared: SharedVocabulary,
     recipe: Recipe,
+    mean: Mean = weighted_mean,
 ) -> dict[str, Tensor]:
     """The parts of the objective on one batch; those with weight 0 are left out.
 
@@ -102,6 +119,7 @@ def distillation_losses(
         hidden_head: compares the student's hidden states with the teacher's; None leaves them out
         shared: how the vocabularies correspond
         recipe: weights and temperature
+        mean: of values (n,) under weights (n,)
 
     Returns:
         `kl`, `mse` and `chunk`, scalars in nats (mse: squared hidden units), before weighting
@@ -111,14 +129,14 @@ def distillation_losses(
     losses = {}
     if recipe.kl_weight > 0:
         divergence = _divergence(taught.aligned(counts), learned.aligned(counts), shared, recipe.temperature)
-        losses["kl"] = weighted_mean(divergence, weights[counts])
+        losses["kl"] = mean(divergence, weights[counts])
     if hidden_head is not None:
         teacher_hidden = taught.hidden[counted_places(batch["source_positions"], counts)].float()
         student_hidden = learned.hidden[counted_places(batch["target_positions"], counts)].float()
         error = (hidden_head(student_hidden) - teacher_hidden).square().mean(-1)
-        losses["mse"] = weighted_mean(error, weights[counts])
+        losses["mse"] = mean(error, weights[counts])
     if recipe.chunk_weight > 0 and not shared.is_whole:
-        losses["chunk"] = _chunk_loss(taught, learned, weights, shared)
+        losses["chunk"] = _chunk_loss(taught, learned, weights, shared, mean)
     return losses
 
 
@@ -198,6 +216,8 @@ class DistillationTrainer(Trainer):
         )
         warmup = max(1, round(_WARMUP_FRACTION * recipe.steps))
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, recipe.steps)
+        # On a machine with several, the Trainer would hand a batch for each to one process.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         super().__init__(
             model=student,
             args=arguments,
@@ -214,10 +234,8 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The distillation objective on one batch."""
-        student = self.accelerator.unwrap_model(model)
-        taught, learned = read_batch(self.teacher, student, inputs)
-        losses = distillation_losses(taught, learned, inputs, student.hidden_head, self.shared, self.recipe)
+        """The distillation objective on this process's share of a batch; its mean over the processes is the batch's."""
+        losses = model(self.teacher.predict(inputs), inputs, self.shared, self.recipe, share_of_mean)
         for name, loss in losses.items():
             self.parts.setdefault(name, []).append(loss.item())
         loss = total_loss(losses, self.recipe)
@@ -225,7 +243,8 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the mean of each part of the objective since the last report."""
-        means = {name: sum(values) / len(values) for name, values in self.parts.items()}
+        of_processes = from_all({name: sum(values) / len(values) for name, values in self.parts.items()})
+        means = {name: sum(of_one[name] for of_one in of_processes) / len(of_processes) for name in self.parts}
         self.parts = {}
         super().log({**logs, **means}, *args, **kwargs)
 
@@ -260,8 +279,10 @@ class SealCheckpoints(TrainerCallback):
     """Lets a checkpoint that is damaged later be told from one that is as it was written."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Seals the checkpoint that the Trainer has just written."""
-        seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        """Seals the checkpoint that the Trainer has just written; every process writes a file of it."""
+        wait_for_all()
+        if state.is_world_process_zero:
+            seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
 def peak_learning_rate(recipe: Recipe, hidden_size: int) -> float:
@@ -291,7 +312,9 @@ def _divergence(teacher_logits: Tensor, student_logits: Tensor, shared: SharedVo
     return kl_divergence(teacher, student) * temperature**2
 
 
-def _chunk_loss(taught: Predictions, learned: Predictions, weights: Tensor, shared: SharedVocabulary) -> Tensor:
+def _chunk_loss(
+    taught: Predictions, learned: Predictions, weights: Tensor, shared: SharedVocabulary, mean: Mean
+) -> Tensor:
     """Chunk divergence over the stretches that classes of tokens leave open.
 
     These are the ones that a tokenizer cuts into several tokens, and the ones that begin with a target token whose
@@ -305,4 +328,4 @@ def _chunk_loss(taught: Predictions, learned: Predictions, weights: Tensor, shar
     is_open = (source_lengths > 1) | (target_lengths > 1) | is_ambiguous
     is_chunk = (source_lengths > 0) & (target_lengths > 0)
     # The prediction of a chunk is made at its first position, whose weight it has.
-    return weighted_mean(binary_kl(teacher, student), weights[:, :-1] * (is_chunk & is_open))
+    return mean(binary_kl(teacher, student), weights[:, :-1] * (is_chunk & is_open))

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from castlora.adapters import LowRank
 from castlora.capture import capture
+from castlora.launcher import local_process_count
 from castlora.maps import merge_branches
 from castlora.models import layer_index, row_numbers
 from castlora.pairing import Branch, ModulePair, Pairing
 from castlora.positions import AlignedPassage, batches, counted_places
+from castlora.processes import add_up, from_all, share_of_passages
 from castlora.solvers import ridge_inverse, ridge_map
 from castlora.starts import BranchMaps, Maps
 from castlora.statistics import Moments
@@ -66,6 +68,7 @@ def solve_by_layers(
 
     They grow with the square of the width: for a pair of 7B models those of all layers fill 278 GiB. Where they do not
     fit into memory together, the text is read once per group of layers. What is solved does not depend on the grouping.
+    Where several processes run, each reads its share of the text, and all solve from the sums.
 
     Args:
         source: the bare source model
@@ -80,11 +83,12 @@ def solve_by_layers(
         the solutions of all
     """
     if memory_bytes is None:
-        memory_bytes = memory_for_statistics(target)
+        memory_bytes = min(from_all(memory_for_statistics(target)))
+    share = share_of_passages(passages, STATISTICS_BATCH)
     solved: dict[_Key, _Solution] = {}
     for part in layer_groups(pairing, factors, memory_bytes):
         # No name is bound to the statistics, so that they are gone before those of the next group are summed.
-        solved |= solve(collect_moments(source, target, part, passages))
+        solved |= solve(_of_all_processes(collect_moments(source, target, part, share)))
     return solved
 
 
@@ -250,7 +254,15 @@ def memory_for_statistics(model: nn.Module) -> int:
         return int(_SHARE_FOR_SUMS * free[device.index])
     # What the machine has comes last, under a name that depends on the machine.
     *_, of_machine = free.values()
-    return int(_SHARE_FOR_SUMS * of_machine)
+    return int(_SHARE_FOR_SUMS * of_machine / local_process_count())
+
+
+def _of_all_processes(moments: SiteMoments) -> SiteMoments:
+    """The sums of the processes, added up in place: there is no room for a second set."""
+    for of_site in (*moments.inputs.values(), *moments.outputs.values()):
+        for tensor in vars(of_site).values():
+            add_up(tensor)
+    return moments
 
 
 def _layer(pair: ModulePair) -> int:

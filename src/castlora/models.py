@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -25,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from castlora.errors import UserError, first_line
+from castlora.processes import this_process
 
 logger = logging.getLogger("castlora")
 
@@ -192,7 +192,7 @@ def load_model(
 
 def best_device() -> torch.device:
     """Where models go: the accelerator of this process if there is one."""
-    return torch.device(PartialState().device or "cpu")
+    return this_process().device
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

@@ -5,6 +5,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from castlora.pairing import Pairing, describe
 from castlora.parts import Parts
 from castlora.plan import Plan, describe_beyond, plan_transfer
 from castlora.positions import AlignedPassage, collate
+from castlora.processes import from_main, share_of_batch, this_process
 from castlora.record import write_record
 from castlora.run_directory import RunDirectory, check_output, is_sealed, open_run, seal, write_whole
 from castlora.scaling import TRAINED_SCALES, ScaleChoice, keep_best_scale
@@ -84,7 +86,8 @@ def transfer(
 ) -> TransferResult:
     """Moves an adapter to another base model and writes a standard PEFT LoRA.
 
-    Called again with the same arguments after an interruption, it continues where it was.
+    Called again with the same arguments after an interruption, it continues where it was. Where a launcher such as
+    torchrun has started several processes, each calls it with the same arguments, and they share the work.
 
     Args:
         adapter: folder or hub id of a PEFT LoRA
@@ -123,6 +126,7 @@ def transfer(
     resolved = resolve_recipe(recipe, start, steps, batch_size, tuning)
     check_seed(seed)
     check_tracker(report_to)
+    share_of_batch(resolved.batch_size)
     settings = {**request, "resolved_recipe": asdict(resolved), "castlora_version": __version__}
     check_output(out, settings)
     started = time.monotonic()
@@ -134,57 +138,61 @@ def transfer(
     if plan.beyond:
         logger.info(describe_beyond(plan.beyond))
     text_source = TextSource(text, prompt_format, prompts, chat, taught)
-    text_source.check()
-    licences = read_licences(plan, text_source.general)
+    from_main(text_source.check)
+    licences = from_main(partial(read_licences, plan, text_source.general))
     models = load_models(plan)
     check_objective(models.shared, resolved)
 
-    with open_run(out, settings, plan.state_bytes(resolved)) as run:
-        try:
-            reading = _read(run, models, text_source, resolved, seed)
-            training, held_out = align_text(models, reading.passages, resolved)
-        except UserError:
-            run.discard()
-            raise
-        masses = _report_shared_mass(models, held_out)
+    with ExitStack() as held:
+        # The main process holds the folder, until all are done.
+        run = from_main(lambda: held.enter_context(open_run(out, settings, plan.state_bytes(resolved))))
+        reading, training, held_out = from_main(partial(_read_aligned, run, models, text_source, resolved, seed))
+        masses = from_main(partial(_report_shared_mass, models, held_out))
         student = start_student(models, plan, resolved, training, output_rank, seed)
         trained = _train(run, models, student, training, held_out, resolved, seed, report_to)
-        # Some of these may have been dropped for their length, so that they were not trained on either.
-        shown = reading.passages[-len(held_out) :]
-        imitation = compare_answers(
-            (models.source, models.source_tokenizer),
-            (models.target, models.target_tokenizer),
-            student.model,
-            shown,
-            resolved.answer_tokens,
-        )
-        changes = measure_changes(models, student.model, shown, resolved.max_length, _SHOWN_PASSAGES)
-        similarity = measure_similarity(models, student.model, plan.pairing, shown, resolved.max_length)
-        manifest = {
-            **describe_inputs(plan, models, text_source, reading.formats),
-            "licences": licences,
-            "castlora_version": __version__,
-            "rank": output_rank,
-            "pairing": describe_pairing(plan.pairing),
-            "layer_map": list(plan.pairing.layer_map),
-            "recipe": describe_recipe(resolved, recipe),
-            "seed": seed,
-            "versions": versions(),
-            "passages": {"training": len(training), "held_out": len(held_out)},
-            "held_out_sha256": text_sha256(held_out),
-            "shared_vocabulary": masses,
-            "losses": trained.losses,
-            "scale": asdict(trained.scale),
-            "answers": describe_imitation(imitation),
-            "command": command_line({**request, "out": out}),
-        }
-        manifest["logit_difference"] = _write_adapter(run, plan, student, output_rank, held_out)
-        manifest["seconds"] = round(time.monotonic() - started, 1)
-        manifest["peak_memory_bytes"] = peak_memory_bytes()
-        if reading.passages[0].is_chat and models.target_tokenizer.chat_template is None:
-            write_whole(run.finished / TEMPLATE_FILE, target_template(models.source_tokenizer, models.target_tokenizer))
-        write_record(run.finished, manifest, trained.log, imitation, changes, similarity)
-        run.publish()
+
+        def finish() -> dict[str, Any]:
+            # Some of these may have been dropped for their length, so that they were not trained on either.
+            shown = reading.passages[-len(held_out) :]
+            imitation = compare_answers(
+                (models.source, models.source_tokenizer),
+                (models.target, models.target_tokenizer),
+                student.model,
+                shown,
+                resolved.answer_tokens,
+            )
+            changes = measure_changes(models, student.model, shown, resolved.max_length, _SHOWN_PASSAGES)
+            similarity = measure_similarity(models, student.model, plan.pairing, shown, resolved.max_length)
+            manifest = {
+                **describe_inputs(plan, models, text_source, reading.formats),
+                "licences": licences,
+                "castlora_version": __version__,
+                "rank": output_rank,
+                "pairing": describe_pairing(plan.pairing),
+                "layer_map": list(plan.pairing.layer_map),
+                "recipe": describe_recipe(resolved, recipe),
+                "seed": seed,
+                "versions": versions(),
+                "processes": this_process().count,
+                "passages": {"training": len(training), "held_out": len(held_out)},
+                "held_out_sha256": text_sha256(held_out),
+                "shared_vocabulary": masses,
+                "losses": trained.losses,
+                "scale": asdict(trained.scale),
+                "answers": describe_imitation(imitation),
+                "command": command_line({**request, "out": out}),
+            }
+            manifest["logit_difference"] = _write_adapter(run, plan, student, output_rank, held_out)
+            manifest["seconds"] = round(time.monotonic() - started, 1)
+            manifest["peak_memory_bytes"] = peak_memory_bytes()
+            if reading.passages[0].is_chat and models.target_tokenizer.chat_template is None:
+                template = target_template(models.source_tokenizer, models.target_tokenizer)
+                write_whole(run.finished / TEMPLATE_FILE, template)
+            write_record(run.finished, manifest, trained.log, imitation, changes, similarity)
+            run.publish()
+            return manifest
+
+        manifest = from_main(finish)
     logger.info("Wrote %s", out)
     if prompts is None and taught is None:
         logger.info("More of a skill arrives with --prompts, a file of the task's prompts without answers.")
@@ -198,6 +206,18 @@ class _Reading:
     formats: Sequence[str]
     """What general text was put into."""
     passages: list[Passage]
+
+
+def _read_aligned(
+    run: RunDirectory, models: Models, text: TextSource, recipe: Recipe, seed: int
+) -> tuple[_Reading, list[AlignedPassage], list[AlignedPassage]]:
+    """What is read, and its passages for training and held out; where it comes to nothing, the run leaves nothing."""
+    try:
+        reading = _read(run, models, text, recipe, seed)
+        return reading, *align_text(models, reading.passages, recipe)
+    except UserError:
+        run.discard()
+        raise
 
 
 def _read(run: RunDirectory, models: Models, text: TextSource, recipe: Recipe, seed: int) -> _Reading:
@@ -236,22 +256,25 @@ def _train(
     seed: int,
     report_to: Tracker | None,
 ) -> _Trained:
-    """Trains the student from where the run was, chooses its scale, and measures it on held-out text."""
+    """Trains the student from where the run was, chooses its scale, and measures it on held-out text.
+
+    Only the main process scales its student.
+    """
     teacher = hold_teacher(models, training, held_out, recipe)
     measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
-    before = measure(student)
+    before = from_main(partial(measure, student))
     with student.model.disable_adapter():
-        bare = measure(student)
+        bare = from_main(partial(measure, student))
     name = run.out.resolve().name
-    checkpoint = run.last_checkpoint()
+    checkpoint = from_main(run.last_checkpoint)
     if checkpoint:
         logger.debug("Training goes on from %s", Path(checkpoint).name)
     log = train_student(
         teacher, student, models.shared, training, recipe, seed, run.checkpoints, checkpoint,
-        callbacks=tracking(report_to, name), run_name=name,
+        callbacks=tracking(report_to, name) if this_process().is_main else (), run_name=name,
     )  # fmt: skip
-    scale = keep_best_scale(student, measure, TRAINED_SCALES)
-    after = measure(student)
+    scale = from_main(partial(keep_best_scale, student, measure, TRAINED_SCALES))
+    after = from_main(partial(measure, student))
     logger.info("Held-out KL to source + LoRA: %.4f before, %.4f after (nats per position)", before.kl, after.kl)
     return _Trained(_losses({"bare": bare, "before": before, "after": after}), scale, log)
 

@@ -28,6 +28,7 @@ from castlora.maps import balance
 from castlora.models import best_device, load_model
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage, align_passages
+from castlora.processes import share_of_batch
 from castlora.starts import Maps, attach_lora, fold_maps, paper_maps, parametrize_by_maps, start_from_factors
 from castlora.teacher import LiveTeacher, RecordedTeacher, Teacher, record_bytes, record_limit
 from castlora.text import Passage
@@ -171,10 +172,10 @@ def _square_of_norm(balanced: Mapping[str, LowRank]) -> float:
 def hold_teacher(
     models: Models, training: Sequence[AlignedPassage], held_out: Sequence[AlignedPassage], recipe: Recipe
 ) -> Teacher:
-    """The teacher of a run: its predictions are kept where training reads passages again and memory allows."""
+    """The teacher of a run: its predictions are kept where a process reads passages again and memory allows."""
     passages = [*training, *held_out]
     with_hidden = recipe.mse_weight > 0
-    is_read_again = recipe.steps * recipe.batch_size > len(training)
+    is_read_again = recipe.steps * share_of_batch(recipe.batch_size) > len(training)
     needed = record_bytes(models.source, passages, with_hidden)
     if is_read_again and needed <= record_limit(models.source):
         logger.debug("What source + LoRA predicts is kept in memory: %d MiB at most", needed >> 20)
@@ -204,7 +205,7 @@ def train_student(
     arguments = TrainingArguments(
         output_dir=str(state_folder),
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=share_of_batch(recipe.batch_size),
         logging_steps=max(1, recipe.steps // 50),
         save_strategy="no" if quiet else "steps",
         save_steps=max(1, recipe.steps // 10),
@@ -216,6 +217,11 @@ def train_student(
         disable_tqdm=quiet,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=best_device().type == "cpu",
+        # Otherwise the gradients are laid out anew after the first step, and those of three or more processes would be
+        # added in another order, so that a run that went on would not end in the same bytes.
+        ddp_find_unused_parameters=True,
+        ddp_broadcast_buffers=False,
     )
     examples = reading_order(training, recipe.steps * recipe.batch_size, recipe.batch_size, seed)
     trainer = DistillationTrainer(teacher, student, examples, shared, recipe, arguments)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from castlora.adapter_files import WEIGHTS_FILE
 from castlora.errors import BAD_INPUT, UserError
+from castlora.launcher import environment_of_its_own
 from castlora.models import best_device, load_model
 
 _TOLERANCE, _ROUNDINGS = 1e-4, 4
@@ -57,6 +58,7 @@ def check_written(adapter: Path, target: str, revision: str | None, ids: Tensor,
             capture_output=True,
             text=True,
             check=False,
+            env=environment_of_its_own(),
         )
     if finished.returncode == BAD_INPUT:
         raise UserError(finished.stderr.strip().splitlines()[-1])

@@ -1,0 +1,126 @@
+"""What each of several processes does for `test_processes.py`, which starts them with torchrun.
+
+in_processes.py parts SOURCE TARGET OUT    writes what `parts` returns
+in_processes.py command WORD...            castlora, with an adapter that only the main process has
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import tiny
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from castlora.adapters import LowRank
+from castlora.cli import main
+from castlora.config import PAPER
+from castlora.distill import Student, total_loss
+from castlora.errors import UserError
+from castlora.fitting import SiteMoments, solve_by_layers
+from castlora.launcher import process_count
+from castlora.models import linear_slots
+from castlora.pairing import pair_modules
+from castlora.positions import AlignedPassage, collate
+from castlora.processes import from_all, from_main, leave, share_of_batch, share_of_mean, this_process
+from castlora.starts import attach_lora
+from castlora.teacher import LiveTeacher
+from castlora.vocabulary import SharedVocabulary
+
+BATCH = 8
+
+
+def parts(source: Path, target: Path) -> dict[str, Tensor]:
+    """The statistics that all processes have together, and the loss and the gradients of one batch."""
+    torch.set_num_threads(1)
+    return {**statistics(source, target), **gradients(source, target)}
+
+
+def statistics(source: Path, target: Path) -> dict[str, Tensor]:
+    """Sums over 40 passages, which are three batches: one of four processes has none."""
+    models = [tiny.load(source), tiny.load(target)]
+    slots = [linear_slots(model, model.config) for model in models]
+    factors = {slot.name: LowRank(torch.ones(2, slot.d_in), torch.ones(slot.d_out, 2)) for slot in slots[0].values()}
+
+    def keep(moments: SiteMoments) -> dict[str, Tensor]:
+        sites = {"input": moments.inputs, "output": moments.outputs}
+        return {
+            f"{kind} {site} {field}": tensor
+            for kind, of_sites in sites.items()
+            for site, of_site in of_sites.items()
+            for field, tensor in vars(of_site).items()
+        }
+
+    passages = tiny.aligned(source.name, target.name, 40)
+    return solve_by_layers(*models, pair_modules(*slots, factors), factors, passages, keep)
+
+
+def gradients(source: Path, target: Path) -> dict[str, Tensor]:
+    """Of a batch whose passages have unlike numbers of positions that count, with all parts of the objective."""
+    recipe = replace(PAPER, chunk_weight=1.0)
+    teacher = LiveTeacher(tiny.load(source), with_hidden=True)
+    base = tiny.load(target)
+    torch.manual_seed(0)
+    adapted = attach_lora(base, tiny.LINEAR_MODULES[target.name], 4)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    student = Student(adapted, base.config.hidden_size, teacher.model.config.hidden_size, with_head=True)
+    families = [tiny.family(path.name) for path in (source, target)]
+    tokenizers = [tiny.ByteTokenizer.from_tokenizer(tokenizer) for _, tokenizer in families]
+    shared = SharedVocabulary.of(*tokenizers, *(config.vocab_size for config, _ in families))
+
+    here = this_process()
+    share = share_of_batch(BATCH)
+    batch = collate(_uneven(source.name, target.name)[here.index * share : (here.index + 1) * share])
+    model = DistributedDataParallel(student, find_unused_parameters=True) if here.count > 1 else student
+    losses = model(teacher.predict(batch), batch, shared, recipe, share_of_mean)
+    loss = total_loss(losses, recipe)
+    loss.backward()
+    of_processes = from_all(loss.item())
+    learned = {name: parameter.grad for name, parameter in student.trainable().items()}
+    return {**learned, "loss": torch.tensor(sum(of_processes) / len(of_processes))}
+
+
+def _uneven(source: str, target: str) -> list[AlignedPassage]:
+    passages = tiny.aligned(source, target, BATCH)
+    for number, passage in enumerate(passages):
+        passage.weights[:] = [1.0] * len(passage.weights)
+        if number < BATCH // 2:
+            passage.weights[:-1] = [0.0] * (len(passage.weights) - 1)
+    return passages
+
+
+def errors_of_main() -> list[str]:
+    """What each process hears of bad input that the main process alone has seen."""
+
+    def fail() -> None:
+        raise UserError(f"process {this_process().index} has seen it.")
+
+    try:
+        from_main(fail)
+    except UserError as error:
+        return from_all(str(error))
+    return []
+
+
+def _write_parts(source: Path, target: Path, out: Path) -> None:
+    assert this_process().count == process_count() > 1
+    found = parts(source, target)
+    assert from_main(lambda: this_process().index) == 0
+    assert errors_of_main() == ["process 0 has seen it."] * this_process().count
+    if this_process().is_main:
+        save_file(found, out)
+    leave()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "parts":
+        _write_parts(*map(Path, sys.argv[2:]))
+    else:
+        words = sys.argv[2:]
+        if not this_process().is_main:
+            words[words.index("--adapter") + 1] = "nowhere"
+        main(words)

@@ -1,0 +1,218 @@
+"""Several processes, started by torchrun, do together what one does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from in_processes import parts
+from safetensors.torch import load_file
+
+from castlora import UserError, launcher, pipeline, processes, transfer
+from castlora.cli import main
+from castlora.config import Tuning
+from castlora.launcher import environment_of_its_own, wait_for_turn
+from castlora.processes import Process, share_of_batch
+
+TESTS = Path(__file__).parent
+STATE = ".castlora"
+
+
+def torchrun(count: int, *words: object) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return [*start, *map(str, words)]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def said(finished: subprocess.CompletedProcess[str]) -> list[str]:
+    """The sentences of castlora; torchrun has its own about processes that failed."""
+    return [line for line in finished.stderr.splitlines() if line.startswith("castlora: ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_statistics_and_gradients_are_those_of_one_process(base_model, tmp_path, count):
+    models = base_model("llama"), base_model("gpt2")
+    out = tmp_path / "parts.safetensors"
+    finished = run(torchrun(count, TESTS / "in_processes.py", "parts", *models, out))
+    assert finished.returncode == 0, finished.stderr
+    together, alone = load_file(out), parts(*models)
+    assert together.keys() == alone.keys()
+    for name, expected in alone.items():
+        # Gradients are sums in single precision, statistics in double.
+        tolerance = 1e-10 if expected.dtype == torch.float64 else 1e-4
+        difference = (together[name] - expected).abs().max()
+        assert difference <= tolerance * expected.abs().max(), name
+    assert sum(tensor.dtype == torch.float64 for tensor in alone.values()) > 100
+
+
+@pytest.fixture(scope="module")
+def request_words(base_model, adapter, prompts_file):
+    """The words of a transfer between tiny models, to some folder."""
+
+    def words(out: Path) -> list[str]:
+        places = {"adapter": adapter("llama"), "target": base_model("gpt2"), "prompts": prompts_file, "out": out}
+        numbers = {"steps": 40, "batch-size": 6, "tuning.max-length": 60, "tuning.answer-tokens": 6}
+        return ["transfer", *(word for key, value in (places | numbers).items() for word in (f"--{key}", str(value)))]
+
+    return words
+
+
+@pytest.fixture(scope="module")
+def undisturbed(request_words, tmp_path_factory):
+    """What three processes print and write."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    finished = run(torchrun(3, "-m", "castlora", *request_words(out), "--json", "true"))
+    assert finished.returncode == 0, finished.stderr
+    return finished, out
+
+
+@pytest.mark.slow
+def test_three_processes_train_what_one_trains(
+    undisturbed, base_model, adapter, prompts_file, tmp_path, checked_in_process
+):
+    _, out = undisturbed
+    tuning = Tuning(max_length=60, answer_tokens=6)
+    alone = transfer(
+        str(adapter("llama")), str(base_model("gpt2")), str(tmp_path / "alone"),
+        prompts=str(prompts_file), steps=40, batch_size=6, tuning=tuning,
+    )  # fmt: skip
+    together = json.loads((out / "castlora.json").read_text())
+    assert (together["processes"], alone.manifest["processes"]) == (3, 1)
+    assert together["losses"] == pytest.approx(alone.manifest["losses"], rel=1e-4)
+    log = json.loads((out / "report.json").read_text())["log"]
+    assert [entry["step"] for entry in log] == [entry["step"] for entry in alone.log]
+    for mine, expected in zip(log, alone.log, strict=True):
+        for part in ("loss", "kl", "chunk", "grad_norm", "learning_rate"):
+            assert mine[part] == pytest.approx(expected[part], rel=1e-4, abs=1e-6), part
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (out, alone.folder)]
+    for name, expected in weights[1].items():
+        assert (weights[0][name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+@pytest.mark.slow
+def test_one_process_speaks_and_writes_for_all(undisturbed):
+    finished, out = undisturbed
+    assert json.loads(finished.stdout) == json.loads((out / "castlora.json").read_text())
+    assert finished.stderr.count("Held-out KL to source + LoRA") == finished.stderr.count("Wrote ") == 1
+    assert "reducer.cpp" not in finished.stderr and "Traceback" not in finished.stderr
+    assert not (out / STATE).exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_which_one_process_was_killed_goes_on_to_the_same_bytes(undisturbed, request_words, tmp_path):
+    out = tmp_path / "out"
+    command = torchrun(3, "-m", "castlora", *request_words(out))
+    launched = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    while launched.poll() is None and not list(out.glob(f"{STATE}/checkpoints/checkpoint-*/sealed.json")):
+        time.sleep(0.01)
+    (victim,) = [child for child in psutil.Process(launched.pid).children() if child.environ().get("RANK") == "1"]
+    victim.send_signal(signal.SIGKILL)
+    _, complaints = launched.communicate()
+    assert launched.returncode == 1 and "Signal 9 (SIGKILL)" in complaints
+    assert [path.name for path in out.iterdir()] == [STATE]
+
+    finished = run([*command, "-v"])
+    assert finished.returncode == 0, finished.stderr
+    assert "Training goes on from checkpoint-" in finished.stderr
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (out, undisturbed[1])]
+    assert names[0] == names[1]
+    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (out, undisturbed[1])]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("found_by", ["all", "one"])
+def test_bad_input_is_said_once_and_ends_all(request_words, tmp_path, found_by):
+    words = request_words(tmp_path / "out")
+    if found_by == "all":
+        words[words.index("--batch-size") + 1] = "5"
+        finished = run(torchrun(2, "-m", "castlora", *words))
+        assert said(finished) == [
+            "castlora: batch_size is 5, which 2 processes cannot share equally; give a multiple of 2."
+        ]
+    else:
+        finished = run(torchrun(2, TESTS / "in_processes.py", "command", *words))
+        assert said(finished) == [
+            "castlora: Adapter 'nowhere' is not a folder; give the folder that PEFT saved, or a hub id."
+        ]
+    # torchrun itself ends with 1 whatever a process ends with, and says which.
+    assert finished.returncode == 1 and "exitcode  : 2 " in finished.stderr
+    assert "RuntimeError" not in finished.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def as_process(monkeypatch):
+    """Lets this process be one of two, without the other; the list holds the seconds that it waits."""
+
+    def become(index: int) -> list[float]:
+        for name, value in {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "WARNING")
+        waited: list[float] = []
+        monkeypatch.setattr(launcher.time, "sleep", waited.append)
+        return waited
+
+    return become
+
+
+def test_who_has_most_to_say_speaks_first(as_process):
+    assert as_process(0) == [] and wait_for_turn(found_bad_input=True) is None
+    turns = []
+    for index, found_bad_input in ((0, True), (1, True), (0, False), (1, False)):
+        waited = as_process(index)
+        wait_for_turn(found_bad_input)
+        turns.append(sum(waited))
+    assert turns[0] == 0 < turns[1] < turns[2] == turns[3]
+
+
+def test_one_process_waits_for_nobody(monkeypatch):
+    monkeypatch.setattr(launcher.time, "sleep", lambda _seconds: pytest.fail("it waited"))
+    wait_for_turn(found_bad_input=True)
+    wait_for_turn(found_bad_input=False)
+
+
+def test_a_process_that_is_to_work_alone_does_not_join(as_process):
+    as_process(1)
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} & environment_of_its_own().keys()
+    assert environment_of_its_own()["PATH"] == os.environ["PATH"]
+
+
+def test_a_command_that_several_processes_cannot_share_is_refused(as_process, tmp_path, capsys):
+    as_process(0)
+    with pytest.raises(SystemExit) as caught:
+        main(["teach", "--adapter", "any", "--out", str(tmp_path / "taught.jsonl")])
+    assert caught.value.code == 2
+    assert "castlora teach runs in one process; start it without torchrun or" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_complained_of_by_turns(as_process, capsys):
+    waited = as_process(1)
+    with pytest.raises(SystemExit):
+        main(["transfer", "--adapterr", "any"])
+    assert waited == [launcher._TURN]
+
+
+def test_a_defect_is_shown_when_others_have_had_their_say(as_process, monkeypatch):
+    waited = as_process(0)
+    monkeypatch.setattr(pipeline, "transfer", lambda *_arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["transfer", "--adapter", "any", "--target", "any", "--out", "any"])
+    assert waited == [2 * launcher._TURN]
+
+
+def test_a_batch_is_shared_equally_or_not_at_all(monkeypatch):
+    monkeypatch.setattr(processes, "this_process", lambda: Process(1, 3, torch.device("cpu")))
+    assert share_of_batch(12) == 4
+    with pytest.raises(UserError, match="batch_size is 16, which 3 processes cannot share equally; give a multiple"):
+        share_of_batch(16)
