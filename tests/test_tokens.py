@@ -38,9 +38,9 @@ RIGHT_TO_LEFT = ("مرحبا", " שלום", "\u200f", "\u202b", "עם 123")
 COMBINING = ("नमस्ते", "ก็", "ế", "e\u0323\u0302", "\u1100\u1161\u11a8")
 CODE = ("def f(x):\n    return x[1:]\n", "\t\tif (a != b) {\r\n", "<div class='a'>", "x_1 = 0x41;")
 SPACES = (" ", "  ", "\r\n", "\n", "\t", "\u00a0", "\u200a")
-LOOK_ALIKES = ("<0x41>", "Ġ", "\x00", "<", "</")
+LOOK_ALIKES = ("<0x4>", "Ġ", "\x00", "<", "</")
 WRITTEN = (*WORDS, *RIGHT_TO_LEFT, *COMBINING, *CODE, *SPACES, *LOOK_ALIKES)
-NOT_SPELLED = ("▁", "<s>", "</s>", "<unk>", "<|endoftext|>")
+NOT_SPELLED = ("<0x41>", "▁", "<s>", "</s>", "<unk>", "<|endoftext|>")
 
 
 def texts_from(*snippets: str) -> st.SearchStrategy[str]:
@@ -119,6 +119,13 @@ def test_spellings_agree_with_decoding_after_another_token(name):
             assert tokenizer.backend.decode([anchor, token]) == "a" + spelling.decode()
             checked += 1
     assert checked > 50
+
+
+@pytest.mark.parametrize("name", sorted(LOSSLESS))
+def test_a_byte_piece_written_in_the_text_consumes_its_characters(name):
+    # A unigram model takes the piece for what it looks like, and not for the byte that it stands for.
+    assert b"".join(spans(byte_tokenizer(name), "the <0x41> the")).endswith(b"<0x41> the")
+    assert byte_tokenizer(name).encode("the <0x41> the").ends[-1] == len("the <0x41> the")
 
 
 @many_examples
