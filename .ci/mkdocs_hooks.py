@@ -5,8 +5,9 @@ from contextlib import redirect_stdout, suppress
 from io import StringIO
 from typing import Any
 
+from castlora.bench.commands import BENCHMARKS
 from castlora.cli import parser
-from castlora.commands import BENCHMARKS, COMMANDS
+from castlora.commands import COMMANDS
 
 PAGE = "cli.md"
 _COLUMNS = "100"

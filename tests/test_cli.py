@@ -394,6 +394,6 @@ def test_results_are_printed_as_json_for_scripts(settings, capsys, tmp_path):
     assert result["metric"] == "accuracy" and result["n"] == 1
 
     with pytest.raises(SystemExit) as ended:
-        main(["check", "--adapter", str(tmp_path / "out"), "--json", "true"])
+        main(["check", str(tmp_path / "out"), "--json", "true"])
     (broken,) = json.loads(capsys.readouterr().out)
     assert ended.value.code == commands.NOT_PORTABLE and broken["rule"] == "base by name"

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from castlora.commands import BENCHMARKS, COMMANDS
+from castlora.bench.commands import BENCHMARKS
+from castlora.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 

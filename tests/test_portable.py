@@ -132,12 +132,12 @@ def test_the_way_out_is_named_where_there_is_one():
 
 
 def test_the_command_tells_by_its_exit_code(portable, tmp_path, capsys):
-    main(["check", "--adapter", str(portable)])
+    main(["check", str(portable)])
     assert "Portable: keeps all" in capsys.readouterr().out
     folder = Path(shutil.copytree(portable, tmp_path / "adapter"))
     field(use_dora=True)(folder)
     with pytest.raises(SystemExit) as stopped:
-        main(["check", "--adapter", str(folder)])
+        main(["check", str(folder)])
     assert stopped.value.code == 1
     assert "no extras: use_dora is True" in capsys.readouterr().out
 

@@ -14,6 +14,7 @@ from castlora.config import Tuning
         ("", "missing one of transfer,teach,evaluate,inspect,check, ...; see castlora --help."),
         ("inspect", "missing --adapter, --target; see castlora inspect --help."),
         ("report --out x", "missing RUN; see castlora report --help."),
+        ("check", "missing FOLDER; see castlora check --help."),
         ("bench", "missing one of quality,speed; see castlora bench --help."),
         ("bench quality --batch-size 2", "missing --out; see castlora bench quality --help."),
         ("evaluate --model a --task b --json", "--json needs a value; see castlora evaluate --help."),

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from castlora import __version__
-from castlora.commands import BENCHMARKS, COMMANDS
+from castlora.bench.commands import BENCHMARKS
+from castlora.commands import COMMANDS
 from castlora.errors import BAD_INPUT, UserError
 from castlora.launcher import is_launched, is_main, process_count, wait_for_turn
 
@@ -21,8 +22,11 @@ INTERRUPTED = 130
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
 _SHARED = ("transfer",)
 """Commands that several processes can run together."""
-_WITHOUT_OPTION = "runs"
-"""The parameter that takes the words of a command that follow no option."""
+_WITHOUT_OPTION: dict[str, dict[str, Any]] = {
+    "runs": {"nargs": "+", "metavar": "RUN", "help": "folder that castlora transfer wrote"},
+    "folder": {"metavar": "FOLDER", "type": str, "help": "folder of a PEFT LoRA"},
+}
+"""Parameters that take the words of a command that follow no option."""
 
 
 class _Parser(ArgumentParser):
@@ -70,7 +74,8 @@ def _in_short(program: str, message: str) -> tuple[str, str]:
 
 
 def _as_typed(parameter: str) -> str:
-    return "RUN" if parameter == _WITHOUT_OPTION else f"--{parameter.replace('_', '-')}"
+    given_as = _WITHOUT_OPTION.get(parameter)
+    return str(given_as["metavar"]) if given_as else f"--{parameter.replace('_', '-')}"
 
 
 def parser() -> ArgumentParser:
@@ -96,9 +101,9 @@ def _add_commands(place: Any, functions: Mapping[str, Callable[..., None]]) -> N
         command = _Parser(formatter_class=_DashedHelp)
         command.add_argument("--config", action="config", help="YAML file with any of these settings")
         _add_verbosity(command)
-        if _WITHOUT_OPTION in signature(function).parameters:
-            command.add_argument(_WITHOUT_OPTION, nargs="+", metavar="RUN", help="folder that castlora transfer wrote")
-        command.add_function_arguments(function, as_positional=False, skip={_WITHOUT_OPTION})
+        for parameter in _WITHOUT_OPTION.keys() & signature(function).parameters:
+            command.add_argument(parameter, **_WITHOUT_OPTION[parameter])
+        command.add_function_arguments(function, as_positional=False, skip=set(_WITHOUT_OPTION))
         place.add_subcommand(name, command, help=(function.__doc__ or "").splitlines()[0])
 
 

@@ -1,11 +1,10 @@
 """What each command of the command line does; everything heavy is imported when it runs."""
 
-import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from castlora.config import Form, RecipeName, ShapeName, Start, Tracker, Tuning
+from castlora.config import Form, RecipeName, Start, Tracker, Tuning
 from castlora.launcher import is_main
 
 NOT_PORTABLE = 1
@@ -162,16 +161,16 @@ def _inspect(
     _print_result(found.record, str(found), json)
 
 
-def _check(adapter: str, json: bool = False) -> None:
+def _check(folder: str, json: bool = False) -> None:
     """Tells which rules of serving engines an adapter breaks; exit code 1 if it breaks one.
 
     Args:
-        adapter: folder of a PEFT LoRA
+        folder: folder of a PEFT LoRA
         json: whether the broken rules are printed as JSON
     """
     from castlora.portable import check_portable, describe
 
-    findings = check_portable(adapter)
+    findings = check_portable(folder)
     if json:
         _print_json([vars(finding) for finding in findings])
     else:
@@ -274,97 +273,6 @@ def _demo(out: str = "castlora-demo", seed: int = 0, json: bool = False) -> None
     _print_result(result.record, str(result), json)
 
 
-def _bench_quality(
-    out: str,
-    spec: str | None = None,
-    pairs: str | None = None,
-    skills: str | None = None,
-    methods: str | None = None,
-    regimes: str | None = None,
-    seeds: int = 3,
-    steps: int = 800,
-    batch_size: int = 4,
-    lm_eval: str | None = None,
-    lm_eval_tasks: str | None = None,
-    lm_eval_shots: int | None = None,
-) -> None:
-    """Measures how much of a skill arrives, for each method; runs that are already there are skipped.
-
-    Args:
-        out: folder of the records and the tables
-        spec: YAML file of models, adapters, pairs, skills and text; by default the bundled models
-        pairs: SOURCE:TARGET,SOURCE:TARGET and so on; by default all of the specification
-        skills: names of skills, with commas between; by default all of the specification
-        methods: names of methods, with commas between; by default all
-        regimes: of none (weights alone), general (text), format (text in the prompt format) and prompts; by default all
-            of the specification
-        seeds: number of seeds
-        steps: optimizer steps of each run
-        batch_size: passages per step
-        lm_eval: tasks of lm-evaluation-harness, with commas between, to be the skills; each needs adapters of its name
-        lm_eval_tasks: folder with task files of your own for the harness
-        lm_eval_shots: examples before each item of the harness; by default as many as the task has
-    """
-    from pathlib import Path
-
-    from transformers.utils.logging import disable_progress_bar
-
-    from castlora.bench.quality import run_quality
-    from castlora.bench.spec import read_spec
-    from castlora.bench.tables import write_page
-
-    disable_progress_bar()
-    records = Path(out) / "quality"
-    described = read_spec(spec)
-    if lm_eval is not None:
-        described = described.of_harness(_split(lm_eval) or [], lm_eval_tasks, lm_eval_shots)
-    narrowed = described.narrowed(_split(pairs), _split(skills), _split(regimes))
-    run_quality(narrowed, records, _split(methods), seeds, steps, batch_size)
-    write_page(records, Path(out) / "results.md")
-    print(f"Wrote {Path(out) / 'results.md'}")
-
-
-def _bench_speed(
-    out: str,
-    shape: ShapeName = "zoo",
-    measures: str | None = None,
-    seed: int = 0,
-    repeats: int = 5,
-    rank: int = 8,
-    length: int = 64,
-    batch_size: int = 16,
-    passages: int = 1024,
-    doublings: int = 3,
-    threads: int = 1,
-) -> None:
-    """Measures what serving, fitting, distilling and folding cost beside what they cannot do without.
-
-    Args:
-        out: folder of the record and the tables
-        shape: sizes of the models, which have random weights: of the zoo, or with that many billion parameters
-        measures: of serving, fit, steps, limits, folding and growth, with commas between; by default all
-        seed: of everything random
-        repeats: repetitions of each measurement
-        rank: rank of the adapter
-        length: tokens of a passage
-        batch_size: passages per step and request
-        passages: passages that maps are fitted on
-        doublings: how often tokens, layers, width and rank are doubled
-        threads: threads of a processor
-    """
-    from pathlib import Path
-
-    from transformers.utils.logging import disable_progress_bar
-
-    from castlora.bench.speed import MEASURES, PAGE_FILE, run_speed
-    from castlora.bench.speed_measures import SpeedSettings
-
-    disable_progress_bar()
-    settings = SpeedSettings(shape, seed, repeats, rank, length, batch_size, passages, doublings, threads)
-    run_speed(Path(out), settings, MEASURES if measures is None else _split(measures) or [])
-    print(f"Wrote {Path(out) / PAGE_FILE}")
-
-
 def _print_result(record: Any, text: str, json: bool) -> None:
     if json:
         _print_json(record)
@@ -377,11 +285,6 @@ def _print_json(value: Any) -> None:
     from json import dumps
 
     print(dumps(value, indent=1))
-
-
-def _split(names: str | None) -> list[str] | None:
-    """Names with commas between; a comma before a space belongs to a name."""
-    return None if names is None else re.split(r",(?! )", names)
 
 
 # The names differ from the package's public ones, which jsonargparse would look up and so import.
@@ -397,4 +300,3 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "steer": _steer,
     "demo": _demo,
 }
-BENCHMARKS: dict[str, Callable[..., None]] = {"quality": _bench_quality, "speed": _bench_speed}
