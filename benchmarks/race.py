@@ -141,7 +141,7 @@ def run_loop(task: Task) -> list[Point]:
     models = load_models(plan)
     passages = teach_text(models, TextSource(prompts=task.prompts), (), recipe, seed=0)
     training, _ = align_text(models, passages, recipe)
-    student = start_student(models, plan, recipe, training, plan.rank(recipe, None), seed=0)
+    student, _ = start_student(models, plan, recipe, training, plan.rank(recipe, None), seed=0)
     items = load_task(task.test)
 
     def score() -> float:

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from castlora.card import is_hub_id, make_card, public_command, public_name, write_card
+from castlora.formatting import percent
 from castlora.lift import Lift
 from castlora.report import BARE_TARGET, RETRAINED, TRANSFERRED, Score, Skill
 
@@ -39,7 +40,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
     return {
         "source": {"name": "org/llama-s", "revision": "3f2a91c", "tokenizer_sha256": "ab"},
         "target": {"name": "org/mistral-s", "revision": "88b01de", "tokenizer_sha256": "cd"},
-        "adapter": {"name": "org/trec-lora", "rank": 4, "beyond_maps": []},
+        "adapter": {"name": "org/trec-lora", "kind": "LoRA", "rank": 4, "beyond_maps": []},
         "rank": 8,
         "text": {
             "regime": "prompt format",
@@ -56,6 +57,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
             "name": "default", "start": "fresh", "steps": 500, "batch_size": 32, "kl_weight": 1.0, "mse_weight": 0.5,
             "chunk_weight": 0.0, "departures": {"steps": 500},
         },
+        "start_loss": {"low_rank": 0.0, "cut": 0.0},
         "seed": 17,
         "versions": {"torch": "2.13.0", "peft": "0.21.2"},
         "scale": {"scale": 0.75, "tried": [0.0, 0.75, 1.0], "losses": [3.0, 0.552, 0.6]},
@@ -92,6 +94,14 @@ def without_code(text: str) -> str:
     """What is left of Markdown outside fenced blocks and code spans: all that can act."""
     text = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", text)
+
+
+def test_what_the_start_lacks_is_said() -> None:
+    assert "it lacks" not in make_card(manifest()).text
+    adapter = {**manifest()["adapter"], "kind": "DoRA"}
+    card = make_card(manifest(adapter=adapter, start_loss={"low_rank": 0.034, "cut": 0.12}))
+    assert f"it lacks {percent(0.034)} of the norm of the `DoRA` adapter, cut to low rank" in card.text
+    assert f"it lacks {percent(0.12)} of the start's norm, cut to rank 8" in card.text
 
 
 def test_metadata() -> None:
@@ -197,9 +207,10 @@ class TestHostileNames:
         changes = manifest(
             source=record,
             target=record,
-            adapter={"name": HOSTILE, "rank": 4, "beyond_maps": [HOSTILE]},
+            adapter={"name": HOSTILE, "kind": HOSTILE, "rank": 4, "beyond_maps": [HOSTILE]},
             text={"regime": HOSTILE, "text": HOSTILE, "prompt_format": HOSTILE, "prompts": HOSTILE, "taught": HOSTILE},
             pairing=[{"target": HOSTILE, "sources": []}],
+            start_loss={"low_rank": 0.1, "cut": 0.1},
             versions={HOSTILE: HOSTILE},
             command=shlex.join(["castlora", HOSTILE]),
         )
@@ -253,7 +264,7 @@ class TestPrivacy:
         card = make_card(
             manifest(
                 target=local,
-                adapter={"name": "/home/ann/lora", "rank": 4, "beyond_maps": []},
+                adapter={"name": "/home/ann/lora", "kind": "LoRA", "rank": 4, "beyond_maps": []},
                 text=text,
                 command=shlex.join(command),
             )

@@ -145,6 +145,7 @@ def test_an_adapter_that_is_no_plain_lora(base_model, tmp_path, quick_transfer, 
         result = quick_transfer("llama", "mistral", adapter=str(tmp_path / "dora"), start=start)
     assert result.manifest["adapter"] == {"name": "dora", "kind": "DoRA", "rank": 32, "beyond_maps": []}
     assert ("The maps start from the DoRA adapter cut to low rank" in caplog.text) == (start != "fresh")
+    assert (result.manifest["start_loss"]["low_rank"] > 0) == (start != "fresh")
     assert result.manifest["losses"]["kl_after"] < result.manifest["losses"]["kl_before"]
 
 

@@ -10,7 +10,7 @@ from castlora.config import DEFAULT
 from castlora.errors import UserError
 from castlora.plan import plan_transfer
 from castlora.positions import AlignedPassage
-from castlora.stages import HELD_OUT_PASSAGES, align_text, load_models, reading_order, start_student
+from castlora.stages import HELD_OUT_PASSAGES, StartLoss, align_text, load_models, reading_order, start_student
 from castlora.starts import student_factors
 from castlora.teaching import TextSource, choose_prompts, draw_text, prompt_formats, teach_text
 from castlora.text import GENERIC_FORMATS, SLOT, Passage
@@ -146,11 +146,14 @@ def test_a_start_of_too_large_a_rank_is_cut_to_the_best_of_the_rank_that_is_writ
     recipe = replace(DEFAULT, max_length=48, context_weight=1.0)
     training, _ = align_text(models, texts, recipe)
     with caplog.at_level("INFO", logger="castlora"):
-        whole = student_factors(start_student(models, plan, recipe, training, 8, seed=0).model, plan.target_modules)
+        student, loss = start_student(models, plan, recipe, training, 8, seed=0)
+    whole = student_factors(student.model, plan.target_modules)
+    assert loss == StartLoss(0.0, 0.0)
     assert "is lost" not in caplog.text
     models = load_models(plan)
     with caplog.at_level("INFO", logger="castlora"):
-        cut = student_factors(start_student(models, plan, recipe, training, 2, seed=0).model, plan.target_modules)
+        student, loss = start_student(models, plan, recipe, training, 2, seed=0)
+    cut = student_factors(student.model, plan.target_modules)
     lost = kept = 0.0
     for name, lora in whole.items():
         delta = lora.b @ lora.a
@@ -159,6 +162,7 @@ def test_a_start_of_too_large_a_rank_is_cut_to_the_best_of_the_rank_that_is_writ
         lost, kept = lost + float(difference), kept + float(delta.square().sum())
     share = 100 * (lost / kept) ** 0.5
     assert share > 1
+    assert loss == StartLoss(0.0, pytest.approx(share / 100, rel=1e-3))
     assert f"The start is cut from rank 4 to 2: {share:.1f} % of its norm is lost." in caplog.text
 
 

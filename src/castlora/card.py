@@ -210,7 +210,7 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("target base model", _model(manifest["target"])),
         ("text", _text(manifest["text"])),
         ("recipe", _code(recipe["name"]) + (f" with {departures}" if departures else "")),
-        ("start", _code(recipe["start"])),
+        ("start", _code(recipe["start"]) + _start_loss(manifest)),
         ("objective", _objective(recipe)),
         ("steps × batch", f"{recipe['steps']} × {recipe['batch_size']}"),
         ("seed", str(manifest["seed"])),
@@ -226,6 +226,15 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("time", f"{number(manifest['seconds'])} s"),
         ("peak memory", f"{number(manifest['peak_memory_bytes'] / 2**30)} GiB"),
     ]
+
+
+def _start_loss(manifest: Mapping[str, Any]) -> str:
+    lost = manifest["start_loss"]
+    parts = [
+        (lost["low_rank"], f"of the norm of the {_code(manifest['adapter']['kind'])} adapter, cut to low rank"),
+        (lost["cut"], f"of the start's norm, cut to rank {manifest['rank']}"),
+    ]
+    return "".join(f"; it lacks {percent(share)} {what}" for share, what in parts if share > 0)
 
 
 def _answers(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -148,7 +148,7 @@ def transfer(
         run = from_main(lambda: held.enter_context(open_run(out, settings, plan.state_bytes(resolved))))
         reading, training, held_out = from_main(partial(_read_aligned, run, models, text_source, resolved, seed))
         masses = from_main(partial(_report_shared_mass, models, held_out))
-        student = start_student(models, plan, resolved, training, output_rank, seed)
+        student, start_loss = start_student(models, plan, resolved, training, output_rank, seed)
         trained = _train(run, models, student, training, held_out, resolved, seed, report_to)
 
         def finish() -> dict[str, Any]:
@@ -177,6 +177,7 @@ def transfer(
                 "passages": {"training": len(training), "held_out": len(held_out)},
                 "held_out_sha256": text_sha256(held_out),
                 "shared_vocabulary": masses,
+                "start_loss": asdict(start_loss),
                 "losses": trained.losses,
                 "scale": asdict(trained.scale),
                 "answers": describe_imitation(imitation),

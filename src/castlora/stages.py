@@ -100,16 +100,28 @@ def align_text(
     return aligned[:-held_out][: recipe.passages], aligned[-held_out:]
 
 
+@dataclass(frozen=True)
+class StartLoss:
+    """What a start leaves out, as shares of a norm (Frobenius, all modules)."""
+
+    low_rank: float = 0.0
+    """Of the source's update, where the adapter is no plain LoRA and is cut to low rank."""
+    cut: float = 0.0
+    """Of the start itself, where it has more ranks than the student."""
+
+
 def start_student(
     models: Models, plan: Plan, recipe: Recipe, training: Sequence[AlignedPassage], rank: int, seed: int
-) -> Student:
-    """The target with the LoRA that training starts from.
+) -> tuple[Student, StartLoss]:
+    """The target with the LoRA that training starts from, and what this start leaves out.
 
     The paired modules are adapted, by maps around the frozen source factors or by factors of their own.
     """
     torch.manual_seed(seed)
+    low_rank_loss = cut_loss = 0.0
     if recipe.start != "fresh" and not plan.adapter.is_plain:
         update = effective_update(models.teacher, plan.source_slots, plan.factors)
+        low_rank_loss = update.lost
         logger.info(
             "The maps start from the %s adapter cut to low rank: %.1f %% of its norm is lost.",
             plan.adapter.kind,
@@ -119,13 +131,15 @@ def start_student(
     folded, maps = _solved_start(models, plan, recipe, training[:_STATISTICS_PASSAGES], seed)
     peft_model = attach_lora(models.target, plan.target_modules, rank)
     if folded:
-        start_from_factors(peft_model, _of_rank(folded, rank))
+        factors, cut_loss = _of_rank(folded, rank)
+        start_from_factors(peft_model, factors)
     elif maps:
         parametrize_by_maps(peft_model, plan.pairing, plan.factors, maps)
     with_head = recipe.mse_weight > 0
     logger.debug("Start %s: %d modules of the target learn %s", recipe.start, len(plan.target_modules), recipe.trained)
     widths = models.target.config.hidden_size, models.teacher.config.hidden_size
-    return Student(peft_model, *widths, with_head=with_head).to(best_device())
+    student = Student(peft_model, *widths, with_head=with_head).to(best_device())
+    return student, StartLoss(low_rank_loss, cut_loss)
 
 
 def _solved_start(
@@ -152,16 +166,21 @@ def _solved_start(
         return {}, solve_by_layers(*both, plan.pairing, plan.factors, passages, maps_of)
 
 
-def _of_rank(folded: Mapping[str, LowRank], rank: int) -> dict[str, LowRank]:
-    """Balanced factors, cut to their largest singular values where they have more than the rank holds."""
+def _of_rank(folded: Mapping[str, LowRank], rank: int) -> tuple[dict[str, LowRank], float]:
+    """Balanced factors, cut to their largest singular values where they have more than the rank holds.
+
+    Returns:
+        the factors, and what the cut leaves out as a share of the norm
+    """
     balanced = {name: balance(lora) for name, lora in folded.items()}
     cut = {name: LowRank(lora.a[:rank], lora.b[:, :rank]) for name, lora in balanced.items()}
     largest = max(lora.rank for lora in balanced.values())
-    if largest > rank:
-        whole, kept = _square_of_norm(balanced), _square_of_norm(cut)
-        lost = math.sqrt(max(0.0, 1 - kept / whole)) if whole > 0 else 0.0
-        logger.info("The start is cut from rank %d to %d: %.1f %% of its norm is lost.", largest, rank, 100 * lost)
-    return cut
+    if largest <= rank:
+        return cut, 0.0
+    whole, kept = _square_of_norm(balanced), _square_of_norm(cut)
+    lost = math.sqrt(max(0.0, 1 - kept / whole)) if whole > 0 else 0.0
+    logger.info("The start is cut from rank %d to %d: %.1f %% of its norm is lost.", largest, rank, 100 * lost)
+    return cut, lost
 
 
 def _square_of_norm(balanced: Mapping[str, LowRank]) -> float:

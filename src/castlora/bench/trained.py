@@ -72,7 +72,7 @@ class Distilled:
         self, models: Models, plan: Plan, recipe: Recipe, training: list[AlignedPassage], seed: int
     ) -> Student:
         """The target with what is trained."""
-        return start_student(models, plan, recipe, training, plan.rank(recipe, None), seed)
+        return start_student(models, plan, recipe, training, plan.rank(recipe, None), seed)[0]
 
 
 @dataclass(frozen=True)
