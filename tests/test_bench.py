@@ -99,6 +99,17 @@ def test_the_adapter_of_another_skill_is_moved_and_tested_on_this_one(spec, tmp_
     }  # fmt: skip
 
 
+def test_a_plain_lora_learns_what_nonlinear_maps_have_learned(spec, tmp_path):
+    method = "paper start, nonlinear, distilled"
+    narrowed = spec.narrowed(regimes=["prompts"])
+    run_quality(narrowed, tmp_path, [method], seeds=1, steps=12, batch_size=4, passages=8, max_length=64)
+    run = records(tmp_path)[method, "prompts"]
+    for before, after in (run["networks"]["held_out_kl"], run["held_out_kl"]):
+        assert after < before
+    bare_target = run["held_out_kl"][0]
+    assert bare_target != pytest.approx(run["networks"]["held_out_kl"][0])  # another teacher
+
+
 def test_what_is_there_is_not_run_again_and_what_another_process_runs_is_left_to_it(spec, tmp_path, monkeypatch):
     spec = spec.narrowed(regimes=["none"])
     run_briefly(spec, tmp_path, ["direct copy"])

@@ -6,7 +6,7 @@ from functools import partial
 from castlora.baselines.cross_lora import cross_lora
 from castlora.baselines.direct_copy import direct_copy
 from castlora.baselines.lora_x import lora_x
-from castlora.bench.trained import Distilled, Labelled, Nonlinear, OtherSkill
+from castlora.bench.trained import Distilled, DistilledNetworks, Labelled, Nonlinear, OtherSkill
 from castlora.bench.untrained import Constrained, LogitDelta, Solved, Weighed
 from castlora.config import Tuning
 
@@ -30,6 +30,8 @@ METHODS: dict[str, Method] = {
     "paper, KL alone": Distilled("paper", "paper", Tuning(mse_weight=0.0)),
     "paper, MSE alone": Distilled("paper", "paper", Tuning(kl_weight=0.0)),
     "paper, nonlinear": Nonlinear("paper", "paper"),
+    "paper start, nonlinear": Nonlinear("default", "paper"),
+    "paper start, nonlinear, distilled": DistilledNetworks("default", "paper"),
     "synthetic data": Labelled(),
     "closed form": Solved("ridge"),
     "Theseus": Solved("theseus"),

@@ -29,6 +29,7 @@ REGIME_TITLES: dict[Regime, str] = {
 }
 COUNTABLE_POINTS = 20
 _SINGLE, _GENERIC = "ridge start, single sentences", "ridge start, generic formats"
+_TAUGHT_BY_NETWORKS = "paper start, nonlinear, distilled"
 PARTS: tuple[tuple[str, Regime, str, str], ...] = (
     ("a closed-form start instead of a fresh LoRA", "general", "ridge start", "fresh"),
     ("a closed-form start instead of a fresh LoRA", "format", "ridge start", "fresh"),
@@ -42,6 +43,8 @@ PARTS: tuple[tuple[str, Regime, str, str], ...] = (
     ("the choice of telling prompts", "format", _SINGLE, "ridge start, any prompts"),
     ("up to three sentences, of 32 candidates, instead of one, of 8", "general", "ridge start", _SINGLE),
     ("up to three sentences, of 32 candidates, instead of one, of 8", "format", "ridge start", _SINGLE),
+    ("nonlinear maps instead of linear ones", "prompts", "paper start, nonlinear", "paper start"),
+    ("a plain LoRA taught by nonlinear maps, instead of linear maps", "prompts", _TAUGHT_BY_NETWORKS, "paper start"),
 )
 """What is changed, the text, the method that has it, and the one that does not."""
 
@@ -54,7 +57,8 @@ and the balanced factors trained. `maps` trains the maps themselves, `paper star
 sentences each, of which the most telling of 32 is kept; with `single sentences` one sentence, of 8; `generic formats`
 puts these into common formats instead, `any prompts` goes without the choice, and `running text` reads general text as
 it runs. `paper` is the paper's recipe as a whole, for the same number of steps, also with one of its two
-losses, and with a small network beside each map (`nonlinear`, which no LoRA can hold). `synthetic data` trains a fresh
+losses, and with a small network beside each map (`nonlinear`, which no LoRA can hold; `distilled`, a plain LoRA that
+learns what such a target predicts). `synthetic data` trains a fresh
 LoRA on the answers that source + LoRA writes, filtered by contrastive excess. Without training: `closed form` is the
 fold of the closed-form maps and `Theseus` that of rotations, both scaled by the held-out objective; direct copy,
 Cross-LoRA and LoRA-X read weights alone, with castlora's pairing of modules, and leave the target bare where they can

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModelForCausalLM
 from transformers import set_seed
 
@@ -17,11 +18,13 @@ from castlora.bench.reading import cell_recipe, read_text
 from castlora.config import Recipe, RecipeName, Regime, Start, Tuning
 from castlora.distill import Student, measure_held_out, peak_learning_rate
 from castlora.manifest import peak_memory_bytes
+from castlora.models import best_device, load_model
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage
 from castlora.scaling import TRAINED_SCALES, keep_best_scale
 from castlora.stages import Models, hold_teacher, start_student, train_student
 from castlora.starts import attach_lora, paper_maps
+from castlora.vocabulary import SharedVocabulary
 
 WITH_TEXT: tuple[Regime, ...] = ("general", "format", "prompts")
 
@@ -47,26 +50,30 @@ class Distilled:
         plan, models, training, held_out = read_text(settings, cell, recipe)
         text_seconds = time.monotonic() - started
         student = self.start_student(models, plan, recipe, training, cell.seed)
-        teacher = hold_teacher(models, training, held_out, recipe)
-        measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
-        before = measure(student)
-        with tempfile.TemporaryDirectory() as state:
-            log = train_student(teacher, student, models.shared, training, recipe, cell.seed, Path(state), quiet=True)
-        scale = keep_best_scale(student, measure, TRAINED_SCALES)
-        after = measure(student)
+        student, trained = self.train(models, plan, student, training, held_out, recipe, cell.seed)
         train_seconds = time.monotonic() - started - text_seconds
         return {
             "recipe": asdict(recipe),
             "training_passages": len(training),
             **score(settings.spec, student.causal_lm(), models.target_tokenizer, tested),
-            "held_out_kl": [before.kl, after.kl],
-            "agreement": [before.agreement, after.agreement],
-            "last_loss": log[-1]["loss"],
-            "scale": asdict(scale),
+            **trained,
             "text_seconds": round(text_seconds, 1),
             "train_seconds": round(train_seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(),
         }
+
+    def train(
+        self,
+        models: Models,
+        plan: Plan,
+        student: Student,
+        training: list[AlignedPassage],
+        held_out: list[AlignedPassage],
+        recipe: Recipe,
+        seed: int,
+    ) -> tuple[Student, dict[str, Any]]:
+        """The trained student, and how its training went."""
+        return student, _train(models, student, training, held_out, recipe, seed)
 
     def start_student(
         self, models: Models, plan: Plan, recipe: Recipe, training: list[AlignedPassage], seed: int
@@ -102,6 +109,35 @@ class Nonlinear(Distilled):
 
 
 @dataclass(frozen=True)
+class DistilledNetworks(Nonlinear):
+    """A plain LoRA that learns what the target with nonlinear maps predicts, so that engines can load it."""
+
+    def train(
+        self,
+        models: Models,
+        plan: Plan,
+        student: Student,
+        training: list[AlignedPassage],
+        held_out: list[AlignedPassage],
+        recipe: Recipe,
+        seed: int,
+    ) -> tuple[Student, dict[str, Any]]:
+        """Trains the nonlinear maps, and a fresh LoRA on another copy of the target with them as its teacher."""
+        networks = _train(models, student, training, held_out, recipe, seed)
+        target, _ = load_model(plan.target, None, best_device())
+        vocabulary = plan.target_config.vocab_size
+        spelled = models.target_bytes
+        shared = SharedVocabulary.of(spelled, spelled, vocabulary, vocabulary)
+        again = replace(models, source=models.target, teacher=student.model, target=target, shared=shared)
+        torch.manual_seed(seed)
+        model = attach_lora(target, plan.target_modules, plan.rank(recipe, None))
+        width = target.config.hidden_size
+        plain = Student(model, width, width, with_head=recipe.mse_weight > 0).to(best_device())
+        own, own_held_out = (list(map(_within_target, passages)) for passages in (training, held_out))
+        return plain, {**_train(again, plain, own, own_held_out, recipe, seed), "networks": networks}
+
+
+@dataclass(frozen=True)
 class Labelled:
     """A fresh LoRA that learns source + LoRA's answers as if they were labels."""
 
@@ -119,3 +155,32 @@ class Labelled:
         assert isinstance(student, PeftModelForCausalLM)
         scored = score(settings.spec, student, models.target_tokenizer, cell.skill)
         return {"recipe": asdict(recipe), "training_passages": len(labelled), **scored}
+
+
+def _within_target(passage: AlignedPassage) -> AlignedPassage:
+    """A passage for a teacher and a student that both are the target."""
+    return replace(passage, source_ids=passage.target_ids, source_positions=passage.target_positions)
+
+
+def _train(
+    models: Models,
+    student: Student,
+    training: list[AlignedPassage],
+    held_out: list[AlignedPassage],
+    recipe: Recipe,
+    seed: int,
+) -> dict[str, Any]:
+    """Trains a student to the end and keeps its best scale; the figures are those of held-out text."""
+    teacher = hold_teacher(models, training, held_out, recipe)
+    measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
+    before = measure(student)
+    with tempfile.TemporaryDirectory() as state:
+        log = train_student(teacher, student, models.shared, training, recipe, seed, Path(state), quiet=True)
+    scale = keep_best_scale(student, measure, TRAINED_SCALES)
+    after = measure(student)
+    return {
+        "held_out_kl": [before.kl, after.kl],
+        "agreement": [before.agreement, after.agreement],
+        "last_loss": log[-1]["loss"],
+        "scale": asdict(scale),
+    }
