@@ -2,13 +2,12 @@
 
 import math
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from browser import needs_chromium, open_page
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +39,6 @@ HOSTILE = (
     "\0\x1b\u202e\ud800"
 )
 few_examples = settings(max_examples=40, deadline=None)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 SKILL = Skill(
     "trec",
@@ -174,18 +172,19 @@ class TestSafety:
         root = tree(render_report(Report("x", samples=[Sample(prompt, {})])))
         assert text_of(by_class(root, "text")[0]) == printable(prompt)
 
-    @pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium binary")
-    def test_browser_runs_no_injected_script(self, tmp_path: Path) -> None:
+    @needs_chromium
+    def test_browser_runs_no_injected_script_and_asks_for_nothing(self, tmp_path: Path) -> None:
         write_report(hostile_report(), tmp_path / "report.html")
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-        flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
-        page = (tmp_path / "report.html").as_uri()
-        done = subprocess.run([CHROMIUM, *flags, page], capture_output=True, text=True, timeout=60, check=True)
-        assert "CONSOLE" not in done.stderr
-        assert "<title>pwned" not in done.stdout
-        assert "pwned" in done.stdout
-        assert "<script" not in done.stdout
+        opened = open_page(tmp_path / "report.html", tmp_path)
+        assert "CONSOLE" not in opened.log
+        assert "<title>pwned" not in opened.dom and "<script" not in opened.dom
+        assert "pwned" in opened.dom
+        assert opened.requests == []
+
+    @needs_chromium
+    def test_requests_of_a_page_are_seen(self, tmp_path: Path) -> None:
+        (tmp_path / "page.html").write_text("<img src=http://127.0.0.1:9/x.png>")
+        assert open_page(tmp_path / "page.html", tmp_path).requests == ["http://127.0.0.1:9/x.png"]
 
 
 class TestAccessibility:

@@ -4,15 +4,15 @@ import json
 import math
 import re
 import shlex
-import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import needs_chromium, open_page
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_report import CHROMIUM, HOSTILE, by_class, text_of, tree
+from test_report import HOSTILE, by_class, text_of, tree
 
 from castlora import UserError, report_runs
 from castlora.cli import main
@@ -282,17 +282,15 @@ class TestSafety:
         assert html.count("⟨U+202E⟩") == html.count("⟨U+0000⟩") > 10
         html.encode()
 
-    @pytest.mark.skipif(CHROMIUM is None, reason="needs a chromium binary")
-    def test_browser_runs_no_injected_script(self, hostile_page, tmp_path: Path) -> None:
+    @needs_chromium
+    def test_browser_runs_no_injected_script_and_asks_for_nothing(self, hostile_page, tmp_path: Path) -> None:
         page = tmp_path / "comparison.html"
         page.write_text(hostile_page, encoding="utf-8")
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-        flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        flags += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
-        done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
-        assert "CONSOLE" not in done.stderr
-        assert "<title>pwned" not in done.stdout and "<script" not in done.stdout
-        assert "pwned" in done.stdout
+        opened = open_page(page, tmp_path)
+        assert "CONSOLE" not in opened.log
+        assert "<title>pwned" not in opened.dom and "<script" not in opened.dom
+        assert "pwned" in opened.dom
+        assert opened.requests == []
 
 
 class TestFolders:
