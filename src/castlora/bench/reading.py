@@ -1,12 +1,22 @@
 """What a method of the benchmark starts from: the recipe of its cell, the models and the text."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from castlora.bench.grid import Cell, Settings, taught_passages
 from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage
 from castlora.stages import Models, align_text, load_models
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a cell trains with."""
+
+    plan: Plan
+    models: Models
+    training: list[AlignedPassage]
+    held_out: list[AlignedPassage]
 
 
 def cell_recipe(settings: Settings, cell: Cell, name: RecipeName, start: Start, tuning: Tuning) -> Recipe:
@@ -17,16 +27,14 @@ def cell_recipe(settings: Settings, cell: Cell, name: RecipeName, start: Start, 
     return replace(recipe, max_length=settings.running_length) if _reads_running_text(cell, recipe) else recipe
 
 
-def read_text(
-    settings: Settings, cell: Cell, recipe: Recipe
-) -> tuple[Plan, Models, list[AlignedPassage], list[AlignedPassage]]:
+def read_text(settings: Settings, cell: Cell, recipe: Recipe) -> Reading:
     """The cell's models, and its training and held-out passages."""
     # Only the length of running text depends on the target; prompts serve all targets of a source.
-    reading = cell if _reads_running_text(cell, recipe) else replace(cell, pair=f"{cell.source}:{cell.source}")
-    passages = taught_passages(settings, reading, replace(recipe, start="fresh", trained="maps"))
+    read_for = cell if _reads_running_text(cell, recipe) else replace(cell, pair=f"{cell.source}:{cell.source}")
+    passages = taught_passages(settings, read_for, replace(recipe, start="fresh", trained="maps"))
     plan = cell.plan(settings.spec)
     models = load_models(plan)
-    return plan, models, *align_text(models, passages, recipe)
+    return Reading(plan, models, *align_text(models, passages, recipe))
 
 
 def _reads_running_text(cell: Cell, recipe: Recipe) -> bool:

@@ -14,15 +14,14 @@ from transformers import set_seed
 from castlora.baselines.nonlinear import attach_networks
 from castlora.baselines.synthetic import contrastive_excess, label_by_excess, learn_labels
 from castlora.bench.grid import Cell, Settings, score
-from castlora.bench.reading import cell_recipe, read_text
+from castlora.bench.reading import Reading, cell_recipe, read_text
 from castlora.config import Recipe, RecipeName, Regime, Start, Tuning
 from castlora.distill import Student, measure_held_out, peak_learning_rate
 from castlora.manifest import peak_memory_bytes
 from castlora.models import best_device, load_model
-from castlora.plan import Plan
 from castlora.positions import AlignedPassage
 from castlora.scaling import TRAINED_SCALES, keep_best_scale
-from castlora.stages import Models, hold_teacher, start_student, train_student
+from castlora.stages import hold_teacher, start_student, train_student
 from castlora.starts import attach_lora, paper_maps
 from castlora.vocabulary import SharedVocabulary
 
@@ -47,39 +46,28 @@ class Distilled:
         started = time.monotonic()
         set_seed(cell.seed)
         recipe = cell_recipe(settings, cell, self.recipe, self.start, self.tuning)
-        plan, models, training, held_out = read_text(settings, cell, recipe)
+        reading = read_text(settings, cell, recipe)
         text_seconds = time.monotonic() - started
-        student = self.start_student(models, plan, recipe, training, cell.seed)
-        student, trained = self.train(models, plan, student, training, held_out, recipe, cell.seed)
+        student, trained = self.train(reading, self.start_student(reading, recipe, cell.seed), recipe, cell.seed)
         train_seconds = time.monotonic() - started - text_seconds
         return {
             "recipe": asdict(recipe),
-            "training_passages": len(training),
-            **score(settings.spec, student.causal_lm(), models.target_tokenizer, tested),
+            "training_passages": len(reading.training),
+            **score(settings.spec, student.causal_lm(), reading.models.target_tokenizer, tested),
             **trained,
             "text_seconds": round(text_seconds, 1),
             "train_seconds": round(train_seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(),
         }
 
-    def train(
-        self,
-        models: Models,
-        plan: Plan,
-        student: Student,
-        training: list[AlignedPassage],
-        held_out: list[AlignedPassage],
-        recipe: Recipe,
-        seed: int,
-    ) -> tuple[Student, dict[str, Any]]:
+    def train(self, reading: Reading, student: Student, recipe: Recipe, seed: int) -> tuple[Student, dict[str, Any]]:
         """The trained student, and how its training went."""
-        return student, _train(models, student, training, held_out, recipe, seed)
+        return student, _train(reading, student, recipe, seed)
 
-    def start_student(
-        self, models: Models, plan: Plan, recipe: Recipe, training: list[AlignedPassage], seed: int
-    ) -> Student:
+    def start_student(self, reading: Reading, recipe: Recipe, seed: int) -> Student:
         """The target with what is trained."""
-        return start_student(models, plan, recipe, training, plan.rank(recipe, None), seed)[0]
+        rank = reading.plan.rank(recipe, None)
+        return start_student(reading.models, reading.plan, recipe, reading.training, rank, seed)[0]
 
 
 @dataclass(frozen=True)
@@ -97,11 +85,10 @@ class OtherSkill(Distilled):
 class Nonlinear(Distilled):
     """The maps of a recipe with small networks beside them, run live."""
 
-    def start_student(
-        self, models: Models, plan: Plan, recipe: Recipe, training: list[AlignedPassage], seed: int
-    ) -> Student:
+    def start_student(self, reading: Reading, recipe: Recipe, seed: int) -> Student:
         """The target with nonlinear maps around the frozen source factors."""
         set_seed(seed)
+        models, plan = reading.models, reading.plan
         model = attach_lora(models.target, plan.target_modules, plan.adapter_rank)
         attach_networks(model, plan.pairing, plan.factors, paper_maps(plan.pairing, plan.factors, seed))
         widths = models.target.config.hidden_size, models.source.config.hidden_size
@@ -112,18 +99,10 @@ class Nonlinear(Distilled):
 class DistilledNetworks(Nonlinear):
     """A plain LoRA that learns what the target with nonlinear maps predicts, so that engines can load it."""
 
-    def train(
-        self,
-        models: Models,
-        plan: Plan,
-        student: Student,
-        training: list[AlignedPassage],
-        held_out: list[AlignedPassage],
-        recipe: Recipe,
-        seed: int,
-    ) -> tuple[Student, dict[str, Any]]:
+    def train(self, reading: Reading, student: Student, recipe: Recipe, seed: int) -> tuple[Student, dict[str, Any]]:
         """Trains the nonlinear maps, and a fresh LoRA on another copy of the target with them as its teacher."""
-        networks = _train(models, student, training, held_out, recipe, seed)
+        networks = _train(reading, student, recipe, seed)
+        models, plan = reading.models, reading.plan
         target, _ = load_model(plan.target, None, best_device())
         vocabulary = plan.target_config.vocab_size
         spelled = models.target_bytes
@@ -133,8 +112,9 @@ class DistilledNetworks(Nonlinear):
         model = attach_lora(target, plan.target_modules, plan.rank(recipe, None))
         width = target.config.hidden_size
         plain = Student(model, width, width, with_head=recipe.mse_weight > 0).to(best_device())
-        own, own_held_out = (list(map(_within_target, passages)) for passages in (training, held_out))
-        return plain, {**_train(again, plain, own, own_held_out, recipe, seed), "networks": networks}
+        own, own_held_out = (list(map(_within_target, passages)) for passages in (reading.training, reading.held_out))
+        trained = _train(Reading(plan, again, own, own_held_out), plain, recipe, seed)
+        return plain, {**trained, "networks": networks}
 
 
 @dataclass(frozen=True)
@@ -147,7 +127,8 @@ class Labelled:
         """Filters the answers, trains on what is left, and scores."""
         set_seed(cell.seed)
         recipe = cell_recipe(settings, cell, "default", "fresh", Tuning())
-        plan, models, training, _ = read_text(settings, cell, recipe)
+        reading = read_text(settings, cell, recipe)
+        plan, models, training = reading.plan, reading.models, reading.training
         labelled = label_by_excess(training, contrastive_excess(models.teacher, training, recipe.batch_size))
         student = attach_lora(models.target, plan.target_modules, plan.rank(recipe, None))
         rate = peak_learning_rate(recipe, models.target.config.hidden_size)
@@ -162,20 +143,14 @@ def _within_target(passage: AlignedPassage) -> AlignedPassage:
     return replace(passage, source_ids=passage.target_ids, source_positions=passage.target_positions)
 
 
-def _train(
-    models: Models,
-    student: Student,
-    training: list[AlignedPassage],
-    held_out: list[AlignedPassage],
-    recipe: Recipe,
-    seed: int,
-) -> dict[str, Any]:
+def _train(reading: Reading, student: Student, recipe: Recipe, seed: int) -> dict[str, Any]:
     """Trains a student to the end and keeps its best scale; the figures are those of held-out text."""
-    teacher = hold_teacher(models, training, held_out, recipe)
-    measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
+    teacher = hold_teacher(reading.models, reading.training, reading.held_out, recipe)
+    shared = reading.models.shared
+    measure = partial(measure_held_out, teacher, examples=reading.held_out, shared=shared, recipe=recipe)
     before = measure(student)
     with tempfile.TemporaryDirectory() as state:
-        log = train_student(teacher, student, models.shared, training, recipe, seed, Path(state), quiet=True)
+        log = train_student(teacher, student, shared, reading.training, recipe, seed, Path(state), quiet=True)
     scale = keep_best_scale(student, measure, TRAINED_SCALES)
     after = measure(student)
     return {

@@ -55,7 +55,8 @@ class Solved:
         """Solves on the text of the cell, scales by the held-out objective, and scores."""
         set_seed(cell.seed)
         recipe = cell_recipe(settings, cell, "default", "ridge", Tuning())
-        plan, models, training, held_out = read_text(settings, cell, recipe)
+        reading = read_text(settings, cell, recipe)
+        plan, models, training, held_out = reading.plan, reading.models, reading.training, reading.held_out
         update = self._solve(plan, models, training, recipe, cell.seed)
         student = _attach_update(models.target, update)
         teacher = RecordedTeacher(models.teacher, held_out, with_hidden=False)
