@@ -13,13 +13,16 @@ from castlora.bench.results import DEFAULT_METHOD, PooledCell, References
 from castlora.bench.tables import arrow, write_page
 from castlora.config import Regime
 
+WITHOUT = "ridge start"
+"""The default without rehearsal."""
 OVERVIEW: dict[tuple[Regime, str], str] = {
     ("general", DEFAULT_METHOD): "general: default",
-    ("general", f"{DEFAULT_METHOD}, single sentences"): "general: single sentences",
+    ("general", WITHOUT): "general: no rehearsal",
     ("format", DEFAULT_METHOD): "format: default",
-    ("format", f"{DEFAULT_METHOD}, single sentences"): "format: single sentences",
+    ("format", WITHOUT): "format: no rehearsal",
     ("prompts", DEFAULT_METHOD): "prompts: default",
-    ("prompts", "fresh"): "prompts: fresh",
+    ("prompts", WITHOUT): "prompts: no rehearsal",
+    ("prompts", "fresh"): "prompts: fresh, no rehearsal",
 }
 """Columns of the README's table."""
 TUNED_ON = ("llama-s:mistral-s", "gpt2-s:gpt2-m", "stories260K-hf:llama-s", "llama-s:stories260K-hf")

@@ -34,10 +34,11 @@ from castlora.evaluation import evaluate_model
 from castlora.models import load_model
 from castlora.plan import plan_transfer
 from castlora.run_directory import write_whole
-from castlora.stages import align_text, load_models, start_student, train_student
+from castlora.stages import align_text, load_models, start_student
 from castlora.tasks import load_task
 from castlora.teacher import LiveTeacher
 from castlora.teaching import TextSource, teach_text
+from castlora.training import train_student
 
 TRANSFER, LOOP, RETRAINING = "castlora", "the paper's loop", "retraining"
 LOOP_STEPS = 1000

@@ -23,10 +23,12 @@ from castlora.fitting import SiteMoments, solve_by_layers
 from castlora.launcher import process_count
 from castlora.models import linear_slots
 from castlora.pairing import pair_modules
-from castlora.positions import AlignedPassage, collate
+from castlora.positions import AlignedPassage
 from castlora.processes import from_all, from_main, leave, share_of_batch, share_of_mean, this_process
+from castlora.rehearsal import BareTarget, rehearsed
 from castlora.starts import attach_lora
 from castlora.teacher import LiveTeacher
+from castlora.training import collate_lessons, lessons
 from castlora.vocabulary import SharedVocabulary
 
 BATCH = 8
@@ -58,8 +60,11 @@ def statistics(source: Path, target: Path) -> dict[str, Tensor]:
 
 
 def gradients(source: Path, target: Path) -> dict[str, Tensor]:
-    """Of a batch whose passages have unlike numbers of positions that count, with all parts of the objective."""
-    recipe = replace(PAPER, chunk_weight=1.0)
+    """Of a batch whose passages have unlike numbers of positions that count, with all parts of the objective.
+
+    Two of its passages come with one that the target rehearses, so that of four processes two have none.
+    """
+    recipe = replace(PAPER, chunk_weight=1.0, rehearsal_weight=0.5)
     teacher = LiveTeacher(tiny.load(source), with_hidden=True)
     base = tiny.load(target)
     torch.manual_seed(0)
@@ -74,9 +79,11 @@ def gradients(source: Path, target: Path) -> dict[str, Tensor]:
 
     here = this_process()
     share = share_of_batch(BATCH)
-    batch = collate(_uneven(source.name, target.name)[here.index * share : (here.index + 1) * share])
+    all_lessons = lessons(_uneven(source.name, target.name), [rehearsed([5, 6, 7, 8, 9]), rehearsed([9, 8, 7])])
+    batch, own = collate_lessons(all_lessons[here.index * share : (here.index + 1) * share]).values()
+    kept = (BareTarget(adapted).predict(own), own) if own else None
     model = DistributedDataParallel(student, find_unused_parameters=True) if here.count > 1 else student
-    losses = model(teacher.predict(batch), batch, shared, recipe, share_of_mean)
+    losses = model(teacher.predict(batch), batch, shared, recipe, share_of_mean, kept)
     loss = total_loss(losses, recipe)
     loss.backward()
     of_processes = from_all(loss.item())

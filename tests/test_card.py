@@ -55,7 +55,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
         ],
         "recipe": {
             "name": "default", "start": "fresh", "steps": 500, "batch_size": 32, "kl_weight": 1.0, "mse_weight": 0.5,
-            "chunk_weight": 0.0, "departures": {"steps": 500},
+            "chunk_weight": 0.0, "rehearsal_weight": 0.0, "departures": {"steps": 500},
         },
         "start_loss": {"low_rank": 0.0, "cut": 0.0},
         "seed": 17,
@@ -63,7 +63,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "scale": {"scale": 0.75, "tried": [0.0, 0.75, 1.0], "losses": [3.0, 0.552, 0.6]},
         "losses": {
             "held_out_before": 2.91, "held_out_after": 0.552, "agreement_before": 0.31, "agreement_after": 0.84,
-            "kl_before": 2.5, "kl_after": 0.21,
+            "kl_before": 2.5, "kl_after": 0.21, "drift_after": 0.125,
         },
         "licences": {"source adapter": "mit", "source base model": "mit", "target base model": "mit", "text": "mit"},
         "answers": {"prompts": 64, "same_before": 0.02, "same_after": 0.81, "ci95": [0.7, 0.9]},
@@ -122,7 +122,8 @@ def test_metadata() -> None:
     [
         "`org/trec-lora`, rank 4", "`org/llama-s` at `3f2a91c`", "`org/mistral-s` at `88b01de`",
         "`prompt format`, `allenai/c4`", "`default` with `steps=500`", "| `fresh` |", "1.00 × KL + 0.500 × hidden MSE",
-        "500 × 32", "| seed | 17 |", "0.750, by held-out loss", "2.91 → 0.552", "31\xa0% → 84\xa0%", "252 s",
+        "500 × 32", "| seed | 17 |", "0.750, by held-out loss", "2.91 → 0.552", "31\xa0% → 84\xa0%",
+        "0.125 nats per position", "252 s",
         "2.00 GiB",
         "1 of 2 target modules have a partner in the source; no update for `layers.0.gate_proj`",
         'AutoModelForCausalLM.from_pretrained("org/mistral-s", revision="88b01de")',

@@ -11,7 +11,6 @@ from castlora.distill import (
     check_objective,
     distillation_losses,
     measure_held_out,
-    peak_learning_rate,
     read_batch,
     shared_mass,
     total_loss,
@@ -22,6 +21,7 @@ from castlora.starts import attach_lora
 from castlora.teacher import LiveTeacher, predict
 from castlora.text import Passage
 from castlora.tokens import ByteTokenizer
+from castlora.training import peak_learning_rate
 from castlora.vocabulary import SharedVocabulary
 
 ALL_PARTS = replace(PAPER, temperature=1.0, chunk_weight=0.5)

@@ -4,9 +4,10 @@ import torch
 
 from castlora.baselines.nonlinear import NonlinearA, ResidualMap, attach_networks
 from castlora.config import DEFAULT
-from castlora.distill import Student, _parameter_groups, peak_learning_rate
+from castlora.distill import Student
 from castlora.plan import plan_transfer
 from castlora.starts import attach_lora, fold_maps, paper_maps, start_from_factors
+from castlora.training import _parameter_groups, peak_learning_rate
 
 PAIRS = [("llama", "mistral"), ("gpt2", "llama"), ("llama", "gpt2"), ("phi3", "gpt2-deep")]
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

@@ -10,10 +10,11 @@ from castlora.config import DEFAULT
 from castlora.errors import UserError
 from castlora.plan import plan_transfer
 from castlora.positions import AlignedPassage
-from castlora.stages import HELD_OUT_PASSAGES, StartLoss, align_text, load_models, reading_order, start_student
+from castlora.stages import HELD_OUT_PASSAGES, StartLoss, align_text, load_models, start_student
 from castlora.starts import student_factors
 from castlora.teaching import TextSource, choose_prompts, draw_text, prompt_formats, teach_text
 from castlora.text import GENERIC_FORMATS, SLOT, Passage
+from castlora.training import reading_order
 
 LENGTHS = random.Random(0).choices(range(5, 60), k=96)
 PASSAGES = [AlignedPassage([number] * length, [0], [0], [0], [1.0]) for number, length in enumerate(LENGTHS)]

@@ -34,7 +34,9 @@ BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 CONTEXT = 96
 """Positions that every tiny model has."""
 
-SHORT = Tuning(passages=24, filled_passages=24, max_length=88, answer_tokens=8)
+SHORT = Tuning(
+    passages=24, filled_passages=24, max_length=88, answer_tokens=8, rehearsal_passages=8, rehearsal_tokens=12
+)
 """Text of a transfer that takes a second."""
 
 FAMILIES = ("llama", "mistral", "phi3", "gpt2", "gpt2-deep")

@@ -223,6 +223,10 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{percent(losses['agreement_before'])} → {percent(losses['agreement_after'])} of held-out positions",
         ),
         *_answers(manifest["answers"]),
+        (
+            "drift",
+            f"{number(losses['drift_after'])} nats per position from the bare target, on its own text",
+        ),
         ("time", f"{number(manifest['seconds'])} s"),
         ("peak memory", f"{number(manifest['peak_memory_bytes'] / 2**30)} GiB"),
     ]
@@ -258,7 +262,7 @@ def _text(record: Mapping[str, Any]) -> str:
 
 
 def _objective(recipe: Mapping[str, Any]) -> str:
-    weights = {"KL": "kl_weight", "hidden MSE": "mse_weight", "chunk": "chunk_weight"}
+    weights = {"KL": "kl_weight", "hidden MSE": "mse_weight", "chunk": "chunk_weight", "rehearsal": "rehearsal_weight"}
     return " + ".join(f"{number(recipe[field])} × {name}" for name, field in weights.items() if recipe[field])
 
 

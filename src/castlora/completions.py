@@ -38,7 +38,10 @@ def encode_completion(
     ids, ends = _encode(tokenizer, prompt + completion)
     start = next(i for i, end in enumerate(ends) if end > len(prompt))
     if start == 0:
-        ids, start = [_begin_token(tokenizer), *ids], 1
+        first = begin_token(tokenizer)
+        if first is None:
+            raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no begin-of-text token; use a longer prompt.")
+        ids, start = [first, *ids], 1
         ends = [0, *ends]
     kept = _drop_left(ids, ends, max_length)
     start -= len(ids) - len(kept)
@@ -58,12 +61,9 @@ def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], l
     return ids, ends
 
 
-def _begin_token(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The token that stands in front of a text, for a completion that has no token before it."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no begin-of-text token; use a longer prompt.")
+def begin_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token that stands in front of a text, or the one that ends the text before it; None without either."""
+    return next((int(token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
 
 
 def _drop_left(ids: list[int], ends: list[int], max_length: int) -> list[int]:
@@ -149,7 +149,7 @@ def generate(
         raise UserError(f"{type(model).__name__} cannot generate; use a causal language model, or give `choices`.")
     room = readable_tokens(model, tokenizer) - max_new_tokens
     encoded = [_drop_left(*_encode(tokenizer, prompt), room) for prompt in prompts]
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     texts = [""] * len(prompts)
     for batch in _batches_by_length([len(ids) for ids in encoded], batch_size):
         ids, mask = _pad([encoded[i] for i in batch], "left", model.device)
@@ -169,7 +169,7 @@ def generate(
     return texts
 
 
-def _end_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def end_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """End-of-text tokens of the tokenizer and of the model's generation configuration."""
     configured = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}

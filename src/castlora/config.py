@@ -68,6 +68,13 @@ class Recipe:
     generic ones."""
     max_length: int
     """Tokens per passage, counted in the tokenizer that needs more."""
+    rehearsal_weight: float
+    """Weight of the KL divergence between the bare target and the student on text that the bare target wrote; it keeps
+    what the target does elsewhere as it is."""
+    rehearsal_passages: int
+    """Passages that the bare target writes for it."""
+    rehearsal_tokens: int
+    """Tokens of the longest of them."""
 
 
 PAPER = Recipe(
@@ -91,6 +98,9 @@ PAPER = Recipe(
     sentences=1,
     format_candidates=0,
     max_length=128,
+    rehearsal_weight=0.0,
+    rehearsal_passages=512,
+    rehearsal_tokens=48,
 )
 """The paper (arXiv 2510.17902) as far as it is stated: KL + MSE, general text, 1000 steps."""
 
@@ -108,6 +118,7 @@ DEFAULT = replace(
     candidates=32,
     sentences=3,
     format_candidates=400,
+    rehearsal_weight=0.1,
 )
 """What `castlora transfer` does unless told otherwise; docs/results.md compares its start with the others."""
 
@@ -116,11 +127,11 @@ RECIPES: dict[RecipeName, Recipe] = {"default": DEFAULT, "paper": PAPER}
 
 _ABOVE_ZERO = (
     "steps", "batch_size", "temperature", "learning_rate_scale", "passages", "filled_passages", "candidates",
-    "sentences", "max_length", "answer_tokens",
+    "sentences", "max_length", "answer_tokens", "rehearsal_passages", "rehearsal_tokens",
 )  # fmt: skip
 _ZERO_OR_MORE = (
     "kl_weight", "mse_weight", "chunk_weight", "context_weight", "ridge", "map_learning_rate_ratio",
-    "format_candidates",
+    "format_candidates", "rehearsal_weight",
 )  # fmt: skip
 
 
@@ -162,6 +173,12 @@ class Tuning:
     """prompt formats that are tried where the adapter's own is not known; 0 takes generic ones"""
     max_length: int | None = None
     """tokens per passage, counted in the tokenizer that needs more"""
+    rehearsal_weight: float | None = None
+    """weight of keeping the bare target's predictions on text that it wrote itself; 0 leaves that out"""
+    rehearsal_passages: int | None = None
+    """passages that the bare target writes for it"""
+    rehearsal_tokens: int | None = None
+    """tokens of the longest of them"""
 
 
 def resolve_recipe(

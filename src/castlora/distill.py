@@ -1,27 +1,14 @@
 """Training the student (target + LoRA) to behave like the teacher (source + LoRA)."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, PeftModelForCausalLM
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.data import SequentialSampler
-from transformers import (
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-    get_cosine_schedule_with_warmup,
-)
 
-from castlora.config import DEFAULT, Recipe
+from castlora.config import Recipe
 from castlora.errors import UserError
 from castlora.objective import (
     binary_kl,
@@ -30,19 +17,12 @@ from castlora.objective import (
     kl_divergence,
     weighted_mean,
 )
-from castlora.positions import AlignedPassage, Batch, PassageDataset, batches, collate, counted_places
-from castlora.processes import from_all, share_of_mean, wait_for_all
-from castlora.run_directory import seal
+from castlora.positions import AlignedPassage, Batch, batches, collate, counted_places
+from castlora.rehearsal import drift_per_position
 from castlora.teacher import Predictions, Side, Teacher, predict
 from castlora.vocabulary import SharedVocabulary
 
-TRAINABLE_FILE = "trainable.safetensors"
-_WARMUP_FRACTION = 0.05
 _HELD_OUT_BATCH = 16
-# With the usual 0.999 the huge gradients of the first steps would keep all later ones small.
-_ADAM_BETAS = (0.9, 0.98)
-# Only models narrower than about 128 would go beyond it, and one of width 64 was seen to lose what it had learned.
-_HIGHEST_LEARNING_RATE = 0.01
 
 Mean = Callable[[Tensor, Tensor], Tensor]
 """Mean of values under weights, both of one shape."""
@@ -63,13 +43,41 @@ class Student(nn.Module):
         return super().train(False) if self.training else self
 
     def forward(
-        self, taught: Predictions, batch: Batch, shared: SharedVocabulary, recipe: Recipe, mean: Mean = weighted_mean
+        self,
+        taught: Predictions,
+        batch: Batch,
+        shared: SharedVocabulary,
+        recipe: Recipe,
+        mean: Mean = weighted_mean,
+        rehearsed: tuple[Predictions, Batch] | None = None,
     ) -> dict[str, Tensor]:
-        """The parts of the objective, as `distillation_losses` has them.
+        """The parts of the objective: those of `distillation_losses`, and `rehearsal` where it has a weight.
 
         All that gradients flow through is inside, as data-parallel training needs it.
+
+        Args:
+            taught: predictions of the teacher
+            batch: the aligned passages that it has read
+            shared: how the vocabularies correspond
+            recipe: weights and temperature
+            mean: of values (n,) under weights (n,)
+            rehearsed: predictions of the bare target, and the passages of its own that it has read; None for none
         """
-        return distillation_losses(taught, self.predict(batch), batch, self.hidden_head, shared, recipe, mean)
+        losses = distillation_losses(taught, self.predict(batch), batch, self.hidden_head, shared, recipe, mean)
+        if recipe.rehearsal_weight > 0:
+            losses["rehearsal"] = mean(*self._drift(rehearsed))
+        return losses
+
+    def _drift(self, rehearsed: tuple[Predictions, Batch] | None) -> tuple[Tensor, Tensor]:
+        """How far the student is from the bare target at each position, in nats, and the weights of the positions."""
+        if rehearsed is None:
+            nothing = torch.zeros(0, device=next(self.parameters()).device)
+            return nothing, nothing
+        kept, batch = rehearsed
+        counts = batch["weights"] > 0
+        with parametrize.cached():
+            learned = predict(self.model, batch, "target")
+        return drift_per_position(kept, learned, counts), batch["weights"][counts]
 
     def predict(self, batch: Batch) -> Predictions:
         """What the student predicts on a batch."""
@@ -142,7 +150,12 @@ def distillation_losses(
 
 def total_loss(losses: Mapping[str, Tensor], recipe: Recipe) -> Tensor:
     """The weighted sum of the parts."""
-    weights = {"kl": recipe.kl_weight, "mse": recipe.mse_weight, "chunk": recipe.chunk_weight}
+    weights = {
+        "kl": recipe.kl_weight,
+        "mse": recipe.mse_weight,
+        "chunk": recipe.chunk_weight,
+        "rehearsal": recipe.rehearsal_weight,
+    }
     return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
 
 
@@ -197,108 +210,6 @@ def shared_mass(
     batch = {name: tensor.to(device) for name, tensor in collate(examples).items()}
     probabilities = predict(model, batch, side).aligned(batch["weights"] > 0).softmax(-1)
     return float(probabilities[:, shared_ids.to(device)].sum(-1).mean())
-
-
-class DistillationTrainer(Trainer):
-    """A Trainer whose batches hold both models' tokens and whose checkpoints hold only what is trained."""
-
-    def __init__(
-        self,
-        teacher: Teacher,
-        student: Student,
-        examples: Sequence[AlignedPassage],
-        shared: SharedVocabulary,
-        recipe: Recipe,
-        arguments: TrainingArguments,
-    ) -> None:
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(student, recipe), betas=_ADAM_BETAS, weight_decay=0.0, fused=True
-        )
-        warmup = max(1, round(_WARMUP_FRACTION * recipe.steps))
-        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, recipe.steps)
-        # On a machine with several, the Trainer would hand a batch for each to one process.
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        super().__init__(
-            model=student,
-            args=arguments,
-            data_collator=collate,
-            train_dataset=PassageDataset(examples),
-            optimizers=(optimizer, schedule),
-        )
-        self.passages = examples
-        self.teacher = teacher
-        self.shared = shared
-        self.recipe = recipe
-        self.parts: dict[str, list[float]] = {}
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The distillation objective on this process's share of a batch; its mean over the processes is the batch's."""
-        losses = model(self.teacher.predict(inputs), inputs, self.shared, self.recipe, share_of_mean)
-        for name, loss in losses.items():
-            self.parts.setdefault(name, []).append(loss.item())
-        loss = total_loss(losses, self.recipe)
-        return (loss, losses) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean of each part of the objective since the last report."""
-        of_processes = from_all({name: sum(values) / len(values) for name, values in self.parts.items()})
-        means = {name: sum(of_one[name] for of_one in of_processes) / len(of_processes) for name in self.parts}
-        self.parts = {}
-        super().log({**logs, **means}, *args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.passages)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        student = self.accelerator.unwrap_model(self.model)
-        tensors = {name: parameter.detach().contiguous() for name, parameter in student.trainable().items()}
-        save_file(tensors, folder / TRAINABLE_FILE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        student = self.accelerator.unwrap_model(model or self.model)
-        tensors = load_file(Path(resume_from_checkpoint) / TRAINABLE_FILE)
-        with torch.no_grad():
-            for name, parameter in student.trainable().items():
-                parameter.copy_(tensors[name])
-
-
-class LossProgress(ProgressCallback):
-    """A progress bar that shows the loss beside the rate and the expected end."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Puts the latest loss into the bar instead of printing a line for it."""
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
-
-
-class SealCheckpoints(TrainerCallback):
-    """Lets a checkpoint that is damaged later be told from one that is as it was written."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Seals the checkpoint that the Trainer has just written; every process writes a file of it."""
-        wait_for_all()
-        if state.is_world_process_zero:
-            seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
-
-
-def peak_learning_rate(recipe: Recipe, hidden_size: int) -> float:
-    """Learning rate of a plain LoRA on a model of this width."""
-    by_width = recipe.learning_rate_scale * math.sqrt(recipe.batch_size / DEFAULT.batch_size) / hidden_size
-    return min(by_width, _HIGHEST_LEARNING_RATE)
-
-
-def _parameter_groups(student: Student, recipe: Recipe) -> list[dict[str, Any]]:
-    rate = peak_learning_rate(recipe, student.hidden_size)
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in student.trainable().items():
-        # Linear maps parametrize PEFT's weights; nonlinear ones stand in their place.
-        groups["parametrizations" in name or ".maps." in name].append(parameter)
-    rates = {True: rate * recipe.map_learning_rate_ratio, False: rate}
-    return [{"params": params, "lr": rates[is_map]} for is_map, params in groups.items() if params]
 
 
 def _divergence(teacher_logits: Tensor, student_logits: Tensor, shared: SharedVocabulary, temperature: float) -> Tensor:

@@ -38,14 +38,24 @@ from castlora.plan import Plan, describe_beyond, plan_transfer
 from castlora.positions import AlignedPassage, collate
 from castlora.processes import from_main, share_of_batch, this_process
 from castlora.record import write_record
+from castlora.rehearsal import measure_drift
 from castlora.run_directory import RunDirectory, check_output, is_sealed, open_run, seal, write_whole
 from castlora.scaling import TRAINED_SCALES, ScaleChoice, keep_best_scale
 from castlora.similarity import measure_similarity
-from castlora.stages import Models, align_text, hold_teacher, load_models, start_student, train_student
+from castlora.stages import (
+    Models,
+    align_text,
+    hold_bare_target,
+    hold_teacher,
+    load_models,
+    start_student,
+    write_rehearsed,
+)
 from castlora.starts import student_factors
 from castlora.teaching import TextSource, prompt_formats, teach_text
 from castlora.text import Passage
 from castlora.tracking import check_tracker, tracking
+from castlora.training import train_student
 from castlora.verification import check_written, live_logits
 
 logger = logging.getLogger("castlora")
@@ -149,7 +159,7 @@ def transfer(
         reading, training, held_out = from_main(partial(_read_aligned, run, models, text_source, resolved, seed))
         masses = from_main(partial(_report_shared_mass, models, held_out))
         student, start_loss = start_student(models, plan, resolved, training, output_rank, seed)
-        trained = _train(run, models, student, training, held_out, resolved, seed, report_to)
+        trained = _train(run, models, student, training, held_out, reading.rehearsed, resolved, seed, report_to)
 
         def finish() -> dict[str, Any]:
             # Some of these may have been dropped for their length, so that they were not trained on either.
@@ -207,6 +217,8 @@ class _Reading:
     formats: Sequence[str]
     """What general text was put into."""
     passages: list[Passage]
+    rehearsed: list[list[int]]
+    """Text that the bare target wrote, as token ids."""
 
 
 def _read_aligned(
@@ -227,10 +239,12 @@ def _read(run: RunDirectory, models: Models, text: TextSource, recipe: Recipe, s
     if is_sealed(run.reading):
         logger.debug("The text of the interrupted run is read again")
         record = json.loads(path.read_text(encoding="utf-8"))
-        return _Reading(record["formats"], [Passage(**passage) for passage in record["passages"]])
+        passages = [Passage(**passage) for passage in record["passages"]]
+        return _Reading(record["formats"], passages, record["rehearsed"])
     parts = Parts(run.parts)
     formats = prompt_formats(models, text, recipe, seed, parts)
-    reading = _Reading(formats, teach_text(models, text, formats, recipe, seed, parts))
+    passages = teach_text(models, text, formats, recipe, seed, parts)
+    reading = _Reading(formats, passages, write_rehearsed(models, recipe, seed))
     run.reading.mkdir(exist_ok=True)
     write_whole(path, json.dumps(asdict(reading)))
     seal(run.reading)
@@ -253,6 +267,7 @@ def _train(
     student: Student,
     training: list[AlignedPassage],
     held_out: list[AlignedPassage],
+    rehearsed: list[list[int]],
     recipe: Recipe,
     seed: int,
     report_to: Tracker | None,
@@ -266,6 +281,13 @@ def _train(
     before = from_main(partial(measure, student))
     with student.model.disable_adapter():
         bare = from_main(partial(measure, student))
+    rehearsal = hold_bare_target(student.model, models.target, rehearsed, recipe)
+    drift = partial(measure_drift, rehearsal.bare, student.model, rehearsal.held_out)
+
+    def measure_along() -> dict[str, float]:
+        now = measure(student)
+        return {"held_out_kl": now.kl, "agreement": now.agreement, "drift": drift()}
+
     name = run.out.resolve().name
     checkpoint = from_main(run.last_checkpoint)
     if checkpoint:
@@ -273,11 +295,14 @@ def _train(
     log = train_student(
         teacher, student, models.shared, training, recipe, seed, run.checkpoints, checkpoint,
         callbacks=tracking(report_to, name) if this_process().is_main else (), run_name=name,
+        rehearsal=rehearsal, measure=measure_along,
     )  # fmt: skip
     scale = from_main(partial(keep_best_scale, student, measure, TRAINED_SCALES))
     after = from_main(partial(measure, student))
     logger.info("Held-out KL to source + LoRA: %.4f before, %.4f after (nats per position)", before.kl, after.kl)
-    return _Trained(_losses({"bare": bare, "before": before, "after": after}), scale, log)
+    losses = {**_losses({"bare": bare, "before": before, "after": after}), "drift_after": from_main(drift)}
+    logger.info("Drift from the bare target on its own text: %.4f nats per position", losses["drift_after"])
+    return _Trained(losses, scale, log)
 
 
 def _report_shared_mass(models: Models, held_out: list[AlignedPassage]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from castlora.text import Passage
 from castlora.tokens import ByteTokenizer, EncodedText, aligned_positions
 
 _ENCODE_BATCH = 512
+_Example = TypeVar("_Example")
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,19 @@ class AlignedPassage:
     """How much the next-token prediction at each place counts."""
 
 
-class PassageDataset(Dataset[AlignedPassage]):
-    """Passages in the form that torch and transformers read."""
+class Examples(Dataset[_Example]):
+    """Passages, or what holds them, in the form that torch and transformers read."""
 
-    def __init__(self, passages: Sequence[AlignedPassage]) -> None:
-        self.passages = passages
+    def __init__(self, examples: Sequence[_Example]) -> None:
+        self.examples = examples
 
     def __len__(self) -> int:
-        """Number of passages."""
-        return len(self.passages)
+        """Number of examples."""
+        return len(self.examples)
 
-    def __getitem__(self, index: int) -> AlignedPassage:
-        """The passage at a place."""
-        return self.passages[index]
+    def __getitem__(self, index: int) -> _Example:
+        """The example at a place."""
+        return self.examples[index]
 
 
 Batch = dict[str, Tensor]
@@ -87,7 +89,7 @@ def _groups(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
 
 def batches(passages: Sequence[AlignedPassage], batch_size: int, device: torch.device) -> Iterator[Batch]:
     """Padded batches in the given order, on the device."""
-    for batch in DataLoader(PassageDataset(passages), batch_size, collate_fn=collate):
+    for batch in DataLoader(Examples(passages), batch_size, collate_fn=collate):
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 

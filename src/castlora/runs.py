@@ -11,6 +11,7 @@ from castlora.errors import UserError
 from castlora.formatting import number
 from castlora.measured_tasks import measured, read_task
 from castlora.report import (
+    AGREEMENT,
     ChangedPiece,
     ChangedText,
     ComparedRun,
@@ -37,6 +38,8 @@ DETAILS_FILE = "report.json"
 TASKS = "tasks"
 """Where the manifest keeps what was measured after the run."""
 _MOST_LAYERS = 1000
+_ALONG = {"KL to the teacher": "held_out_kl", "drift": "drift", AGREEMENT: "agreement"}
+"""What is measured during a training, as the report and as the log call it."""
 
 
 @dataclass(frozen=True)
@@ -187,9 +190,9 @@ def _similarity(record: Mapping[str, Any] | None) -> Similarity | None:
 
 
 def _distillation(log: Sequence[Mapping[str, float]], losses: Mapping[str, float]) -> Distillation:
-    loss = [(int(entry["step"]), entry["loss"]) for entry in log]
-    parts = {name for entry in log for name in entry} & {"kl", "mse", "chunk"}
-    components = {name: [(int(entry["step"]), entry[name]) for entry in log] for name in sorted(parts)}
+    loss = _points(log, "loss")
+    parts = {name for entry in log for name in entry} & {"kl", "mse", "chunk", "rehearsal"}
+    components = {name: _points(log, name) for name in sorted(parts)}
     return Distillation(
         loss,
         components if len(components) > 1 else {},
@@ -199,7 +202,14 @@ def _distillation(log: Sequence[Mapping[str, float]], losses: Mapping[str, float
         agreement_after=measured(losses["agreement_after"]),
         held_out_bare=_measured_if_known(losses.get("held_out_bare")),
         agreement_bare=_measured_if_known(losses.get("agreement_bare")),
+        along={name: points for name, key in _ALONG.items() if (points := _points(log, key))},
+        drift_after=_measured_if_known(losses.get("drift_after")),
     )
+
+
+def _points(log: Sequence[Mapping[str, float]], key: str) -> list[tuple[int, float]]:
+    """The entries of a log that have a value, with their steps."""
+    return [(int(entry["step"]), entry[key]) for entry in log if key in entry]
 
 
 def _cost(manifest: Mapping[str, Any]) -> dict[str, str]:

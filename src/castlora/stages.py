@@ -4,23 +4,14 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from castlora.adapters import LowRank
 from castlora.config import Recipe
-from castlora.distill import DistillationTrainer, LossProgress, SealCheckpoints, Student
+from castlora.distill import Student
 from castlora.effective import effective_update
 from castlora.errors import UserError
 from castlora.fitting import SiteMoments, ridge_factors, ridge_maps, solve_by_layers
@@ -29,17 +20,17 @@ from castlora.models import best_device, load_model
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage, align_passages
 from castlora.processes import share_of_batch
+from castlora.rehearsal import PASSAGES_PER_REHEARSED, BareTarget, Rehearsal, rehearsed, write_passages
 from castlora.starts import Maps, attach_lora, fold_maps, paper_maps, parametrize_by_maps, start_from_factors
 from castlora.teacher import LiveTeacher, RecordedTeacher, Teacher, record_bytes, record_limit
 from castlora.text import Passage
 from castlora.tokens import ByteTokenizer
-from castlora.tracking import PROJECT
 from castlora.vocabulary import SharedVocabulary
 
 logger = logging.getLogger("castlora")
 
 HELD_OUT_PASSAGES = 64
-_BATCHES_SORTED_TOGETHER = 8
+_HELD_OUT_REHEARSED = 64
 _STATISTICS_PASSAGES = 1024
 
 
@@ -203,66 +194,28 @@ def hold_teacher(
     return LiveTeacher(models.teacher, with_hidden)
 
 
-def train_student(
-    teacher: Teacher,
-    student: Student,
-    shared: SharedVocabulary,
-    training: Sequence[AlignedPassage],
-    recipe: Recipe,
-    seed: int,
-    state_folder: Path,
-    checkpoint: str | None = None,
-    quiet: bool = False,
-    callbacks: Sequence[TrainerCallback] = (),
-    run_name: str | None = None,
-) -> list[dict[str, float]]:
-    """Trains to the last step, from the checkpoint if one is given.
+def write_rehearsed(models: Models, recipe: Recipe, seed: int) -> list[list[int]]:
+    """Text of the bare target as token ids, as much as the recipe rehearses; the last passages are for measuring."""
+    trained_on = recipe.rehearsal_passages if recipe.rehearsal_weight > 0 else 0
+    count = trained_on + _HELD_OUT_REHEARSED
+    return write_passages(models.target, models.target_tokenizer, count, recipe.rehearsal_tokens, seed)
 
-    Returns:
-        the log: `step`, `loss` and the parts of the loss, averaged since the entry before
+
+def hold_bare_target(
+    student: PeftModel, target: PreTrainedModel, written: Sequence[Sequence[int]], recipe: Recipe
+) -> Rehearsal:
+    """The bare target as the teacher of what it wrote itself; its predictions are kept as `hold_teacher` keeps them.
+
+    Args:
+        student: the PEFT model around the target
+        target: the target, for its sizes
+        written: as `write_rehearsed` gives it
+        recipe: says how much is read again
     """
-    arguments = TrainingArguments(
-        output_dir=str(state_folder),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=share_of_batch(recipe.batch_size),
-        logging_steps=max(1, recipe.steps // 50),
-        save_strategy="no" if quiet else "steps",
-        save_steps=max(1, recipe.steps // 10),
-        save_total_limit=2,
-        seed=seed,
-        report_to="none",
-        project=PROJECT,
-        run_name=run_name,
-        disable_tqdm=quiet,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=best_device().type == "cpu",
-        # Otherwise the gradients are laid out anew after the first step, and those of three or more processes would be
-        # added in another order, so that a run that went on would not end in the same bytes.
-        ddp_find_unused_parameters=True,
-        ddp_broadcast_buffers=False,
-    )
-    examples = reading_order(training, recipe.steps * recipe.batch_size, recipe.batch_size, seed)
-    trainer = DistillationTrainer(teacher, student, examples, shared, recipe, arguments)
-    for callback in (SealCheckpoints(), *callbacks):
-        trainer.add_callback(callback)
-    trainer.remove_callback(PrinterCallback if quiet else ProgressCallback)
-    if not quiet:
-        trainer.add_callback(LossProgress())
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def reading_order(training: Sequence[AlignedPassage], count: int, batch_size: int, seed: int) -> list[AlignedPassage]:
-    """`count` passages: the training set in a new random order each time it is read through.
-
-    Passages of like length stand together, so that batches hold little padding. Laid out in advance, so that a
-    resumed run sees what it would have seen.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [max(len(passage.source_ids), len(passage.target_ids)) for passage in training]
-    order: list[AlignedPassage] = []
-    while len(order) < count:
-        indices = get_length_grouped_indices(lengths, batch_size, _BATCHES_SORTED_TOGETHER, generator)
-        order += [training[index] for index in indices]
-    return order[:count]
+    passages = list(map(rehearsed, written))
+    training, held_out = passages[:-_HELD_OUT_REHEARSED], passages[-_HELD_OUT_REHEARSED:]
+    reads = recipe.steps * share_of_batch(recipe.batch_size) // PASSAGES_PER_REHEARSED
+    if reads > len(training) and record_bytes(target, passages, with_hidden=False) <= record_limit(target):
+        with student.disable_adapter():
+            return Rehearsal(RecordedTeacher(student, passages, with_hidden=False), training, held_out)
+    return Rehearsal(BareTarget(student), training, held_out)

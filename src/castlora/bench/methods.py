@@ -11,12 +11,16 @@ from castlora.bench.untrained import Constrained, LogitDelta, Solved, Weighed
 from castlora.config import Tuning
 
 Method = Distilled | Labelled | Solved | Weighed | Constrained | LogitDelta
-SINGLE = Tuning(candidates=8, sentences=1)
+PLAIN = Tuning(rehearsal_weight=0.0)
+SINGLE = replace(PLAIN, candidates=8, sentences=1)
+RUNNING = replace(PLAIN, write_answers=False)
 GENERIC = replace(SINGLE, format_candidates=0)
 METHODS: dict[str, Method] = {
-    "ridge start": Distilled("default", "ridge"),
-    "paper start": Distilled("default", "paper"),
-    "fresh": Distilled("default", "fresh"),
+    "default": Distilled("default", "ridge"),
+    "fresh, rehearsed": Distilled("default", "fresh"),
+    "ridge start": Distilled("default", "ridge", PLAIN),
+    "paper start": Distilled("default", "paper", PLAIN),
+    "fresh": Distilled("default", "fresh", PLAIN),
     "ridge start, generic formats": Distilled("default", "ridge", GENERIC, regimes=("general",)),
     "paper start, generic formats": Distilled("default", "paper", GENERIC, regimes=("general",)),
     "fresh, generic formats": Distilled("default", "fresh", GENERIC, regimes=("general",)),
@@ -25,13 +29,15 @@ METHODS: dict[str, Method] = {
     "fresh, single sentences": Distilled("default", "fresh", SINGLE, regimes=("general", "format")),
     "ridge start, single sentences, maps": Distilled("default", "ridge", replace(SINGLE, trained="maps")),
     "ridge start, any prompts": Distilled("default", "ridge", replace(SINGLE, candidates=1), regimes=("format",)),
-    "ridge start, running text": Distilled("default", "ridge", Tuning(write_answers=False), regimes=("general",)),
+    "ridge start, running text": Distilled(
+        "default", "ridge", replace(PLAIN, write_answers=False), regimes=("general",)
+    ),
     "paper": Distilled("paper", "paper"),
     "paper, KL alone": Distilled("paper", "paper", Tuning(mse_weight=0.0)),
     "paper, MSE alone": Distilled("paper", "paper", Tuning(kl_weight=0.0)),
     "paper, nonlinear": Nonlinear("paper", "paper"),
-    "paper start, nonlinear": Nonlinear("default", "paper"),
-    "paper start, nonlinear, distilled": DistilledNetworks("default", "paper"),
+    "paper start, nonlinear": Nonlinear("default", "paper", PLAIN),
+    "paper start, nonlinear, distilled": DistilledNetworks("default", "paper", PLAIN),
     "synthetic data": Labelled(),
     "closed form": Solved("ridge"),
     "Theseus": Solved("theseus"),
@@ -43,6 +49,6 @@ METHODS: dict[str, Method] = {
     "logit-delta oracle": LogitDelta(),
     "control: random maps": Solved("random"),
     "control: permuted positions": Solved("permuted"),
-    "control: adapter of another skill": OtherSkill("default", "ridge"),
+    "control: adapter of another skill": OtherSkill("default", "ridge", PLAIN),
 }
 """The default, its variants, the paper's recipe as a whole, the rivals, what no adapter can hold, and controls."""

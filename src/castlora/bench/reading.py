@@ -6,7 +6,7 @@ from castlora.bench.grid import Cell, Settings, taught_passages
 from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage
-from castlora.stages import Models, align_text, load_models
+from castlora.stages import Models, align_text, load_models, write_rehearsed
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class Reading:
     models: Models
     training: list[AlignedPassage]
     held_out: list[AlignedPassage]
+    rehearsed: list[list[int]]
+    """Text that the bare target wrote, as token ids; the last passages are for measuring alone."""
 
 
 def cell_recipe(settings: Settings, cell: Cell, name: RecipeName, start: Start, tuning: Tuning) -> Recipe:
@@ -31,10 +33,10 @@ def read_text(settings: Settings, cell: Cell, recipe: Recipe) -> Reading:
     """The cell's models, and its training and held-out passages."""
     # Only the length of running text depends on the target; prompts serve all targets of a source.
     read_for = cell if _reads_running_text(cell, recipe) else replace(cell, pair=f"{cell.source}:{cell.source}")
-    passages = taught_passages(settings, read_for, replace(recipe, start="fresh", trained="maps"))
+    passages = taught_passages(settings, read_for, replace(recipe, start="fresh", trained="maps", rehearsal_weight=0.0))
     plan = cell.plan(settings.spec)
     models = load_models(plan)
-    return Reading(plan, models, *align_text(models, passages, recipe))
+    return Reading(plan, models, *align_text(models, passages, recipe), write_rehearsed(models, recipe, cell.seed))
 
 
 def _reads_running_text(cell: Cell, recipe: Recipe) -> bool:

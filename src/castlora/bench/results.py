@@ -103,15 +103,21 @@ class MeanLift:
     """Bootstrap interval over pairs and skills."""
     ratio: float
     comparison: Comparison | None
-    """With the default; None for the default itself and where it has no seed of a cell in common."""
+    """With the reference method; None for that one itself and where it has no seed of a cell in common."""
+
+
+def reference_method(cells: Sequence[PooledCell]) -> str:
+    """The method that the others are compared with: the default, or what was run that stands nearest to it."""
+    run = {cell.method for cell in cells}
+    return next((method for method in METHOD_ORDER if method in run), DEFAULT_METHOD)
 
 
 def mean_lifts(cells: Sequence[PooledCell]) -> list[MeanLift]:
     """The means of all methods, by regime; cells where retraining gains too little are left out."""
-    means = []
+    means, reference = [], reference_method(cells)
     for regime in REGIMES:
         countable = [cell for cell in cells if cell.regime == regime and cell.lift.countable]
-        default = [cell for cell in countable if cell.method == DEFAULT_METHOD]
+        of_reference = [cell for cell in countable if cell.method == reference]
         for method in METHOD_ORDER:
             group = [cell for cell in countable if cell.method == method]
             if not group:
@@ -125,7 +131,7 @@ def mean_lifts(cells: Sequence[PooledCell]) -> list[MeanLift]:
                     float(lifts.mean()),
                     bootstrap_interval(lifts),
                     float(np.mean([cell.lift.ratio for cell in group])),
-                    compare(group, default) if method != DEFAULT_METHOD else None,
+                    compare(group, of_reference) if method != reference else None,
                 )
             )
     return means

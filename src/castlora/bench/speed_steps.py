@@ -12,10 +12,11 @@ from castlora.bench.speed_measures import SHORT, TEXTS, SpeedSettings
 from castlora.bench.speed_models import Subject
 from castlora.bench.speed_timing import Clock, Ratio, Side
 from castlora.config import DEFAULT
-from castlora.distill import DistillationTrainer, Student
+from castlora.distill import Student
 from castlora.positions import AlignedPassage, Batch, batches
 from castlora.starts import attach_lora, lora_maps
 from castlora.teacher import LiveTeacher, RecordedTeacher, Teacher, predict
+from castlora.training import DistillationTrainer
 
 STEP_TARGET = 1.10
 
@@ -85,7 +86,7 @@ def time_steps(
     Returns:
         seconds of each step, and of its passes, the first step left out
     """
-    recipe = replace(DEFAULT, steps=len(passages) // batch_size, batch_size=batch_size)
+    recipe = replace(DEFAULT, steps=len(passages) // batch_size, batch_size=batch_size, rehearsal_weight=0.0)
     passes = _BarePasses(teacher, student, batches(passages, batch_size, subject.target.device), clock)
     with TemporaryDirectory() as folder:
         arguments = TrainingArguments(

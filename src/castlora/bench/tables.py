@@ -18,6 +18,7 @@ from castlora.bench.results import (
     make_cells,
     mean_lifts,
     read_results,
+    reference_method,
 )
 from castlora.config import Regime
 
@@ -43,6 +44,9 @@ PARTS: tuple[tuple[str, Regime, str, str], ...] = (
     ("the choice of telling prompts", "format", _SINGLE, "ridge start, any prompts"),
     ("up to three sentences, of 32 candidates, instead of one, of 8", "general", "ridge start", _SINGLE),
     ("up to three sentences, of 32 candidates, instead of one, of 8", "format", "ridge start", _SINGLE),
+    ("rehearsal of what the bare target writes", "general", "default", "ridge start"),
+    ("rehearsal of what the bare target writes", "format", "default", "ridge start"),
+    ("rehearsal of what the bare target writes", "prompts", "default", "ridge start"),
     ("nonlinear maps instead of linear ones", "prompts", "paper start, nonlinear", "paper start"),
     ("a plain LoRA taught by nonlinear maps, instead of linear maps", "prompts", _TAUGHT_BY_NETWORKS, "paper start"),
 )
@@ -51,8 +55,10 @@ PARTS: tuple[tuple[str, Regime, str, str], ...] = (
 INTRODUCTION = """
 Measured on held-out test items that no training, transfer or selection has seen. Lift is (transferred − bare target) /
 (retrained − bare target) with a bootstrap 95 % interval over items and seeds; ratio is transferred / retrained. A lift
-is shown where retraining gains at least 5 points. `ridge start` is the default recipe: the closed-form maps are folded,
-and the balanced factors trained. `maps` trains the maps themselves, `paper start` maps that are random at first,
+is shown where retraining gains at least 5 points. `default` is the default recipe: the closed-form maps are folded, the
+balanced factors trained, and the target rehearses text that it wrote itself before. All other methods but `fresh,
+rehearsed`, the same with a plain LoRA, rehearse nothing; `ridge start` is the default without it. `maps` trains the
+maps themselves, `paper start` maps that are random at first,
 `fresh` a plain LoRA. General text alone is put into the prompt formats that the adapter listens to, one to three
 sentences each, of which the most telling of 32 is kept; with `single sentences` one sentence, of 8; `generic formats`
 puts these into common formats instead, `any prompts` goes without the choice, and `running text` reads general text as
@@ -136,7 +142,8 @@ def _cell(cell: PooledCell | None) -> str:
 
 def _mean_table(cells: Sequence[PooledCell]) -> str:
     rows = [
-        "| text | method | cells | mean lift | mean ratio | above the default, same cells and seeds | ahead, behind |",
+        f"| text | method | cells | mean lift | mean ratio | above `{reference_method(cells)}`, same cells and seeds | "
+        "ahead, behind |",
         "|---|---|---|---|---|---|---|",
     ]
     for mean in mean_lifts(cells):

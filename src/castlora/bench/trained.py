@@ -16,13 +16,15 @@ from castlora.baselines.synthetic import contrastive_excess, label_by_excess, le
 from castlora.bench.grid import Cell, Settings, score
 from castlora.bench.reading import Reading, cell_recipe, read_text
 from castlora.config import Recipe, RecipeName, Regime, Start, Tuning
-from castlora.distill import Student, measure_held_out, peak_learning_rate
+from castlora.distill import Student, measure_held_out
 from castlora.manifest import peak_memory_bytes
 from castlora.models import best_device, load_model
 from castlora.positions import AlignedPassage
+from castlora.rehearsal import measure_drift
 from castlora.scaling import TRAINED_SCALES, keep_best_scale
-from castlora.stages import hold_teacher, start_student, train_student
+from castlora.stages import hold_bare_target, hold_teacher, start_student
 from castlora.starts import attach_lora, paper_maps
+from castlora.training import peak_learning_rate, train_student
 from castlora.vocabulary import SharedVocabulary
 
 WITH_TEXT: tuple[Regime, ...] = ("general", "format", "prompts")
@@ -113,7 +115,7 @@ class DistilledNetworks(Nonlinear):
         width = target.config.hidden_size
         plain = Student(model, width, width, with_head=recipe.mse_weight > 0).to(best_device())
         own, own_held_out = (list(map(_within_target, passages)) for passages in (reading.training, reading.held_out))
-        trained = _train(Reading(plan, again, own, own_held_out), plain, recipe, seed)
+        trained = _train(Reading(plan, again, own, own_held_out, reading.rehearsed), plain, recipe, seed)
         return plain, {**trained, "networks": networks}
 
 
@@ -126,7 +128,7 @@ class Labelled:
     def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
         """Filters the answers, trains on what is left, and scores."""
         set_seed(cell.seed)
-        recipe = cell_recipe(settings, cell, "default", "fresh", Tuning())
+        recipe = cell_recipe(settings, cell, "default", "fresh", Tuning(rehearsal_weight=0.0))
         reading = read_text(settings, cell, recipe)
         plan, models, training = reading.plan, reading.models, reading.training
         labelled = label_by_excess(training, contrastive_excess(models.teacher, training, recipe.batch_size))
@@ -149,11 +151,15 @@ def _train(reading: Reading, student: Student, recipe: Recipe, seed: int) -> dic
     shared = reading.models.shared
     measure = partial(measure_held_out, teacher, examples=reading.held_out, shared=shared, recipe=recipe)
     before = measure(student)
+    rehearsal = hold_bare_target(student.model, reading.models.target, reading.rehearsed, recipe)
     with tempfile.TemporaryDirectory() as state:
-        log = train_student(teacher, student, shared, reading.training, recipe, seed, Path(state), quiet=True)
+        log = train_student(
+            teacher, student, shared, reading.training, recipe, seed, Path(state), quiet=True, rehearsal=rehearsal
+        )  # fmt: skip
     scale = keep_best_scale(student, measure, TRAINED_SCALES)
     after = measure(student)
     return {
+        "drift": measure_drift(rehearsal.bare, student.model, rehearsal.held_out),
         "held_out_kl": [before.kl, after.kl],
         "agreement": [before.agreement, after.agreement],
         "last_loss": log[-1]["loss"],

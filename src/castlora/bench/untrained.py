@@ -54,7 +54,7 @@ class Solved:
     def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
         """Solves on the text of the cell, scales by the held-out objective, and scores."""
         set_seed(cell.seed)
-        recipe = cell_recipe(settings, cell, "default", "ridge", Tuning())
+        recipe = cell_recipe(settings, cell, "default", "ridge", Tuning(rehearsal_weight=0.0))
         reading = read_text(settings, cell, recipe)
         plan, models, training, held_out = reading.plan, reading.models, reading.training, reading.held_out
         update = self._solve(plan, models, training, recipe, cell.seed)

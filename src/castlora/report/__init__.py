@@ -3,6 +3,7 @@
 from castlora.lift import Lift
 from castlora.report.comparison import ComparedRun, Comparison, compare_runs, describe_comparison
 from castlora.report.contents import (
+    AGREEMENT,
     BARE_TARGET,
     RETRAINED,
     SOURCE_LORA,
@@ -22,6 +23,7 @@ from castlora.report.contents import (
 from castlora.report.page import render_comparison, render_report, write_report
 
 __all__ = [
+    "AGREEMENT",
     "BARE_TARGET",
     "RETRAINED",
     "SOURCE_LORA",

@@ -11,6 +11,8 @@ BARE_TARGET = "bare target"
 SOURCE_LORA = "source + LoRA"
 TRANSFERRED = "transferred"
 RETRAINED = "retrained"
+AGREEMENT = "agreement"
+"""Share of held-out positions where the likeliest next token is the teacher's, among what is measured along the way."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class Distillation:
         agreement_before: Share of held-out positions where the start's next token is the teacher's.
         agreement_after: The same share for the result.
         agreement_bare: The same share for the bare target.
+        along: What was measured on held-out text along the way, by name, each in the form of `loss`: AGREEMENT as a
+            share, anything else in nats.
+        drift_after: KL(bare target ‖ result) per position of text that the bare target wrote itself, in nats.
     """
 
     loss: Series = ()
@@ -81,6 +86,8 @@ class Distillation:
     agreement_after: float | None = None
     held_out_bare: float | None = None
     agreement_bare: float | None = None
+    along: Mapping[str, Series] = field(default_factory=dict)
+    drift_after: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Reports as one HTML file each."""
 
 import json
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -10,12 +11,11 @@ from markupsafe import Markup
 from castlora.formatting import MISSING, is_number, number, percent, percent_interval, printable, score, score_interval
 from castlora.report import figures
 from castlora.report.comparison import LOSS_HEIGHT, Comparison, loss_curves, measures
-from castlora.report.contents import Distillation, Report
+from castlora.report.contents import AGREEMENT, Distillation, Report
 from castlora.report.verdict import verdict
 from castlora.report.views import CHANGE_LEVELS, change_view, sample_view, skill_view
 
 _OPEN_SAMPLES = 8
-_LOSS_HEIGHT = 220
 
 
 def render_report(report: Report) -> str:
@@ -36,8 +36,7 @@ def render_report(report: Report) -> str:
             change_levels=CHANGE_LEVELS,
             run=report.distillation,
             measured=_measured(report),
-            loss=_loss_figure(report.distillation),
-            loss_height=_LOSS_HEIGHT,
+            plots=_plots(report.distillation),
             heat=figures.heat_rows(report.pairing.matrix, report.pairing.layer_map) if report.pairing else [],
             manifest=json.dumps(report.manifest, indent=2, ensure_ascii=False, default=str),
         )
@@ -78,11 +77,38 @@ def _environment() -> Environment:
     return environment
 
 
-def _loss_figure(run: Distillation | None) -> figures.LossFigure | None:
+@dataclass(frozen=True)
+class _Plot:
+    """Curves over the steps of a training.
+
+    Attributes:
+        name: Tells its parts from those of other plots.
+        title: What it shows.
+        figure: The curves.
+        height: Of the plot in pixels.
+    """
+
+    name: str
+    title: str
+    figure: figures.LossFigure
+    height: float
+
+
+def _plots(run: Distillation | None) -> list[_Plot]:
+    """The loss, and what was measured on held-out text along the way."""
     if run is None:
-        return None
-    ends = run.held_out_before, run.held_out_after
-    return figures.loss_figure({"loss": run.loss, **run.components}, ends, _LOSS_HEIGHT)
+        return []
+    nats = {name: points for name, points in run.along.items() if name != AGREEMENT}
+    shares = {name: points for name, points in run.along.items() if name == AGREEMENT}
+    ends, none = (run.held_out_before, run.held_out_after), (None, None)
+    drawn = [
+        ("loss", "Loss during training", figures.loss_figure({"loss": run.loss, **run.components}, ends, 220), 220),
+        ("agreement", "Held-out positions with the teacher's next token, as a share, by step",
+         figures.loss_figure(shares, none, 110), 110),
+        ("nats", "KL divergence from the teacher on held-out text, and drift from the bare target on text that it wrote"
+         " itself, in nats per position, by step", figures.loss_figure(nats, none, 140), 140),
+    ]  # fmt: skip
+    return [_Plot(name, title, figure, height) for name, title, figure, height in drawn if figure]
 
 
 def _measured(report: Report) -> list[tuple[str, ...]]:
@@ -98,6 +124,8 @@ def _measured(report: Report) -> list[tuple[str, ...]]:
     losses = run.held_out_bare, run.held_out_before, run.held_out_after
     agreements = run.agreement_bare, run.agreement_before, run.agreement_after
     rows += [("loss", *map(number, losses)), ("next token as the teacher's", *map(percent, agreements))]
+    if is_number(run.drift_after):
+        rows.append(("drift from the bare target on its own text, nats", "0", "", number(run.drift_after)))
     return [row for row in rows if set(row[1:]) - {MISSING}]
 
 

@@ -47,6 +47,9 @@ RECIPE_WORDS = {
     "sentences": "most sentences in a prompt",
     "format_candidates": "prompt formats tried",
     "max_length": "tokens per passage",
+    "rehearsal_weight": "weight of rehearsal",
+    "rehearsal_passages": "passages rehearsed",
+    "rehearsal_tokens": "tokens per rehearsed passage",
 }
 _VALUE_WORDS = {
     ("start", "paper"): "random maps (paper)",
@@ -88,7 +91,9 @@ def measured_positions(manifest: Mapping[str, Any]) -> str:
 def objective(manifest: Mapping[str, Any]) -> str:
     """What decides what the loss of a run means."""
     parts = ("kl_weight", "mse_weight", "chunk_weight", "temperature", "context_weight")
-    return json.dumps([manifest["recipe"][part] for part in parts])
+    recipe = manifest["recipe"]
+    # Runs of versions that rehearsed nothing do not name its weight.
+    return json.dumps([*(recipe[part] for part in parts), recipe.get("rehearsal_weight", 0.0)])
 
 
 def in_words(value: object) -> str:
