@@ -154,6 +154,11 @@ BAD_INPUTS = {
     "odd rank": (setting(rank="12"), "--rank 12 is not a rank that serving engines accept; give 16"),
     "large rank": (setting(rank="256"), "Rank 256 is above 128"),
     "long passages": (setting(**{"tuning.max-length": "97"}), "reads 96 tokens; give --tuning.max-length 96 or less"),
+    "long rehearsal": (
+        setting(**{"tuning.rehearsal-tokens": "97"}),
+        "reads 96 tokens; give --tuning.rehearsal-tokens 96 or less",
+    ),
+    "short rehearsal": (setting(**{"tuning.rehearsal-tokens": "1"}), "rehearsal_tokens is 1, and"),
     "a word for a number": (setting(steps="many"), "--steps does not accept 'many'"),
     "unknown start": (setting(start="warm"), "--start does not accept 'warm'"),
     "unknown option": (setting(learning_rate="1"), "unrecognized arguments: --learning-rate 1"),
@@ -290,7 +295,8 @@ def test_incomplete_commands_are_explained_in_one_sentence(arguments, capsys):
     ],
 )
 def test_the_commands_take_what_the_library_takes(command, function):
-    taken = [name for name in inspect.signature(command).parameters if name != "json"]
+    of_the_command = {"json", "push_to_hub"} | ({"private"} if command is commands._transfer else set())
+    taken = [name for name in inspect.signature(command).parameters if name not in of_the_command]
     assert taken == list(inspect.signature(function).parameters)
 
 

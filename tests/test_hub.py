@@ -3,9 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 
-from castlora import UserError, hub, push
+from castlora import UserError, hub, pipeline, push
 from castlora.adapters import LowRank, write_portable
 from castlora.cli import main
 from castlora.models import linear_slots, load_config, skeleton
@@ -30,6 +30,9 @@ def uploads(monkeypatch):
     asked = []
 
     class Api:
+        def whoami(self):
+            asked.append(("whoami", "", {}))
+
         def create_repo(self, repo, **options):
             asked.append(("create", repo, options))
 
@@ -95,3 +98,59 @@ def test_without_a_network_the_command_ends_in_one_sentence(moved, capsys):
         main(["push", "--adapter", str(moved), "--repo", "owner/name"])
     assert stopped.value.code == 2
     assert "the hub does not take it (OfflineModeIsEnabled)" in capsys.readouterr().err
+
+
+class TestTransferAndPush:
+    """`castlora transfer --push-to-hub`."""
+
+    @pytest.fixture
+    def run(self, moved, monkeypatch):
+        """The command with a transfer that is done at once; the folders that it was to write."""
+        written = []
+
+        def transfer(*arguments):
+            written.append(arguments[2])
+            return SimpleNamespace(manifest={})
+
+        monkeypatch.setattr(pipeline, "transfer", transfer)
+
+        def command(*words, target="owner/base"):
+            main(["transfer", "--adapter", "a", "--target", str(target), "--out", str(moved), *words])
+            return written
+
+        command.written = written
+        return command
+
+    def test_the_adapter_is_uploaded_when_it_is_written(self, run, moved, uploads):
+        assert run("--push-to-hub", "owner/name", "--private", "true") == [str(moved)]
+        assert [(what, repo) for what, repo, _ in uploads] == [
+            ("whoami", ""), ("create", "owner/name"), ("upload", "owner/name"),
+        ]  # fmt: skip
+        assert uploads[1][2]["private"] is True
+
+    def test_nothing_is_uploaded_unless_asked_for(self, run, uploads):
+        run()
+        assert uploads == []
+
+    def test_whoever_is_not_logged_in_hears_of_it_first(self, run, monkeypatch, capsys):
+        class Api:
+            def whoami(self):
+                raise LocalTokenNotFoundError("no token")
+
+        monkeypatch.setattr(hub, "HfApi", Api)
+        with pytest.raises(SystemExit) as stopped:
+            run("--push-to-hub", "owner/name")
+        assert stopped.value.code == 2 and run.written == []
+        assert (
+            "--push-to-hub 'owner/name': the hub does not take it (LocalTokenNotFoundError)" in capsys.readouterr().err
+        )
+
+    def test_a_name_that_is_none_and_a_target_in_a_folder_are_refused_first(self, run, uploads, tmp_path, capsys):
+        for words, target, complaint in (
+            (["--push-to-hub", "a/b/c"], "owner/base", "(HFValidationError)"),
+            (["--push-to-hub", "owner/name"], tmp_path, "give --target by its hub id"),
+        ):
+            with pytest.raises(SystemExit) as stopped:
+                run(*words, target=target)
+            assert stopped.value.code == 2 and run.written == [] and uploads == []
+            assert complaint in capsys.readouterr().err

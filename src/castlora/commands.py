@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from castlora.config import Form, RecipeName, Start, Tracker, Tuning
@@ -28,6 +29,8 @@ def _transfer(
     rank: int | None = None,
     tuning: Tuning = Tuning(),  # noqa: B008  # frozen, and jsonargparse reads the fields from it
     report_to: Tracker | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
     json: bool = False,
 ) -> None:
     r"""Moves an adapter to another base model and writes a standard PEFT LoRA.
@@ -52,17 +55,25 @@ def _transfer(
         rank: rank of the adapter to write; by default the smallest that holds the update
         tuning: departures from the recipe's other numbers
         report_to: tracker that shows the losses while the training runs; TensorBoard's files lie in runs
+        push_to_hub: OWNER/NAME of a repository on the hub that the adapter is uploaded to, as castlora push does
+        private: whether a new repository is private
         json: whether the manifest is printed when all is done
     """
     from transformers.utils.logging import disable_progress_bar
 
+    from castlora.hub import check_push, push
     from castlora.pipeline import transfer as run
+    from castlora.processes import from_main
 
     disable_progress_bar()
+    if push_to_hub:
+        from_main(partial(check_push, push_to_hub, target))
     result = run(
         adapter, target, out, source, text, _prompt_format(prompt_format), prompts, chat, taught, recipe, start, steps,
         batch_size, seed, rank, tuning, report_to,
     )  # fmt: skip
+    if push_to_hub:
+        from_main(partial(push, out, push_to_hub, private))
     if json and is_main():
         _print_json(result.manifest)
 

@@ -199,6 +199,8 @@ def resolve_recipe(
     for field in _ZERO_OR_MORE:
         if not 0 <= getattr(recipe, field) < math.inf:
             raise UserError(f"{field} is {getattr(recipe, field)}; give 0 or more.")
+    if recipe.rehearsal_tokens < 2:
+        raise UserError("rehearsal_tokens is 1, and the first token of a text is given; give 2 or more.")
     if recipe.start == "paper" and recipe.trained == "factors":
         raise UserError("trained is 'factors', but the maps of the paper start fold into nothing; give 'maps'.")
     if recipe.kl_weight + recipe.mse_weight + recipe.chunk_weight == 0:

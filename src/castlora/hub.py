@@ -7,6 +7,7 @@ from huggingface_hub import HfApi
 
 # The one that the hub's client raises where there is no network; the package does not list it as its own.
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from castlora.chat import TEMPLATE_FILE
@@ -19,6 +20,31 @@ from castlora.record import REPORT_FILE
 logger = logging.getLogger("castlora")
 
 PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, MANIFEST_FILE, TEMPLATE_FILE)
+
+
+# What the hub's client raises where a name, a login or the network is not as it must be.
+_REFUSALS = (HTTPError, HFValidationError, OSError)
+
+
+def check_push(repo: str, target: str) -> None:
+    """Finds what would keep `push` from uploading an adapter, before a transfer has made it.
+
+    Args:
+        repo: OWNER/NAME
+        target: folder or hub id of the base model that the adapter will be for
+
+    Raises:
+        UserError: nobody is logged in, the hub does not answer, or others could not load the adapter.
+    """
+    if Path(target).exists():
+        raise UserError(
+            f"--push-to-hub: others could not load an adapter for the folder {target!r}; give --target by its hub id."
+        )
+    try:
+        validate_repo_id(repo)
+        HfApi().whoami()
+    except _REFUSALS as error:
+        raise _refused("--push-to-hub", repo, error) from error
 
 
 def push(adapter: str, repo: str, private: bool = False, report: bool = False) -> str:
@@ -49,11 +75,15 @@ def push(adapter: str, repo: str, private: bool = False, report: bool = False) -
         commit = api.upload_folder(
             repo_id=repo, folder_path=folder, allow_patterns=files, commit_message="Upload adapter moved by castlora"
         )
-    # What the hub answers may quote the request; its type says enough.
-    except (HTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"--repo {repo!r}: the hub does not take it ({type(error).__name__}); log in with hf auth login, and give "
-            "OWNER/NAME of a repository that you may write to."
-        ) from error
+    except _REFUSALS as error:
+        raise _refused("--repo", repo, error) from error
     logger.info("Uploaded %s to %s", ", ".join(files), repo)
     return str(commit.commit_url)
+
+
+def _refused(option: str, repo: str, error: Exception) -> UserError:
+    # What the hub answers may quote the request; its type says enough.
+    return UserError(
+        f"{option} {repo!r}: the hub does not take it ({type(error).__name__}); log in with hf auth login, and give "
+        "OWNER/NAME of a repository that you may write to."
+    )

@@ -161,49 +161,26 @@ def transfer(
         student, start_loss = start_student(models, plan, resolved, training, output_rank, seed)
         trained = _train(run, models, student, training, held_out, reading.rehearsed, resolved, seed, report_to)
 
-        def finish() -> dict[str, Any]:
-            # Some of these may have been dropped for their length, so that they were not trained on either.
-            shown = reading.passages[-len(held_out) :]
-            imitation = compare_answers(
-                (models.source, models.source_tokenizer),
-                (models.target, models.target_tokenizer),
-                student.model,
-                shown,
-                resolved.answer_tokens,
-            )
-            changes = measure_changes(models, student.model, shown, resolved.max_length, _SHOWN_PASSAGES)
-            similarity = measure_similarity(models, student.model, plan.pairing, shown, resolved.max_length)
-            manifest = {
-                **describe_inputs(plan, models, text_source, reading.formats),
-                "licences": licences,
-                "castlora_version": __version__,
-                "rank": output_rank,
-                "pairing": describe_pairing(plan.pairing),
-                "layer_map": list(plan.pairing.layer_map),
-                "recipe": describe_recipe(resolved, recipe),
-                "seed": seed,
-                "versions": versions(),
-                "processes": this_process().count,
-                "passages": {"training": len(training), "held_out": len(held_out)},
-                "held_out_sha256": text_sha256(held_out),
-                "shared_vocabulary": masses,
-                "start_loss": asdict(start_loss),
-                "losses": trained.losses,
-                "scale": asdict(trained.scale),
-                "answers": describe_imitation(imitation),
-                "command": command_line({**request, "out": out}),
-            }
-            manifest["logit_difference"] = _write_adapter(run, plan, student, output_rank, held_out)
-            manifest["seconds"] = round(time.monotonic() - started, 1)
-            manifest["peak_memory_bytes"] = peak_memory_bytes()
-            if reading.passages[0].is_chat and models.target_tokenizer.chat_template is None:
-                template = target_template(models.source_tokenizer, models.target_tokenizer)
-                write_whole(run.finished / TEMPLATE_FILE, template)
-            write_record(run.finished, manifest, trained.log, imitation, changes, similarity)
-            run.publish()
-            return manifest
-
-        manifest = from_main(finish)
+        known = {
+            **describe_inputs(plan, models, text_source, reading.formats),
+            "licences": licences,
+            "castlora_version": __version__,
+            "rank": output_rank,
+            "pairing": describe_pairing(plan.pairing),
+            "layer_map": list(plan.pairing.layer_map),
+            "recipe": describe_recipe(resolved, recipe),
+            "seed": seed,
+            "versions": versions(),
+            "processes": this_process().count,
+            "passages": {"training": len(training), "held_out": len(held_out)},
+            "held_out_sha256": text_sha256(held_out),
+            "shared_vocabulary": masses,
+            "start_loss": asdict(start_loss),
+            "command": command_line({**request, "out": out}),
+        }
+        manifest = from_main(
+            partial(_finish, run, plan, models, student, reading, held_out, resolved, trained, known, started)
+        )
     logger.info("Wrote %s", out)
     if prompts is None and taught is None:
         logger.info("More of a skill arrives with --prompts, a file of the task's prompts without answers.")
@@ -303,6 +280,63 @@ def _train(
     losses = {**_losses({"bare": bare, "before": before, "after": after}), "drift_after": from_main(drift)}
     logger.info("Drift from the bare target on its own text: %.4f nats per position", losses["drift_after"])
     return _Trained(losses, scale, log)
+
+
+def _finish(
+    run: RunDirectory,
+    plan: Plan,
+    models: Models,
+    student: Student,
+    reading: _Reading,
+    held_out: list[AlignedPassage],
+    recipe: Recipe,
+    trained: _Trained,
+    known: Mapping[str, Any],
+    started: float,
+) -> dict[str, Any]:
+    """Looks at what the models do now, and writes the adapter and the record of the run.
+
+    Args:
+        run: the folder, in which all of it appears at once
+        plan: of the transfer
+        models: both; the source carries the adapter
+        student: the target, trained
+        reading: what the run has read
+        held_out: what it was not trained on
+        recipe: its numbers
+        trained: how the training went
+        known: what the manifest says besides
+        started: when, by the monotonic clock
+
+    Returns:
+        the manifest
+    """
+    # Some of these may have been dropped for their length, so that they were not trained on either.
+    shown = reading.passages[-len(held_out) :]
+    imitation = compare_answers(
+        (models.source, models.source_tokenizer),
+        (models.target, models.target_tokenizer),
+        student.model,
+        shown,
+        recipe.answer_tokens,
+    )
+    changes = measure_changes(models, student.model, shown, recipe.max_length, _SHOWN_PASSAGES)
+    similarity = measure_similarity(models, student.model, plan.pairing, shown, recipe.max_length)
+    manifest = {
+        **known,
+        "losses": trained.losses,
+        "scale": asdict(trained.scale),
+        "answers": describe_imitation(imitation),
+        "logit_difference": _write_adapter(run, plan, student, known["rank"], held_out),
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    if reading.passages[0].is_chat and models.target_tokenizer.chat_template is None:
+        template = target_template(models.source_tokenizer, models.target_tokenizer)
+        write_whole(run.finished / TEMPLATE_FILE, template)
+    write_record(run.finished, manifest, trained.log, imitation, changes, similarity)
+    run.publish()
+    return manifest
 
 
 def _report_shared_mass(models: Models, held_out: list[AlignedPassage]) -> dict[str, float]:

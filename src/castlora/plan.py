@@ -67,6 +67,13 @@ class Plan:
                     f"max_length is {recipe.max_length}, but {name!r} reads {context_length(config)} tokens; "
                     f"give --tuning.max-length {context_length(config)} or less."
                 )
+        # Where nothing is rehearsed the target still writes such passages, for its drift to be measured on.
+        if recipe.rehearsal_tokens > context_length(self.target_config):
+            raise UserError(
+                f"rehearsal_tokens is {recipe.rehearsal_tokens}, but {self.target!r} reads "
+                f"{context_length(self.target_config)} tokens; give --tuning.rehearsal-tokens "
+                f"{context_length(self.target_config)} or less."
+            )
 
     def rank(self, recipe: Recipe, wanted: int | None) -> int:
         """Rank of the adapter to write; where no rank that engines accept holds the update, the largest of them.
