@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from castlora import pipeline
+from castlora import UserError, pipeline
 from castlora.positions import collate
 from castlora.rehearsal import BareTarget, measure_drift, rehearsed, write_passages
 from castlora.starts import attach_lora
@@ -134,3 +134,13 @@ def test_a_run_measures_itself_at_every_tenth_of_its_steps(quick_transfer, monke
     page = (result.folder / "report.html").read_text(encoding="utf-8")
     assert "drift from the bare target on its own text, nats" in page
     assert page.count('<polyline class="line') == 7
+
+
+@pytest.mark.parametrize(
+    ("tokens", "complaint"),
+    [(97, "reads 96 tokens; give --tuning.rehearsal-tokens 96 or less"), (1, "rehearsal_tokens is 1, and")],
+)
+def test_a_length_that_the_target_cannot_write_is_refused_first(quick_transfer, tmp_path, tokens, complaint):
+    with pytest.raises(UserError, match=complaint):
+        quick_transfer("llama", "mistral", tuning=replace(tiny.SHORT, rehearsal_tokens=tokens))
+    assert not (tmp_path / "out").exists()
