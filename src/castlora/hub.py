@@ -7,7 +7,6 @@ from huggingface_hub import HfApi
 
 # The one that the hub's client raises where there is no network; the package does not list it as its own.
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from castlora.chat import TEMPLATE_FILE
@@ -20,8 +19,6 @@ from castlora.record import REPORT_FILE
 logger = logging.getLogger("castlora")
 
 PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, MANIFEST_FILE, TEMPLATE_FILE)
-
-
 # What the hub's client raises where a name, a login or the network is not as it must be.
 _REFUSALS = (HTTPError, HFValidationError, OSError)
 
@@ -41,8 +38,9 @@ def check_push(repo: str, target: str) -> None:
             f"--push-to-hub: others could not load an adapter for the folder {target!r}; give --target by its hub id."
         )
     try:
-        validate_repo_id(repo)
-        HfApi().whoami()
+        api = HfApi()
+        api.repo_exists(repo)  # refuses what is no name of a repository
+        api.whoami()
     except _REFUSALS as error:
         raise _refused("--push-to-hub", repo, error) from error
 

@@ -94,8 +94,7 @@ class DistillationTrainer(Trainer):
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, recipe.steps)
         # On a machine with several, the Trainer would hand a batch for each to one process.
         arguments._n_gpu = min(arguments.n_gpu, 1)
-        is_rehearsed = rehearsal is not None and recipe.rehearsal_weight > 0
-        self.lessons = lessons(examples, rehearsal.passages if rehearsal and is_rehearsed else ())
+        self.lessons = lessons(examples, rehearsal.passages if rehearsal else ())
         super().__init__(
             model=student,
             args=arguments,

@@ -29,9 +29,7 @@ METHODS: dict[str, Method] = {
     "fresh, single sentences": Distilled("default", "fresh", SINGLE, regimes=("general", "format")),
     "ridge start, single sentences, maps": Distilled("default", "ridge", replace(SINGLE, trained="maps")),
     "ridge start, any prompts": Distilled("default", "ridge", replace(SINGLE, candidates=1), regimes=("format",)),
-    "ridge start, running text": Distilled(
-        "default", "ridge", replace(PLAIN, write_answers=False), regimes=("general",)
-    ),
+    "ridge start, running text": Distilled("default", "ridge", RUNNING, regimes=("general",)),
     "paper": Distilled("paper", "paper"),
     "paper, KL alone": Distilled("paper", "paper", Tuning(mse_weight=0.0)),
     "paper, MSE alone": Distilled("paper", "paper", Tuning(kl_weight=0.0)),
