@@ -40,6 +40,7 @@ def settings(base_model, adapter, text_file, tmp_path) -> dict[str, str]:
         "tuning.max-length": "40",
         "tuning.passages": "8",
         "tuning.filled-passages": "8",
+        "tuning.rehearsal-passages": "8",
     }
 
 

@@ -1,6 +1,7 @@
 """Every family of base models that castlora names, as tiny models with random weights, as source and as target."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from castlora import check_portable, transfer
 from castlora.capture import capture
-from castlora.config import Tuning
 from castlora.models import MODULE_ROLES, linear_slots, load_config, role_rows, row_numbers
 
 SHAPE = {
@@ -132,7 +132,7 @@ def test_a_transfer_of_five_steps(base, tmp_path, text_file, checked_in_process,
     tiny.save_adapter(tmp_path / "adapter", base(source), modules)
     result = transfer(
         str(tmp_path / "adapter"), str(base(target)), str(tmp_path / "out"), text=str(text_file), steps=5, batch_size=4,
-        tuning=Tuning(passages=16, filled_passages=16, candidates=1, sentences=1, max_length=64, answer_tokens=6),
+        prompt_format="{text}", tuning=replace(tiny.SHORT, candidates=1, sentences=1, max_length=64, answer_tokens=6),
     )  # fmt: skip
     assert result.manifest["logit_difference"] <= 1e-4
     assert {finding.rule for finding in check_portable(result.folder)} <= {"base by name", "rank within module"}

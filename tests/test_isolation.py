@@ -39,7 +39,8 @@ def machine(base_model, adapter, prompts_file, tmp_path):
 
 COMMANDS = {
     "transfer": "transfer --adapter adapter --source source --target target --prompts prompts.txt --steps 3 "
-    "--batch-size 4 --tuning.max-length 60 --tuning.answer-tokens 6 --out out --verbose",
+    "--batch-size 4 --tuning.max-length 60 --tuning.answer-tokens 6 --tuning.rehearsal-passages 8 "
+    "--tuning.rehearsal-tokens 12 --out out --verbose",
     "merge": "convert --adapter adapter --base source --to merged --out out",
     "inspect": "inspect --adapter adapter --source source --target target",
 }

@@ -63,6 +63,7 @@ def request_words(base_model, adapter, prompts_file):
     def words(out: Path) -> list[str]:
         places = {"adapter": adapter("llama"), "target": base_model("gpt2"), "prompts": prompts_file, "out": out}
         numbers = {"steps": 40, "batch-size": 6, "tuning.max-length": 60, "tuning.answer-tokens": 6}
+        numbers |= {"tuning.rehearsal-passages": 8, "tuning.rehearsal-tokens": 12}
         return ["transfer", *(word for key, value in (places | numbers).items() for word in (f"--{key}", str(value)))]
 
     return words
@@ -82,7 +83,7 @@ def test_three_processes_train_what_one_trains(
     undisturbed, base_model, adapter, prompts_file, tmp_path, checked_in_process
 ):
     _, out = undisturbed
-    tuning = Tuning(max_length=60, answer_tokens=6)
+    tuning = Tuning(max_length=60, answer_tokens=6, rehearsal_passages=8, rehearsal_tokens=12)
     alone = transfer(
         str(adapter("llama")), str(base_model("gpt2")), str(tmp_path / "alone"),
         prompts=str(prompts_file), steps=40, batch_size=6, tuning=tuning,
