@@ -70,7 +70,8 @@ def transfer_command(out: Path, target: Path) -> list[str]:
     skill = demo_skill()
     places = {"adapter": skill.adapter(SOURCE), "source": demo_models_path() / SOURCE, "target": target}
     numbers = {"prompts": skill.prompts, "out": out, "steps": _STEPS, "batch-size": _BATCH}
-    options = [word for name, value in (places | numbers).items() for word in (f"--{name}", str(value))]
+    rehearsal = {"tuning.rehearsal-passages": 32, "tuning.rehearsal-tokens": 16}
+    options = [word for name, value in (places | numbers | rehearsal).items() for word in (f"--{name}", str(value))]
     return [sys.executable, "-m", "castlora", "transfer", *options]
 
 
