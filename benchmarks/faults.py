@@ -28,7 +28,7 @@ from castlora.bench.grid import environment
 from castlora.demonstration.bundle import SOURCE, TARGET, demo_models_path, demo_skill
 from castlora.errors import BAD_INPUT
 
-_STEPS, _BATCH = 60, 4
+_STEPS, _BATCH = 30, 4
 _BUNDLED_TARGET = demo_models_path() / TARGET
 _WRITTEN = ("adapter_model.safetensors", "adapter_config.json")
 _FULL_DISK_SCRIPT = """

@@ -16,7 +16,7 @@ from castlora.bench.speed_limits import Use, linear_weights
 from castlora.bench.speed_measures import TEXTS, SpeedSettings, served_models
 from castlora.bench.speed_models import PairShape, Shape, Subject
 from castlora.bench.speed_page import page
-from castlora.bench.speed_steps import teacher_and_student, time_steps
+from castlora.bench.speed_steps import rehearse, teacher_and_student, time_steps
 from castlora.bench.speed_timing import Clock, Ratio, Side, interleaved
 from castlora.cli import main
 from castlora.config import DEFAULT
@@ -80,9 +80,10 @@ def test_every_measure_leaves_comparable_numbers_and_the_page_shows_them(folded_
         assert ratio["quartiles"][0] <= ratio["ratio"] <= ratio["quartiles"][1]
         assert (ratio["is_met"] is None) == (ratio["target"] is None)
     names = {(ratio["measure"], ratio["name"]) for ratio in record["ratios"]}
+    teachers = ("runs", "recorded", "recorded, with rehearsal")
     assert names == {
         ("serving", "forward"), ("serving", "generation"), *(("fit", text) for text in TEXTS),
-        *(("distillation step", f"teacher {how}, {text}") for how in ("runs", "recorded") for text in TEXTS),
+        *(("distillation step", f"teacher {how}, {text}") for how in teachers for text in TEXTS),
     }  # fmt: skip
     for use in record["limits"]:
         assert use["tokens"] > 0 and min(use["seconds"]) > 0 and use["peak_bytes"] is None
@@ -157,6 +158,22 @@ def test_steps_train_and_their_bare_passes_do_not(subject):
     trained = student.trainable()
     assert any(not torch.equal(trained[name], parameter) for name, parameter in before.items())
     assert all(parameter.grad is None for parameter in trained.values())
+
+
+def test_a_step_rehearses_beside_every_fourth_passage(subject):
+    teacher, student = teacher_and_student(subject, 2)
+    passages = subject.passages(12, 12, "answered prompts", 0)
+    recorded = RecordedTeacher(teacher.model, passages, with_hidden=False)
+    rehearsal = rehearse(subject, student, seed=0)
+    read: list[int] = []
+
+    class Counted:
+        def predict(self, batch):
+            read.append(len(batch["target_ids"]))
+            return rehearsal.bare.predict(batch)
+
+    time_steps(recorded, student, subject, passages, 4, 0, Clock(CPU), replace(rehearsal, bare=Counted()))
+    assert read == [1, 1, 1]
 
 
 def test_all_works_take_turns():

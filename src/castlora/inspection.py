@@ -15,7 +15,8 @@ from castlora.manifest import command_line, describe_pairing
 from castlora.models import load_tokenizer, public_name, skeleton
 from castlora.pairing import describe
 from castlora.plan import Plan, describe_beyond, plan_transfer
-from castlora.stages import HELD_OUT_PASSAGES
+from castlora.rehearsal import PASSAGES_PER_REHEARSED
+from castlora.stages import HELD_OUT_PASSAGES, HELD_OUT_REHEARSED
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
 
@@ -186,6 +187,9 @@ class _Forecast:
     candidate_prompts: int
     """Prompts made of general text that source + LoRA reads before the first step."""
     reading_seconds: float
+    rehearsed_passages: int
+    """What the bare target writes before the first step."""
+    writing_seconds: float
     memory_bytes: int
     disk_bytes: int
     """While it runs; what is left afterwards is the adapter."""
@@ -196,8 +200,12 @@ def _forecast(plan: Plan, steps: int, batch_size: int) -> _Forecast:
     tokens = steps * batch_size * DEFAULT.max_length
     # Two operations per weight and token forward, and two more for the student's way back through frozen weights.
     operations = tokens * (2 * source_count + 4 * target_count)
+    rehearsed = steps * batch_size // PASSAGES_PER_REHEARSED * DEFAULT.rehearsal_tokens
+    # The bare target's predictions are looked up.
+    operations += rehearsed * 4 * target_count
     rate = _product_rate()
     candidates = (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.candidates
+    written = DEFAULT.rehearsal_passages + HELD_OUT_REHEARSED
     read = candidates * _PROMPT_TOKENS + (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.answer_tokens
     return _Forecast(
         steps,
@@ -205,6 +213,8 @@ def _forecast(plan: Plan, steps: int, batch_size: int) -> _Forecast:
         seconds=operations / (_UTILISATION * rate),
         candidate_prompts=candidates,
         reading_seconds=2 * source_count * read / (_UTILISATION * rate),
+        rehearsed_passages=written,
+        writing_seconds=2 * target_count * written * DEFAULT.rehearsal_tokens / (_UTILISATION * rate),
         memory_bytes=(source_count + target_count) * _BYTES_PER_WEIGHT
         + 4 * batch_size * DEFAULT.max_length * (plan.source_config.vocab_size + 3 * plan.target_config.vocab_size),
         disk_bytes=plan.state_bytes(DEFAULT),
@@ -228,7 +238,8 @@ def _say_forecast(forecast: _Forecast) -> str:
         f"{_duration(forecast.seconds)}, {forecast.memory_bytes / 2**30:.1f} GiB of memory beyond Python's own, "
         f"and {forecast.disk_bytes / 2**30:.2f} GiB of disk while it runs. "
         f"Before them, source + LoRA reads {forecast.candidate_prompts} candidate prompts and writes answers: about "
-        f"{_duration(forecast.reading_seconds)}, less where --prompts are given."
+        f"{_duration(forecast.reading_seconds)}, less where --prompts are given; and the target writes "
+        f"{forecast.rehearsed_passages} passages to rehearse: about {_duration(forecast.writing_seconds)}."
     )
 
 

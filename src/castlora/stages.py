@@ -30,7 +30,7 @@ from castlora.vocabulary import SharedVocabulary
 logger = logging.getLogger("castlora")
 
 HELD_OUT_PASSAGES = 64
-_HELD_OUT_REHEARSED = 64
+HELD_OUT_REHEARSED = 64
 _STATISTICS_PASSAGES = 1024
 
 
@@ -197,7 +197,7 @@ def hold_teacher(
 def write_rehearsed(models: Models, recipe: Recipe, seed: int) -> list[list[int]]:
     """Text of the bare target as token ids, as much as the recipe rehearses; the last passages are for measuring."""
     trained_on = recipe.rehearsal_passages if recipe.rehearsal_weight > 0 else 0
-    count = trained_on + _HELD_OUT_REHEARSED
+    count = trained_on + HELD_OUT_REHEARSED
     return write_passages(models.target, models.target_tokenizer, count, recipe.rehearsal_tokens, seed)
 
 
@@ -213,7 +213,7 @@ def hold_bare_target(
         recipe: says how much is read again
     """
     passages = list(map(rehearsed, written))
-    training, held_out = passages[:-_HELD_OUT_REHEARSED], passages[-_HELD_OUT_REHEARSED:]
+    training, held_out = passages[:-HELD_OUT_REHEARSED], passages[-HELD_OUT_REHEARSED:]
     reads = recipe.steps * share_of_batch(recipe.batch_size) // PASSAGES_PER_REHEARSED
     if reads > len(training) and record_bytes(target, passages, with_hidden=False) <= record_limit(target):
         with student.disable_adapter():

@@ -14,8 +14,9 @@ _NOTES = {
         "output heads."
     ),
     "distillation step": (
-        "Seconds of a step of the Trainer without rehearsal, with its optimizer and the making of its batch, over "
-        "those of the bare passes on the same batch, whose loss is the sum of the same logits."
+        "Seconds of a step of the Trainer, with its optimizer and the making of its batch, over those of the bare "
+        "passes on the same batch, whose loss is the sum of the same logits. With rehearsal, a step also reads a "
+        "passage of the target's own beside every fourth, which the bare passes leave out."
     ),
 }
 

@@ -14,28 +14,33 @@ from castlora.bench.speed_timing import Clock, Ratio, Side
 from castlora.config import DEFAULT
 from castlora.distill import Student
 from castlora.positions import AlignedPassage, Batch, batches
+from castlora.rehearsal import Rehearsal, rehearsed
 from castlora.starts import attach_lora, lora_maps
 from castlora.teacher import LiveTeacher, RecordedTeacher, Teacher, predict
 from castlora.training import DistillationTrainer
 
 STEP_TARGET = 1.10
+_REHEARSED = 64
 
 
 def measure_steps(settings: SpeedSettings, device: torch.device) -> list[Ratio]:
-    """Seconds of a step over those of its passes, with a teacher that runs and with one that is remembered."""
+    """Seconds of a step over those of its passes: with a teacher that runs, remembered, and with rehearsal too."""
     subject = settings.subject(device)
     teacher, student = teacher_and_student(subject, settings.rank)
+    rehearsal = rehearse(subject, student, settings.seed)
     ratios = []
     for text in TEXTS:
         count = settings.batch_size * (1 + SHORT * settings.repeats)
         passages = subject.passages(count, settings.length, text, settings.seed)
         recorded = RecordedTeacher(teacher.model, passages, with_hidden=False)
-        for name, own_teacher, bare in (
-            ("teacher runs", teacher, "teacher forward, student forward and backward"),
-            ("teacher recorded", recorded, "student forward and backward"),
+        both, alone = "teacher forward, student forward and backward", "student forward and backward"
+        for name, own_teacher, kept, bare, target in (
+            ("teacher runs", teacher, None, both, STEP_TARGET),
+            ("teacher recorded", recorded, None, alone, STEP_TARGET),
+            ("teacher recorded, with rehearsal", recorded, rehearsal, alone, None),
         ):
             steps, passes = time_steps(
-                own_teacher, student, subject, passages, settings.batch_size, settings.seed, Clock(device)
+                own_teacher, student, subject, passages, settings.batch_size, settings.seed, Clock(device), kept
             )
             tokens = settings.batch_size * settings.length * (2 if own_teacher is teacher else 1)
             ratios.append(
@@ -45,10 +50,18 @@ def measure_steps(settings: SpeedSettings, device: torch.device) -> list[Ratio]:
                     Side("step", tokens, steps),
                     Side(bare, tokens, passes),
                     of_rates=False,
-                    target=STEP_TARGET,
+                    target=target,
                 )
             )
     return ratios
+
+
+def rehearse(subject: Subject, student: Student, seed: int) -> Rehearsal:
+    """Text for the student to rehearse, with what the bare target predicts on it, which is looked up."""
+    text = subject.passages(_REHEARSED, DEFAULT.rehearsal_tokens, "running text", seed)
+    passages = [rehearsed(passage.target_ids) for passage in text]
+    with student.model.disable_adapter():
+        return Rehearsal(RecordedTeacher(student.model, passages, with_hidden=False), passages, held_out=())
 
 
 def teacher_and_student(subject: Subject, rank: int) -> tuple[LiveTeacher, Student]:
@@ -71,6 +84,7 @@ def time_steps(
     batch_size: int,
     seed: int,
     clock: Clock,
+    rehearsal: Rehearsal | None = None,
 ) -> tuple[list[float], list[float]]:
     """Trains once through the passages, and after each step makes its bare passes over the same batch.
 
@@ -82,11 +96,13 @@ def time_steps(
         batch_size: passages per step
         seed: of the Trainer
         clock: takes the times
+        rehearsal: what is read beside them, if anything, as often as in a transfer
 
     Returns:
         seconds of each step, and of its passes, the first step left out
     """
-    recipe = replace(DEFAULT, steps=len(passages) // batch_size, batch_size=batch_size, rehearsal_weight=0.0)
+    weight = DEFAULT.rehearsal_weight if rehearsal else 0.0
+    recipe = replace(DEFAULT, steps=len(passages) // batch_size, batch_size=batch_size, rehearsal_weight=weight)
     passes = _BarePasses(teacher, student, batches(passages, batch_size, subject.target.device), clock)
     with TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -101,7 +117,7 @@ def time_steps(
             remove_unused_columns=False,
             dataloader_pin_memory=subject.target.device.type == "cuda",
         )
-        trainer = DistillationTrainer(teacher, student, passages, subject.shared, recipe, arguments)
+        trainer = DistillationTrainer(teacher, student, passages, subject.shared, recipe, arguments, rehearsal)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(passes)
         trainer.train()
