@@ -217,7 +217,8 @@ def test_both_spellings_of_an_option(settings, calls):
     main([*words(settings), *(f"--{key}={value}" for key, value in dashed.items())])
     assert calls[0] == calls[1] == calls[2]
     assert (calls[0]["prompt_format"], calls[0]["batch_size"]) == ("Q: {text}", 3)
-    assert calls[0]["tuning"] == Tuning(answer_tokens=5, max_length=40, passages=8, filled_passages=8)
+    tuning = Tuning(answer_tokens=5, max_length=40, passages=8, filled_passages=8, rehearsal_passages=8)
+    assert calls[0]["tuning"] == tuning
 
 
 @pytest.mark.parametrize(

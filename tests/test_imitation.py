@@ -1,9 +1,12 @@
 import pytest
 import tiny
+from peft import PeftModel
 
 from castlora.chat import without_special_tokens
 from castlora.completions import generate
 from castlora.imitation import Imitation, compare_answers
+from castlora.plan import plan_transfer
+from castlora.stages import load_models
 from castlora.text import Passage
 
 PROMPTS = [f"Who? {sentence} Answer:" for sentence in tiny.sentences(3)]
@@ -16,12 +19,11 @@ def passages(answer: str = " fox", **fields: str) -> list[Passage]:
 @pytest.fixture
 def compared(base_model, adapter):
     """Compares a llama with its LoRA and a mistral with a LoRA of its own."""
-    source, student = (tiny.load_adapted(base_model(name), adapter(name)) for name in ("llama", "mistral"))
-    tokenizers = [tiny.tokenizer_of(base_model(name)) for name in ("llama", "mistral")]
+    models = load_models(plan_transfer(str(adapter("llama")), str(base_model("mistral")), str(base_model("llama"))))
+    student = PeftModel.from_pretrained(models.target, adapter("mistral")).eval()
 
     def compare(held_out: list[Passage]) -> Imitation | None:
-        models = (source.get_base_model(), tokenizers[0]), (student.get_base_model(), tokenizers[1])
-        return compare_answers(*models, student, held_out, 5)
+        return compare_answers(models, student, held_out, 5)
 
     return compare
 

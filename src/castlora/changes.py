@@ -47,9 +47,15 @@ def measure_changes(
         max_length: tokens kept per passage, in either tokenizer
         limit: most passages that are measured
     """
+    read = list(islice(_aligned(models, passages, max_length), limit))
+    models.use("source")
+    in_source = [_divergences(models.teacher, aligned, "source", models) for _, aligned in read]
+    models.use("target")
+    with parametrize.cached():
+        in_target = [_divergences(student, aligned, "target", models) for _, aligned in read]
     return [
-        _changed_text(models, student, passage, aligned)
-        for passage, aligned in islice(_aligned(models, passages, max_length), limit)
+        _changed_text(models, passage, aligned, *changed)
+        for (passage, aligned), *changed in zip(read, in_source, in_target, strict=True)
     ]
 
 
@@ -59,10 +65,9 @@ def _aligned(models: Models, passages: Sequence[Passage], max_length: int) -> It
             yield passage, aligned
 
 
-def _changed_text(models: Models, student: PeftModel, passage: Passage, aligned: AlignedPassage) -> ChangedText:
-    with parametrize.cached():
-        target = _divergences(student, aligned, "target", models)
-    source = _divergences(models.teacher, aligned, "source", models)
+def _changed_text(
+    models: Models, passage: Passage, aligned: AlignedPassage, source: Sequence[float], target: Sequence[float]
+) -> ChangedText:
     raw, in_target = passage.text.encode(), passage.target_text.encode()
     encoded = models.source_bytes.encode(passage.text, add_special_tokens=not passage.is_chat)
     ends = encoded.ends[aligned.source_positions].tolist()

@@ -29,6 +29,7 @@ def _transfer(
     rank: int | None = None,
     tuning: Tuning = Tuning(),  # noqa: B008  # frozen, and jsonargparse reads the fields from it
     report_to: Tracker | None = None,
+    low_memory: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
     json: bool = False,
@@ -55,6 +56,8 @@ def _transfer(
         rank: rank of the adapter to write; by default the smallest that holds the update
         tuning: departures from the recipe's other numbers
         report_to: tracker that shows the losses while the training runs; TensorBoard's files lie in runs
+        low_memory: whether an accelerator holds one of the two models at a time, and activations are computed again;
+            for pairs too large for it, and slower
         push_to_hub: OWNER/NAME of a repository on the hub that the adapter is uploaded to, as castlora push does
         private: whether a new repository is private
         json: whether the manifest is printed when all is done
@@ -70,7 +73,7 @@ def _transfer(
         from_main(partial(check_push, push_to_hub, target))
     result = run(
         adapter, target, out, source, text, _prompt_format(prompt_format), prompts, chat, taught, recipe, start, steps,
-        batch_size, seed, rank, tuning, report_to,
+        batch_size, seed, rank, tuning, report_to, low_memory,
     )  # fmt: skip
     if push_to_hub:
         from_main(partial(push, out, push_to_hub, private))

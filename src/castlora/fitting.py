@@ -11,21 +11,26 @@ from accelerate.utils import get_max_memory
 from torch import Tensor, nn
 
 from castlora.adapters import LowRank
-from castlora.capture import capture
+from castlora.capture import Activations, capture
 from castlora.launcher import local_process_count
 from castlora.maps import merge_branches
 from castlora.models import layer_index, row_numbers
 from castlora.pairing import Branch, ModulePair, Pairing
-from castlora.positions import AlignedPassage, batches, counted_places
+from castlora.positions import AlignedPassage, Batch, batches, counted_places
 from castlora.processes import add_up, from_all, share_of_passages
 from castlora.solvers import ridge_inverse, ridge_map
 from castlora.starts import BranchMaps, Maps
 from castlora.statistics import Moments
+from castlora.teacher import Side
 
 STATISTICS_BATCH = 16
 _BYTES_PER_SUM = 8
 _SHARE_FOR_SUMS = 0.6
 """Of the memory that is free; the rest is for activations and for solving."""
+_BYTES_PER_TURN = 4 << 30
+"""Of activations of the source that wait for those of the target."""
+Use = Callable[[Side], None]
+"""Has the model of a side ready to run."""
 _Key = TypeVar("_Key", bound=Hashable)
 _Solution = TypeVar("_Solution")
 
@@ -63,6 +68,7 @@ def solve_by_layers(
     passages: Sequence[AlignedPassage],
     solve: Callable[[SiteMoments], dict[_Key, _Solution]],
     memory_bytes: int | None = None,
+    use: Use | None = None,
 ) -> dict[_Key, _Solution]:
     """Solves from the statistics of all branches, of which those of some target layers are there at a time.
 
@@ -78,17 +84,18 @@ def solve_by_layers(
         passages: the text, aligned
         solve: statistics of some layers → solutions of their branches or modules
         memory_bytes: what the statistics may take, at least those of one layer; by default most of what is free
+        use: called before a model runs, where only one of them can be on the accelerator
 
     Returns:
         the solutions of all
     """
     if memory_bytes is None:
-        memory_bytes = min(from_all(memory_for_statistics(target)))
+        memory_bytes = min(from_all(_memory_beside(source, target, use)))
     share = share_of_passages(passages, STATISTICS_BATCH)
     solved: dict[_Key, _Solution] = {}
     for part in layer_groups(pairing, factors, memory_bytes):
         # No name is bound to the statistics, so that they are gone before those of the next group are summed.
-        solved |= solve(_of_all_processes(collect_moments(source, target, part, share)))
+        solved |= solve(_of_all_processes(collect_moments(source, target, part, share, use=use)))
     return solved
 
 
@@ -195,6 +202,7 @@ def collect_moments(
     pairing: Pairing,
     passages: Sequence[AlignedPassage],
     permutation: torch.Generator | None = None,
+    use: Use | None = None,
 ) -> SiteMoments:
     """Runs both base models over aligned passages and sums the moments of every branch.
 
@@ -204,40 +212,90 @@ def collect_moments(
         pairing: which modules belong together
         passages: the text, aligned
         permutation: pairs the positions of a batch at random, for a control that must carry nothing
+        use: called before a model runs, where only one of them can be on the accelerator; then the source reads many
+            batches before the target does, and what it computed waits in the machine's memory
     """
     moments = SiteMoments({}, {})
-    kept_on = _statistics_device(target)
-    device = next(target.parameters()).device
-    source_names = {branch.source_module for _, _, branch in pairing.branches()}
-    target_names = {pair.target.name for pair in pairing.mapped}
-    # No prediction is looked at, and the head of a large vocabulary takes long.
-    only_last = {"use_cache": False, "logits_to_keep": 1}
-    for batch in batches(passages, STATISTICS_BATCH, device):
-        # A first token without content attracts extreme activations that would rule the regression.
-        counts = (batch["weights"] > 0) & (batch["source_positions"] > 0) & (batch["target_positions"] > 0)
-        at_source, at_target = (counted_places(batch[f"{side}_positions"], counts) for side in ("source", "target"))
-        if permutation is not None:
-            order = torch.randperm(int(counts.sum()), generator=permutation).to(device)
-            at_source = at_source[0][order], at_source[1][order]
-        take_source, take_target = (
-            partial(rows_at, batch_size=len(counts), places=at) for at in (at_source, at_target)
-        )
-        with (
-            capture(source, source_names, take_source) as in_source,
-            capture(target, target_names, take_target) as in_target,
-        ):
-            source(input_ids=batch["source_ids"], attention_mask=batch["source_mask"], **only_last)
-            target(input_ids=batch["target_ids"], attention_mask=batch["target_mask"], **only_last)
-        counted_inputs = set()
-        for pair, index, branch in pairing.branches():
-            source_rows, target_rows = in_source[branch.source_module], in_target[pair.target.name]
-            site = input_site(pair, branch)
-            if site not in counted_inputs:
-                counted_inputs.add(site)
-                _add(moments.inputs, site, target_rows.inputs, source_rows.inputs, kept_on)
-            outputs = source_rows.outputs[:, branch.source_rows], target_rows.outputs[:, branch.target_rows]
-            _add(moments.outputs, (pair.target.name, index), *outputs, kept_on)
+    source_names = sorted({branch.source_module for _, _, branch in pairing.branches()})
+    target_names = sorted({pair.target.name for pair in pairing.mapped})
+    for turn in _turns(source, source_names, passages, permutation, use):
+        if use:
+            use("target")
+        kept_on = _statistics_device(target)
+        for batch, in_source in turn:
+            in_target = _activations(target, target_names, batch, "target", None)
+            _add_batch(moments, pairing, _moved(in_source, _device(target)), in_target, kept_on)
     return moments
+
+
+def _turns(
+    source: nn.Module,
+    names: Sequence[str],
+    passages: Sequence[AlignedPassage],
+    permutation: torch.Generator | None,
+    use: Use | None,
+) -> Iterator[list[tuple[Batch, dict[str, Activations]]]]:
+    """Batches with the source's activations; as many at once as memory holds where the target cannot run meanwhile."""
+    turn: list[tuple[Batch, dict[str, Activations]]] = []
+    taken = 0
+    for batch in batches(passages, STATISTICS_BATCH, torch.device("cpu")):
+        if use and not turn:
+            use("source")
+        activations = _activations(source, names, batch, "source", permutation)
+        if use:
+            activations = _moved(activations, torch.device("cpu"))
+        turn.append((batch, activations))
+        taken += sum(one.inputs.nbytes + one.outputs.nbytes for one in activations.values())
+        if use is None or taken >= _BYTES_PER_TURN:
+            yield turn
+            turn, taken = [], 0
+    if turn:
+        yield turn
+
+
+def _activations(
+    model: nn.Module, names: Sequence[str], batch: Batch, side: Side, permutation: torch.Generator | None
+) -> dict[str, Activations]:
+    """What goes into and comes out of modules at the places of a batch that count, shape (places, width) each."""
+    device = _device(model)
+    # A first token without content attracts extreme activations that would rule the regression.
+    counts = (batch["weights"] > 0) & (batch["source_positions"] > 0) & (batch["target_positions"] > 0)
+    places = counted_places(batch[f"{side}_positions"], counts)
+    if permutation is not None:
+        order = torch.randperm(int(counts.sum()), generator=permutation)
+        places = places[0][order], places[1][order]
+    here = places[0].to(device), places[1].to(device)
+    with capture(model, names, partial(rows_at, batch_size=len(counts), places=here)) as captured:
+        # No prediction is looked at, and the head of a large vocabulary takes long.
+        model(
+            input_ids=batch[f"{side}_ids"].to(device),
+            attention_mask=batch[f"{side}_mask"].to(device),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+    return captured
+
+
+def _moved(activations: Mapping[str, Activations], device: torch.device) -> dict[str, Activations]:
+    return {name: Activations(one.inputs.to(device), one.outputs.to(device)) for name, one in activations.items()}
+
+
+def _add_batch(
+    moments: SiteMoments,
+    pairing: Pairing,
+    in_source: Mapping[str, Activations],
+    in_target: Mapping[str, Activations],
+    kept_on: torch.device,
+) -> None:
+    counted_inputs = set()
+    for pair, index, branch in pairing.branches():
+        source_rows, target_rows = in_source[branch.source_module], in_target[pair.target.name]
+        site = input_site(pair, branch)
+        if site not in counted_inputs:
+            counted_inputs.add(site)
+            _add(moments.inputs, site, target_rows.inputs, source_rows.inputs, kept_on)
+        outputs = source_rows.outputs[:, branch.source_rows], target_rows.outputs[:, branch.target_rows]
+        _add(moments.outputs, (pair.target.name, index), *outputs, kept_on)
 
 
 def rows_at(activations: Tensor, batch_size: int, places: tuple[Tensor, Tensor]) -> Tensor:
@@ -255,6 +313,18 @@ def memory_for_statistics(model: nn.Module) -> int:
     # What the machine has comes last, under a name that depends on the machine.
     *_, of_machine = free.values()
     return int(_SHARE_FOR_SUMS * of_machine / local_process_count())
+
+
+def _memory_beside(source: nn.Module, target: nn.Module, use: Use | None) -> int:
+    """Bytes for statistics, beside the larger model where only one of them can be on the accelerator."""
+    if use is None:
+        return memory_for_statistics(target)
+    free = []
+    sides: tuple[tuple[Side, nn.Module], ...] = (("source", source), ("target", target))
+    for side, model in sides:
+        use(side)
+        free.append(memory_for_statistics(model))
+    return min(free)
 
 
 def _of_all_processes(moments: SiteMoments) -> SiteMoments:
@@ -275,7 +345,11 @@ def _add(moments: dict[_Key, Moments], key: _Key, x: Tensor, y: Tensor, device: 
     moments[key].update(x, y)
 
 
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 def _statistics_device(model: nn.Module) -> torch.device:
     """Where the sums are kept: beside the model, where double precision is."""
-    device = next(model.parameters()).device
+    device = _device(model)
     return device if device.type == "cuda" else torch.device("cpu")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from castlora.chat import without_special_tokens
 from castlora.completions import generate
 from castlora.lift import bootstrap_interval
+from castlora.stages import Models
 from castlora.text import Passage
 
 logger = logging.getLogger("castlora")
@@ -61,17 +62,12 @@ class Imitation:
 
 
 def compare_answers(
-    source: tuple[PreTrainedModel, PreTrainedTokenizerFast],
-    target: tuple[PreTrainedModel, PreTrainedTokenizerFast],
-    student: PeftModel,
-    passages: Sequence[Passage],
-    max_new_tokens: int,
+    models: Models, student: PeftModel, passages: Sequence[Passage], max_new_tokens: int
 ) -> Imitation | None:
     """Lets three models answer the prompts of held-out passages.
 
     Args:
-        source: the source with its adapter acting in it, and its tokenizer
-        target: the target with the student's update acting in it, and its tokenizer
+        models: both models; the source has its adapter acting in it, the target the student's update
         student: the PEFT model around the target, which can switch the update off
         passages: held-out text; passages without a prompt are left out
         max_new_tokens: longest answer, in tokens
@@ -89,11 +85,14 @@ def compare_answers(
         reads = without_special_tokens(tokenizer) if asked[0].is_chat else tokenizer
         return generate(model, reads, prompts, max_new_tokens, _BATCH)
 
+    models.use("source")
+    teacher = answers(models.source, models.source_tokenizer, in_source)
+    models.use("target")
     with parametrize.cached():
-        transferred = answers(*target, in_target)
+        transferred = answers(models.target, models.target_tokenizer, in_target)
     with student.disable_adapter():
-        bare = answers(*target, in_target)
-    imitation = Imitation(in_source, answers(*source, in_source), bare, transferred)
+        bare = answers(models.target, models.target_tokenizer, in_target)
+    imitation = Imitation(in_source, teacher, bare, transferred)
     logger.info(
         "After %d held-out prompts the target writes what source + LoRA writes: %.0f %% before, %.0f %% after",
         len(asked), 100 * imitation.same_before, 100 * imitation.same_after,

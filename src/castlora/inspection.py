@@ -12,7 +12,7 @@ from castlora.adapters import PORTABLE_RANKS
 from castlora.config import DEFAULT
 from castlora.licences import describe_licences, read_licences
 from castlora.manifest import command_line, describe_pairing
-from castlora.models import load_tokenizer, public_name, skeleton
+from castlora.models import best_device, dtype_on, load_tokenizer, number_of_layers, public_name, skeleton
 from castlora.pairing import describe
 from castlora.plan import Plan, describe_beyond, plan_transfer
 from castlora.rehearsal import PASSAGES_PER_REHEARSED
@@ -20,9 +20,10 @@ from castlora.stages import HELD_OUT_PASSAGES, HELD_OUT_REHEARSED
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
 
-_BYTES_PER_WEIGHT = 4
 _PROMPT_TOKENS = 48
 """A sentence in a prompt format."""
+# What a decoder layer keeps of a token for the way back: counted on Mistral, GPT-2 and GPT-NeoX, rounded up.
+_KEPT_BYTES_PER_WIDTH, _KEPT_NUMBERS_PER_NEURON = 40, 5
 _UTILISATION = 0.35
 """Share of the measured matrix-product rate that a training step reaches."""
 
@@ -191,6 +192,8 @@ class _Forecast:
     """What the bare target writes before the first step."""
     writing_seconds: float
     memory_bytes: int
+    low_memory_bytes: int
+    """Of the accelerator, with --low-memory."""
     disk_bytes: int
     """While it runs; what is left afterwards is the adapter."""
 
@@ -204,21 +207,37 @@ def _forecast(plan: Plan, steps: int, batch_size: int) -> _Forecast:
     # The bare target's predictions are looked up.
     operations += rehearsed * 4 * target_count
     rate = _product_rate()
+    memory_bytes, low_memory_bytes = _forecast_memory(plan, batch_size)
     candidates = (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.candidates
     written = DEFAULT.rehearsal_passages + HELD_OUT_REHEARSED
-    read = candidates * _PROMPT_TOKENS + (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.answer_tokens
+    prompts = candidates * _PROMPT_TOKENS + (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.answer_tokens
     return _Forecast(
         steps,
         batch_size,
         seconds=operations / (_UTILISATION * rate),
         candidate_prompts=candidates,
-        reading_seconds=2 * source_count * read / (_UTILISATION * rate),
+        reading_seconds=2 * source_count * prompts / (_UTILISATION * rate),
         rehearsed_passages=written,
         writing_seconds=2 * target_count * written * DEFAULT.rehearsal_tokens / (_UTILISATION * rate),
-        memory_bytes=(source_count + target_count) * _BYTES_PER_WEIGHT
-        + 4 * batch_size * DEFAULT.max_length * (plan.source_config.vocab_size + 3 * plan.target_config.vocab_size),
+        memory_bytes=memory_bytes,
+        low_memory_bytes=low_memory_bytes,
         disk_bytes=plan.state_bytes(DEFAULT),
     )
+
+
+def _forecast_memory(plan: Plan, batch_size: int) -> tuple[int, int]:
+    """Bytes that a step needs, with both models and all activations, and with one model and few."""
+    bytes_per_number = dtype_on(best_device()).itemsize
+    of_source, of_target = (bytes_per_number * count for count in parameter_count(plan))
+    scored = 4 * batch_size * DEFAULT.max_length
+    taught, learned = scored * plan.source_config.vocab_size, 3 * scored * plan.target_config.vocab_size
+    read = batch_size * DEFAULT.max_length + batch_size // PASSAGES_PER_REHEARSED * DEFAULT.rehearsal_tokens
+    layers, width = number_of_layers(plan.target_slots), plan.target_config.hidden_size
+    neurons = max(slot.d_in for slot in plan.target_slots.values())
+    of_layer = read * (_KEPT_BYTES_PER_WIDTH * width + _KEPT_NUMBERS_PER_NEURON * bytes_per_number * neurons)
+    inputs = read * layers * width * bytes_per_number
+    together = of_source + of_target + taught + learned + layers * of_layer
+    return together, max(of_source, of_target + inputs + of_layer + learned) + taught
 
 
 def _say_verdict(plan: Plan) -> str:
@@ -233,9 +252,10 @@ def _say_verdict(plan: Plan) -> str:
 
 
 def _say_forecast(forecast: _Forecast) -> str:
+    alone = f" ({forecast.low_memory_bytes / 2**30:.1f} on an accelerator with --low-memory true)"
     return (
         f"Forecast for {forecast.steps} steps of {forecast.batch_size} passages on this machine: about "
-        f"{_duration(forecast.seconds)}, {forecast.memory_bytes / 2**30:.1f} GiB of memory beyond Python's own, "
+        f"{_duration(forecast.seconds)}, {forecast.memory_bytes / 2**30:.1f} GiB of memory beyond Python's own{alone}, "
         f"and {forecast.disk_bytes / 2**30:.2f} GiB of disk while it runs. "
         f"Before them, source + LoRA reads {forecast.candidate_prompts} candidate prompts and writes answers: about "
         f"{_duration(forecast.reading_seconds)}, less where --prompts are given; and the target writes "

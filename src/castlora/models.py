@@ -159,7 +159,7 @@ def load_model(
         UserError: the model cannot be found, is damaged or incomplete, holds NaN, or is not a decoder.
     """
     config = load_config(name_or_path, revision)
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    dtype = dtype_on(torch.device(device))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -188,6 +188,11 @@ def load_model(
             raise UserError(f"Weights of {name_or_path!r} hold NaN or infinity in {name!r}; use an intact checkpoint.")
     logger.debug("Loaded %s in %s on %s", public_name(name_or_path), dtype, device)
     return model.eval().to(device=torch.device(device)), load_tokenizer(name_or_path, revision)
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """The dtype of base models there."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def best_device() -> torch.device:
@@ -289,6 +294,12 @@ def layer_index(module_name: str) -> int | None:
     """The first number in a module path: `model.layers.3.mlp.up_proj` is in layer 3."""
     match = re.search(r"\.(\d+)\.", module_name)
     return int(match.group(1)) if match else None
+
+
+def layer_path(slots: Mapping[str, LinearSlot], layer: int) -> str:
+    """Module path of a decoder layer."""
+    name = next(slot.name for slot in slots.values() if slot.layer == layer)
+    return name[: name.index(f".{layer}.") + len(f".{layer}")]
 
 
 def public_name(name_or_path: str) -> str:

@@ -45,6 +45,7 @@ from castlora.similarity import measure_similarity
 from castlora.stages import (
     Models,
     align_text,
+    check_record,
     hold_bare_target,
     hold_teacher,
     load_models,
@@ -93,6 +94,7 @@ def transfer(
     rank: int | None = None,
     tuning: Tuning | None = None,
     report_to: Tracker | None = None,
+    low_memory: bool = False,
 ) -> TransferResult:
     """Moves an adapter to another base model and writes a standard PEFT LoRA.
 
@@ -119,6 +121,8 @@ def transfer(
         rank: rank of the adapter to write; by default the smallest that holds the update
         tuning: departures from the recipe's other numbers
         report_to: tracker that shows the losses while the training runs; it does not change the result
+        low_memory: whether an accelerator holds one of the two models at a time, while the other waits in the
+            machine's memory, and activations are computed again instead of kept; takes longer
 
     Returns:
         the folder, the manifest and the training log
@@ -132,6 +136,7 @@ def transfer(
         "adapter": adapter, "target": target, "source": source, "text": text, "prompt_format": prompt_format,
         "prompts": prompts, "chat": chat, "taught": taught, "recipe": recipe, "start": start, "steps": steps,
         "batch_size": batch_size, "seed": seed, "rank": rank, "tuning": asdict(tuning),
+        "low_memory": low_memory,
     }  # fmt: skip
     resolved = resolve_recipe(recipe, start, steps, batch_size, tuning)
     check_seed(seed)
@@ -150,7 +155,7 @@ def transfer(
     text_source = TextSource(text, prompt_format, prompts, chat, taught)
     from_main(text_source.check)
     licences = from_main(partial(read_licences, plan, text_source.general))
-    models = load_models(plan)
+    models = load_models(plan, low_memory)
     check_objective(models.shared, resolved)
 
     with ExitStack() as held:
@@ -204,7 +209,9 @@ def _read_aligned(
     """What is read, and its passages for training and held out; where it comes to nothing, the run leaves nothing."""
     try:
         reading = _read(run, models, text, recipe, seed)
-        return reading, *align_text(models, reading.passages, recipe)
+        training, held_out = align_text(models, reading.passages, recipe)
+        check_record(models, [*training, *held_out], recipe)
+        return reading, training, held_out
     except UserError:
         run.discard()
         raise
@@ -219,6 +226,7 @@ def _read(run: RunDirectory, models: Models, text: TextSource, recipe: Recipe, s
         passages = [Passage(**passage) for passage in record["passages"]]
         return _Reading(record["formats"], passages, record["rehearsed"])
     parts = Parts(run.parts)
+    models.use("source")
     formats = prompt_formats(models, text, recipe, seed, parts)
     passages = teach_text(models, text, formats, recipe, seed, parts)
     reading = _Reading(formats, passages, write_rehearsed(models, recipe, seed))
@@ -313,13 +321,7 @@ def _finish(
     """
     # Some of these may have been dropped for their length, so that they were not trained on either.
     shown = reading.passages[-len(held_out) :]
-    imitation = compare_answers(
-        (models.source, models.source_tokenizer),
-        (models.target, models.target_tokenizer),
-        student.model,
-        shown,
-        recipe.answer_tokens,
-    )
+    imitation = compare_answers(models, student.model, shown, recipe.answer_tokens)
     changes = measure_changes(models, student.model, shown, recipe.max_length, _SHOWN_PASSAGES)
     similarity = measure_similarity(models, student.model, plan.pairing, shown, recipe.max_length)
     manifest = {
@@ -327,7 +329,7 @@ def _finish(
         "losses": trained.losses,
         "scale": asdict(trained.scale),
         "answers": describe_imitation(imitation),
-        "logit_difference": _write_adapter(run, plan, student, known["rank"], held_out),
+        "logit_difference": _write_adapter(run, plan, models, student, known["rank"], held_out),
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": peak_memory_bytes(),
     }
@@ -341,8 +343,10 @@ def _finish(
 
 def _report_shared_mass(models: Models, held_out: list[AlignedPassage]) -> dict[str, float]:
     """How much of both models' probability lies on tokens that both vocabularies spell alike."""
+    models.use("source")
     with models.teacher.disable_adapter():
         source_mass = shared_mass(models.teacher, held_out, "source", models.shared.source_ids)
+    models.use("target")
     target_mass = shared_mass(models.target, held_out, "target", models.shared.target_ids)
     tokens = len(models.shared.source_ids)
     logger.info(
@@ -353,13 +357,17 @@ def _report_shared_mass(models: Models, held_out: list[AlignedPassage]) -> dict[
     return {"tokens": tokens, "source_mass": source_mass, "target_mass": target_mass}
 
 
-def _write_adapter(run: RunDirectory, plan: Plan, student: Student, rank: int, held_out: list[AlignedPassage]) -> float:
+def _write_adapter(
+    run: RunDirectory, plan: Plan, models: Models, student: Student, rank: int, held_out: list[AlignedPassage]
+) -> float:
     factors: dict[str, LowRank] = student_factors(student.model, plan.target_modules)
     write_portable(run.finished, factors, plan.target_slots, rank, plan.target, None)
     batch = collate(held_out[:_CHECKED_PASSAGES])
     ids, mask = batch["target_ids"], batch["target_mask"]
-    device = next(student.parameters()).device
+    device = next(student.model.parameters()).device
     live = live_logits(student.model, ids.to(device), mask.to(device)).cpu()
+    # The process that loads it needs the room.
+    models.put_away()
     difference = check_written(run.finished, plan.target, None, ids, mask, live)
     logger.debug("Loaded again, the adapter's logits differ by %.1e of the largest", difference)
     return difference

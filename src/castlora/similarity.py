@@ -1,6 +1,6 @@
 """How alike two models' activations are at paired places, before any update: the fit of a pairing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -82,10 +82,19 @@ def measure_similarity(
     aligned = list(align_passages(passages[:_PASSAGES], *in_both, max_length, context_weight=1.0))
     if sum(len(passage.weights) for passage in aligned) < _FEWEST_PLACES:
         return Similarity({}, [])
-    (batch,) = batches(aligned, len(aligned), next(student.parameters()).device)
+    (batch,) = batches(aligned, len(aligned), torch.device("cpu"))
+    layers = list(_by_layer(pairing))
     with models.teacher.disable_adapter(), student.disable_adapter():
-        modules = {name: value for layer in _by_layer(pairing) for name, value in _of_modules(models, layer, batch)}
-        return Similarity(modules, _of_layers(models, batch))
+        models.use("source")
+        of_sources = [_source_grams(models.source, layer, batch) for layer in layers]
+        source_layers = _layer_grams(models.source, batch, "source")
+        models.use("target")
+        modules: dict[str, float] = {}
+        for layer, of_source in zip(layers, of_sources, strict=True):
+            modules |= _of_modules(models.target, layer, batch, of_source)
+        target_layers = _layer_grams(models.target, batch, "target")
+    of_layers = [[float((row * column).sum()) for column in source_layers] for row in target_layers]
+    return Similarity(modules, of_layers)
 
 
 def _by_layer(pairing: Pairing) -> Iterator[list[ModulePair]]:
@@ -94,27 +103,34 @@ def _by_layer(pairing: Pairing) -> Iterator[list[ModulePair]]:
     return (list(pairs) for _, pairs in groupby(by_layer, key=lambda pair: pair.target.layer))
 
 
-def _of_modules(models: Models, pairs: Sequence[ModulePair], batch: Batch) -> Iterator[tuple[str, float]]:
-    sources = {branch.source_module for pair in pairs for branch in pair.branches}
-    targets = [pair.target.name for pair in pairs]
-    with (
-        capture(models.source, sources, partial(_rows, batch, "source")) as in_source,
-        capture(models.target, targets, partial(_rows, batch, "target")) as in_target,
-    ):
-        _read(models.source, batch, "source")
-        _read(models.target, batch, "target")
-    for pair in pairs:
-        outputs = in_target[pair.target.name].outputs
-        alike = [
-            cka(in_source[branch.source_module].outputs[:, branch.source_rows], outputs[:, branch.target_rows])
-            for branch in pair.branches
+def _source_grams(source: PreTrainedModel, pairs: Sequence[ModulePair], batch: Batch) -> dict[str, list[Tensor]]:
+    """Gram matrices of what comes out of the source for each branch, by target module."""
+    names = {branch.source_module for pair in pairs for branch in pair.branches}
+    with capture(source, names, partial(_rows, batch, "source")) as captured:
+        _read(source, batch, "source")
+    return {
+        pair.target.name: [
+            centred_gram(captured[branch.source_module].outputs[:, branch.source_rows]) for branch in pair.branches
         ]
-        yield pair.target.name, sum(alike) / len(alike)
+        for pair in pairs
+    }
 
 
-def _of_layers(models: Models, batch: Batch) -> list[list[float]]:
-    in_source, in_target = _layer_grams(models.source, batch, "source"), _layer_grams(models.target, batch, "target")
-    return [[float((row * column).sum()) for column in in_source] for row in in_target]
+def _of_modules(
+    target: PreTrainedModel, pairs: Sequence[ModulePair], batch: Batch, of_source: Mapping[str, Sequence[Tensor]]
+) -> dict[str, float]:
+    """CKA of each target module with its partners, the mean over its branches."""
+    with capture(target, [pair.target.name for pair in pairs], partial(_rows, batch, "target")) as captured:
+        _read(target, batch, "target")
+    alike = {}
+    for pair in pairs:
+        outputs, grams = captured[pair.target.name].outputs, of_source[pair.target.name]
+        of_branches = [
+            float((gram * centred_gram(outputs[:, branch.target_rows])).sum())
+            for gram, branch in zip(grams, pair.branches, strict=True)
+        ]
+        alike[pair.target.name] = sum(of_branches) / len(of_branches)
+    return alike
 
 
 def _layer_grams(model: PreTrainedModel, batch: Batch, side: Side) -> list[Tensor]:
@@ -125,8 +141,8 @@ def _layer_grams(model: PreTrainedModel, batch: Batch, side: Side) -> list[Tenso
 
 def _read(model: PreTrainedModel, batch: Batch, side: Side, with_hidden: bool = False) -> CausalLMOutputWithPast:
     output: CausalLMOutputWithPast = model(
-        input_ids=batch[f"{side}_ids"],
-        attention_mask=batch[f"{side}_mask"],
+        input_ids=batch[f"{side}_ids"].to(model.device),
+        attention_mask=batch[f"{side}_mask"].to(model.device),
         output_hidden_states=with_hidden,
         use_cache=False,
         logits_to_keep=1,

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from castlora.adapters import LowRank
@@ -16,13 +18,14 @@ from castlora.effective import effective_update
 from castlora.errors import UserError
 from castlora.fitting import SiteMoments, ridge_factors, ridge_maps, solve_by_layers
 from castlora.maps import balance
-from castlora.models import best_device, load_model
+from castlora.models import best_device, layer_path, load_model, number_of_layers
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage, align_passages
 from castlora.processes import share_of_batch
+from castlora.recomputation import recompute_activations
 from castlora.rehearsal import PASSAGES_PER_REHEARSED, BareTarget, Rehearsal, rehearsed, write_passages
 from castlora.starts import Maps, attach_lora, fold_maps, paper_maps, parametrize_by_maps, start_from_factors
-from castlora.teacher import LiveTeacher, RecordedTeacher, Teacher, record_bytes, record_limit
+from castlora.teacher import LiveTeacher, RecordedTeacher, Side, Teacher, record_bytes, record_limit
 from castlora.text import Passage
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
@@ -36,7 +39,7 @@ _STATISTICS_PASSAGES = 1024
 
 @dataclass(frozen=True)
 class Models:
-    """Both models in memory. The source carries the adapter; the target is bare until a student is made of it."""
+    """Both models. The source carries the adapter; the target is bare until a student is made of it."""
 
     source: PreTrainedModel
     """The base model inside the teacher; the teacher's adapter acts in it unless it is disabled."""
@@ -47,12 +50,37 @@ class Models:
     source_bytes: ByteTokenizer
     target_bytes: ByteTokenizer
     shared: SharedVocabulary
+    low_memory: bool = False
+    """Whether the accelerator holds only the model in use, and the target's activations are not kept for the way back.
+    """
+
+    def use(self, side: Side) -> None:
+        """Has the model of a side where it runs; with little memory, the other one waits in the machine's memory."""
+        if self.low_memory:
+            used, waits = (self.source, self.target) if side == "source" else (self.target, self.source)
+            _move(waits, torch.device("cpu"))
+            clear_device_cache()
+            _move(used, best_device())
+
+    def put_away(self) -> None:
+        """With little memory, leaves the accelerator to others."""
+        if self.low_memory:
+            for model in (self.source, self.target):
+                _move(model, torch.device("cpu"))
+            clear_device_cache()
 
 
-def load_models(plan: Plan) -> Models:
-    """Loads both models and applies the adapter to the source."""
+def load_models(plan: Plan, low_memory: bool = False) -> Models:
+    """Loads both models and applies the adapter to the source.
+
+    Args:
+        plan: of the transfer
+        low_memory: whether the accelerator holds one of them at a time, and activations are computed again
+    """
     device = best_device()
     source, source_tokenizer = load_model(plan.source, plan.source_revision, device)
+    if low_memory:
+        _move(source, torch.device("cpu"))
     target, target_tokenizer = load_model(plan.target, None, device)
     teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
     source_bytes = ByteTokenizer.from_tokenizer(source_tokenizer)
@@ -60,7 +88,12 @@ def load_models(plan: Plan) -> Models:
     shared = SharedVocabulary.of(
         source_bytes, target_bytes, plan.source_config.vocab_size, plan.target_config.vocab_size
     )
-    return Models(source, teacher, target, source_tokenizer, target_tokenizer, source_bytes, target_bytes, shared)
+    spelled = source_bytes, target_bytes
+    return Models(source, teacher, target, source_tokenizer, target_tokenizer, *spelled, shared, low_memory)
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    model.to(device)
 
 
 def load_teacher(plan: Plan) -> Models:
@@ -109,6 +142,7 @@ def start_student(
     The paired modules are adapted, by maps around the frozen source factors or by factors of their own.
     """
     torch.manual_seed(seed)
+    models.use("source")
     low_rank_loss = cut_loss = 0.0
     if recipe.start != "fresh" and not plan.adapter.is_plain:
         update = effective_update(models.teacher, plan.source_slots, plan.factors)
@@ -120,12 +154,16 @@ def start_student(
         )
         plan = replace(plan, factors=update.factors)
     folded, maps = _solved_start(models, plan, recipe, training[:_STATISTICS_PASSAGES], seed)
+    models.use("target")
     peft_model = attach_lora(models.target, plan.target_modules, rank)
     if folded:
         factors, cut_loss = _of_rank(folded, rank)
         start_from_factors(peft_model, factors)
     elif maps:
         parametrize_by_maps(peft_model, plan.pairing, plan.factors, maps)
+    if models.low_memory:
+        layers = range(number_of_layers(plan.target_slots))
+        recompute_activations(models.target, [layer_path(plan.target_slots, layer) for layer in layers])
     with_head = recipe.mse_weight > 0
     logger.debug("Start %s: %d modules of the target learn %s", recipe.start, len(plan.target_modules), recipe.trained)
     widths = models.target.config.hidden_size, models.teacher.config.hidden_size
@@ -150,11 +188,12 @@ def _solved_start(
     def maps_of(moments: SiteMoments) -> Maps:
         return ridge_maps(moments, plan.pairing, recipe.ridge)
 
-    both = models.source, models.target
+    read = models.source, models.target, plan.pairing, plan.factors, passages
+    use = models.use if models.low_memory else None
     with models.teacher.disable_adapter():
         if trains_factors:
-            return solve_by_layers(*both, plan.pairing, plan.factors, passages, factors), {}
-        return {}, solve_by_layers(*both, plan.pairing, plan.factors, passages, maps_of)
+            return solve_by_layers(*read, factors, use=use), {}
+        return {}, solve_by_layers(*read, maps_of, use=use)
 
 
 def _of_rank(folded: Mapping[str, LowRank], rank: int) -> tuple[dict[str, LowRank], float]:
@@ -179,17 +218,39 @@ def _square_of_norm(balanced: Mapping[str, LowRank]) -> float:
     return sum(float(lora.a.double().square().sum(dim=1).square().sum()) for lora in balanced.values())
 
 
+def check_record(models: Models, passages: Sequence[AlignedPassage], recipe: Recipe) -> None:
+    """Looks whether what source + LoRA predicts can be kept, where it cannot run beside the target.
+
+    Raises:
+        UserError: it would take too much memory.
+    """
+    needed = record_bytes(models.source, passages, recipe.mse_weight > 0)
+    limit = record_limit(models.source)
+    if models.low_memory and needed > limit:
+        raise UserError(
+            f"With --low-memory, what source + LoRA predicts is kept in memory, and that would be "
+            f"{needed / 2**30:.1f} GiB, more than {limit / 2**30:.1f}; give --prompts, or lower "
+            f"--tuning.passages {recipe.passages} or --tuning.max-length {recipe.max_length}."
+        )
+
+
 def hold_teacher(
     models: Models, training: Sequence[AlignedPassage], held_out: Sequence[AlignedPassage], recipe: Recipe
 ) -> Teacher:
-    """The teacher of a run: its predictions are kept where a process reads passages again and memory allows."""
+    """The teacher of a run: its predictions are kept where a process reads passages again and memory allows.
+
+    With little memory they are always kept, and the target is the one that can run afterwards.
+    """
     passages = [*training, *held_out]
     with_hidden = recipe.mse_weight > 0
     is_read_again = recipe.steps * share_of_batch(recipe.batch_size) > len(training)
     needed = record_bytes(models.source, passages, with_hidden)
-    if is_read_again and needed <= record_limit(models.source):
+    if models.low_memory or (is_read_again and needed <= record_limit(models.source)):
         logger.debug("What source + LoRA predicts is kept in memory: %d MiB at most", needed >> 20)
-        return RecordedTeacher(models.teacher, passages, with_hidden)
+        models.use("source")
+        recorded = RecordedTeacher(models.teacher, passages, with_hidden)
+        models.use("target")
+        return recorded
     logger.debug("source + LoRA reads each passage when it is trained on")
     return LiveTeacher(models.teacher, with_hidden)
 
@@ -198,6 +259,7 @@ def write_rehearsed(models: Models, recipe: Recipe, seed: int) -> list[list[int]
     """Text of the bare target as token ids, as much as the recipe rehearses; the last passages are for measuring."""
     trained_on = recipe.rehearsal_passages if recipe.rehearsal_weight > 0 else 0
     count = trained_on + HELD_OUT_REHEARSED
+    models.use("target")
     return write_passages(models.target, models.target_tokenizer, count, recipe.rehearsal_tokens, seed)
 
 

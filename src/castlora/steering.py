@@ -23,7 +23,7 @@ from castlora.config import DEFAULT, Recipe, check_seed
 from castlora.errors import UserError
 from castlora.evaluation import Evaluation, judge_choices
 from castlora.manifest import versions
-from castlora.models import LinearSlot, context_length, number_of_layers, public_name
+from castlora.models import context_length, layer_path, number_of_layers, public_name
 from castlora.objective import chunk_log_probabilities
 from castlora.pairing import relative_depth
 from castlora.plan import Plan, plan_transfer
@@ -88,7 +88,7 @@ class Layers:
         if not 0 <= layer < depths[1]:
             raise UserError(f"--layer is {layer}, but the target has layers 0 to {depths[1] - 1}; give one of these.")
         partner = relative_depth(*depths)[layer]
-        return cls(_layer_path(plan.source_slots, partner), _layer_path(plan.target_slots, layer))
+        return cls(layer_path(plan.source_slots, partner), layer_path(plan.target_slots, layer))
 
 
 @dataclass(frozen=True)
@@ -327,11 +327,6 @@ def _steered(
         return moved
 
     return change_output(models.target, layers.target, move)
-
-
-def _layer_path(slots: Mapping[str, LinearSlot], layer: int) -> str:
-    name = next(slot.name for slot in slots.values() if slot.layer == layer)
-    return name[: name.index(f".{layer}.") + len(f".{layer}")]
 
 
 def _reading_recipe(plan: Plan) -> Recipe:

@@ -1,0 +1,120 @@
+"""Transfers with one of the two models on the accelerator at a time."""
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from castlora import UserError, fitting, pipeline, stages
+from castlora.fitting import collect_moments
+from castlora.plan import plan_transfer
+from castlora.stages import Models, load_models
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Fails where a model runs that the accelerator does not hold; which it held, in order."""
+    held: list[str] = []
+    use, put_away = Models.use, Models.put_away
+
+    def spy(models: Models, side: str) -> None:
+        use(models, side)
+        if models.low_memory:
+            held.append(side)
+
+    def spy_away(models: Models) -> None:
+        put_away(models)
+        if models.low_memory:
+            held.append("neither")
+
+    def watch(plan, low_memory: bool) -> Models:
+        models = load_models(plan, low_memory)
+        for side, model in (("source", models.source), ("target", models.target)):
+
+            def check(*_arguments, side=side) -> None:
+                assert not low_memory or held[-1] == side, f"the {side} runs while the accelerator holds {held[-1]}"
+
+            model.register_forward_pre_hook(check)
+        return models
+
+    monkeypatch.setattr(Models, "use", spy)
+    monkeypatch.setattr(Models, "put_away", spy_away)
+    monkeypatch.setattr(pipeline, "load_models", watch)
+    return held
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"recipe": "paper", "start": "ridge"}, {"start": "fresh"}], ids=["default", "paper", "fresh"]
+)
+def test_the_adapter_is_that_of_both_models_together(quick_transfer, prompts_file, watched, options):
+    options = {"prompts": str(prompts_file), "steps": 24} | options
+    together = quick_transfer("llama", "gpt2", "together", **options)
+    assert watched == []
+    in_turns = quick_transfer("llama", "gpt2", "in turns", low_memory=True, **options)
+    weights = [load_file(result.folder / "adapter_model.safetensors") for result in (together, in_turns)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+    for part in ("losses", "answers", "shared_vocabulary"):
+        assert in_turns.manifest[part] == together.manifest[part]
+    assert "--low-memory true" in in_turns.manifest["command"]
+    assert watched[-1] == "neither"
+    # Large models take seconds to move.
+    changes = [side for before, side in zip(["", *watched], watched, strict=False) if side != before]
+    assert len(changes) <= 17
+
+
+def test_general_text_is_read_in_turns_too(quick_transfer, watched):
+    together, in_turns = (
+        quick_transfer("llama", "mistral", f"out {one}", low_memory=one, steps=24) for one in (False, True)
+    )
+    assert in_turns.manifest["losses"] == together.manifest["losses"]
+
+
+@pytest.mark.parametrize(("limit", "turns"), [(1, 3), (1 << 30, 1)])
+def test_activations_wait_in_memory_as_far_as_there_is_room(base_model, adapter, monkeypatch, limit, turns):
+    monkeypatch.setattr(fitting, "_BYTES_PER_TURN", limit)
+    plan = plan_transfer(str(adapter("llama")), str(base_model("gpt2")), str(base_model("llama")))
+    models, text = (tiny.load(base_model(name)) for name in ("llama", "gpt2")), tiny.aligned("llama", "gpt2", 40)
+    source, target = models
+    used: list[str] = []
+    in_turns = collect_moments(source, target, plan.pairing, text, use=used.append)
+    assert used == ["source", "target"] * turns
+    together = collect_moments(source, target, plan.pairing, text)
+    for kind in ("inputs", "outputs"):
+        found, expected = getattr(in_turns, kind), getattr(together, kind)
+        assert found.keys() == expected.keys()
+        for key, moments in expected.items():
+            assert all(torch.equal(vars(found[key])[name], tensor) for name, tensor in vars(moments).items())
+
+
+def test_the_model_in_use_is_moved_and_the_other_leaves_first(base_model, adapter, monkeypatch):
+    plan = plan_transfer(str(adapter("llama")), str(base_model("gpt2")), str(base_model("llama")))
+    models = load_models(plan, low_memory=True)
+    accelerator, processor = torch.device("meta"), torch.device("cpu")
+    moves: list[tuple[str, torch.device]] = []
+    names = {id(models.source): "source", id(models.target): "target"}
+    monkeypatch.setattr(stages, "best_device", lambda: accelerator)
+    monkeypatch.setattr(stages, "_move", lambda model, device: moves.append((names[id(model)], device)))
+    models.use("target")
+    models.use("source")
+    models.put_away()
+    assert moves == [
+        ("source", processor), ("target", accelerator), ("target", processor), ("source", accelerator),
+        ("source", processor), ("target", processor),
+    ]  # fmt: skip
+
+
+def test_models_that_do_not_low_memory_stay(base_model, adapter, monkeypatch):
+    plan = plan_transfer(str(adapter("llama")), str(base_model("gpt2")), str(base_model("llama")))
+    models = load_models(plan)
+    monkeypatch.setattr(stages, "_move", lambda *_: pytest.fail("moved"))
+    models.use("source")
+    models.use("target")
+    models.put_away()
+
+
+def test_a_record_that_takes_too_much_memory_is_refused(quick_transfer, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "record_limit", lambda _model: 1 << 10)
+    with pytest.raises(UserError, match=r"--low-memory, what .* GiB, more than 0\.0; give --prompts, or"):
+        quick_transfer("llama", "gpt2", low_memory=True)
+    assert not (tmp_path / "out").exists()
