@@ -88,7 +88,7 @@ def test_every_measure_leaves_comparable_numbers_and_the_page_shows_them(folded_
     for use in record["limits"]:
         assert use["tokens"] > 0 and min(use["seconds"]) > 0 and use["peak_bytes"] is None
         assert use["operations"] > 0 and use["share_of_limit"] > 0
-    assert len(record["limits"]) == 4
+    assert len(record["limits"]) == 5
     for folding in record["folding"]:
         assert folding["modules"] == 7 * TINY.target.layers and min(folding["seconds"]) > 0
         assert folding["peak_bytes"] >= folding["idle_bytes"] > 0

@@ -15,6 +15,8 @@ from castlora.bench.speed_models import Subject, TextKind
 from castlora.bench.speed_steps import teacher_and_student, time_steps
 from castlora.bench.speed_timing import Clock, interleaved
 from castlora.fitting import layer_groups, memory_for_statistics
+from castlora.models import layer_path, number_of_layers
+from castlora.recomputation import recompute_activations
 from castlora.teacher import RecordedTeacher, Teacher
 
 logger = logging.getLogger("castlora")
@@ -106,6 +108,9 @@ def _steps(settings: SpeedSettings, subject: Subject, clock: Clock, rate: float)
     use("step, teacher runs", teacher, 2 * tokens, back_and_forth + 2 * tokens * source_weights)
     subject.source.cpu()
     use("step, teacher recorded, target alone in memory", recorded, tokens, back_and_forth)
+    slots = {pair.target.name: pair.target for pair in subject.pairing.mapped}
+    recompute_activations(subject.target, [layer_path(slots, layer) for layer in range(number_of_layers(slots))])
+    use("the same, activations computed again", recorded, tokens, back_and_forth + 2 * tokens * target_weights)
     return uses
 
 
