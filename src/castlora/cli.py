@@ -178,6 +178,8 @@ def _set_verbosity(quiet: bool, verbose: bool) -> None:
     logging.getLogger("castlora").setLevel(logging.WARNING if quiet else logging.INFO)
     # It prints its warnings itself; handed on to the root they would come twice.
     logging.getLogger("huggingface_hub").propagate = False
+    # PEFT imports it wherever it is installed, and on a processor it misses faster kernels aloud.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # What libraries will change among themselves is no concern of whoever types a command.
     warnings.filterwarnings("ignore", category=FutureWarning)
     # PEFT says of every module of a GPT-2 that it reads the layout from the module.

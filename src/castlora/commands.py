@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from castlora.config import Form, RecipeName, Start, Tracker, Tuning
+from castlora.config import Bits, Form, RecipeName, Start, Tracker, Tuning
 from castlora.launcher import is_main
 
 NOT_PORTABLE = 1
@@ -30,6 +30,8 @@ def _transfer(
     tuning: Tuning = Tuning(),  # noqa: B008  # frozen, and jsonargparse reads the fields from it
     report_to: Tracker | None = None,
     low_memory: bool = False,
+    source_bits: Bits | None = None,
+    target_bits: Bits | None = None,
     push_to_hub: str | None = None,
     private: bool = False,
     json: bool = False,
@@ -58,6 +60,8 @@ def _transfer(
         report_to: tracker that shows the losses while the training runs; TensorBoard's files lie in runs
         low_memory: whether an accelerator holds one of the two models at a time, and activations are computed again;
             for pairs too large for it, and slower
+        source_bits: 4 (NF4) or 8, for a source quantized by bitsandbytes, such as QLoRA trains on
+        target_bits: the same for the target, if it is to be served so
         push_to_hub: OWNER/NAME of a repository on the hub that the adapter is uploaded to, as castlora push does
         private: whether a new repository is private
         json: whether the manifest is printed when all is done
@@ -74,6 +78,7 @@ def _transfer(
     result = run(
         adapter, target, out, source, text, _prompt_format(prompt_format), prompts, chat, taught, recipe, start, steps,
         batch_size, seed, rank, tuning, report_to, low_memory,
+        source_bits, target_bits,
     )  # fmt: skip
     if push_to_hub:
         from_main(partial(push, out, push_to_hub, private))
@@ -91,6 +96,7 @@ def _teach(
     chat: bool = False,
     seed: int = 0,
     tuning: Tuning = Tuning(),  # noqa: B008  # as above
+    source_bits: Bits | None = None,
 ) -> None:
     r"""Writes prompts with the answers of source + LoRA, once for transfers to any number of targets.
 
@@ -106,13 +112,14 @@ def _teach(
         chat: whether prompts are messages of a user, which each model reads in its own chat template
         seed: of the draw and of the answers
         tuning: how much text, and how long
+        source_bits: 4 (NF4) or 8, for a source quantized by bitsandbytes, such as QLoRA trains on
     """
     from transformers.utils.logging import disable_progress_bar
 
     from castlora.teaching import teach as run
 
     disable_progress_bar()
-    run(adapter, out, source, text, _prompt_format(prompt_format), prompts, chat, seed, tuning)
+    run(adapter, out, source, text, _prompt_format(prompt_format), prompts, chat, seed, tuning, source_bits)
 
 
 def _prompt_format(written: str) -> str | None:
@@ -129,6 +136,7 @@ def _evaluate(
     chat: bool = False,
     retrained: str | None = None,
     record: bool = False,
+    bits: Bits | None = None,
     json: bool = False,
 ) -> None:
     """Scores a model, with or without an adapter, on a task file.
@@ -142,12 +150,13 @@ def _evaluate(
         chat: whether prompts are messages of a user, in the model's chat template
         retrained: adapter that was trained on the task for the model, to measure the lift by
         record: whether the scores go into manifest, model card and report of the adapter, which transfer wrote
+        bits: 4 (NF4) or 8, for a model quantized by bitsandbytes
         json: whether the result is printed as JSON
     """
     from castlora.evaluation import describe
     from castlora.evaluation import evaluate as run
 
-    result = run(model, task, adapter, out, batch_size, None, chat, retrained, record)
+    result = run(model, task, adapter, out, batch_size, None, chat, retrained, record, bits)
     _print_result(result, describe(result), json)
 
 

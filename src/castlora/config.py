@@ -10,6 +10,7 @@ Start = Literal["paper", "ridge", "fresh"]
 Trained = Literal["maps", "factors"]
 RecipeName = Literal["default", "paper"]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
+Bits = Literal[4, 8]
 """Where the losses of a training can be shown while it runs."""
 Regime = Literal["none", "general", "format", "prompts"]
 """What a method may read: weights alone, general text, text in the adapter's prompt format, or unlabelled prompts."""

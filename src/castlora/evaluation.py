@@ -22,11 +22,12 @@ from castlora.completions import (
     generate,
     readable_tokens,
 )
+from castlora.config import Bits
 from castlora.errors import UserError, first_line
 from castlora.formatting import score_interval
 from castlora.lift import COUNTABLE_GAIN, bootstrap_interval, lift_with_interval
 from castlora.measured_tasks import describe_task
-from castlora.models import LIBRARY_ERRORS, load_model, public_name
+from castlora.models import LIBRARY_ERRORS, best_device, load_model, public_name
 from castlora.patterns import check_patterns
 from castlora.record import check_record, record_task
 from castlora.report import BARE_TARGET, RETRAINED, TRANSFERRED, Score, Skill
@@ -158,6 +159,7 @@ def evaluate(
     chat: bool = False,
     retrained: str | None = None,
     record: bool = False,
+    bits: Bits | None = None,
 ) -> dict[str, Any]:
     """Scores a model, with or without an adapter, on a task file.
 
@@ -174,17 +176,19 @@ def evaluate(
             the lift of `adapter` is measured.
         record: whether the scores, those of the bare model included, go into the manifest, the model card and the
             report of `adapter`, a folder that `castlora.transfer` wrote.
+        bits: 4 (NF4) or 8, for a model whose layers are quantized by bitsandbytes.
 
     Returns:
-        metric, score, n, ci95, nll, and what was scored: model, revision, adapter, task, chat, task_sha256, versions.
+        metric, score, n, ci95, nll, and what was scored: model, revision, bits, adapter, task, chat, task_sha256,
+        versions.
         With `retrained` or `record` also scores, by what was scored, and with `retrained` the lift.
 
     Raises:
         UserError: the task file is malformed, an adapter does not fit the model, or nothing can be recorded.
     """
     items = load_task(task)
-    _check_compared(model, adapter, retrained, record)
-    loaded, tokenizer = load_model(model, revision=revision)
+    _check_compared(model, adapter, retrained, record, bits)
+    loaded, tokenizer = load_model(model, revision, best_device(), bits)
     if chat:
         items = chat_items(items, tokenizer, _template(tokenizer, adapter))
         tokenizer = without_special_tokens(tokenizer)
@@ -202,6 +206,7 @@ def evaluate(
         "nll": found.nll,
         "model": public_name(model),
         "revision": revision,
+        "bits": bits,
         "adapter": adapter and public_name(adapter),
         "task": Path(task).name,
         "chat": chat,
@@ -213,7 +218,7 @@ def evaluate(
         # An adapter changes the model in place: the other one needs it anew, and memory holds it once.
         del scored, loaded
         if retrained is not None:
-            anew = load_adapter(load_model(model, revision=revision)[0], retrained, model)
+            anew = load_adapter(load_model(model, revision, best_device(), bits)[0], retrained, model)
             compared[RETRAINED] = evaluate_model(anew, tokenizer, items, batch_size)
         described = describe_task(skill_of(Path(task).stem, digest, compared), chat, _versions())
         result |= {"scores": described["scores"], "lift": described["lift"]}
@@ -243,7 +248,7 @@ def describe(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _check_compared(model: str, adapter: str | None, retrained: str | None, record: bool) -> None:
+def _check_compared(model: str, adapter: str | None, retrained: str | None, record: bool, bits: Bits | None) -> None:
     """Raises a UserError before anything is loaded if what is to be compared or recorded cannot be."""
     if adapter is None and (retrained is not None or record):
         option = "--record" if record else "--retrained"
@@ -251,7 +256,7 @@ def _check_compared(model: str, adapter: str | None, retrained: str | None, reco
     if retrained is not None:
         find_adapter(retrained)
     if adapter is not None and record:
-        check_record(adapter, model)
+        check_record(adapter, model, bits)
 
 
 def skill_of(name: str, sha256: str, evaluations: Mapping[str, Evaluation]) -> Skill:

@@ -16,13 +16,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.import_utils import is_bitsandbytes_available
 
+from castlora.config import Bits
 from castlora.errors import UserError, first_line
 from castlora.processes import this_process
 
@@ -149,23 +152,30 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
 
 
 def load_model(
-    name_or_path: str, revision: str | None = None, device: torch.device | str = "cpu"
+    name_or_path: str, revision: str | None = None, device: torch.device | str = "cpu", bits: Bits | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Loads a base model from safetensors, and its fast tokenizer.
 
-    The weights are fp32 on a processor and bf16 on an accelerator.
+    The weights are fp32 on a processor and bf16 on an accelerator; those of the layers are
+    quantized with `bits`, or where the model was saved so.
 
     Raises:
-        UserError: the model cannot be found, is damaged or incomplete, holds NaN, or is not a decoder.
+        UserError: the model cannot be found, is damaged or incomplete, holds NaN, or is not a decoder, or
+            bitsandbytes is needed and missing.
     """
+    if bits and not is_bitsandbytes_available():
+        raise UserError(f"Weights of {bits} bits need bitsandbytes; pip install 'castlora[quantized]'.")
     config = load_config(name_or_path, revision)
     dtype = dtype_on(torch.device(device))
+    is_quantized = bits is not None or "quantization_config" in config.to_dict()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             config=config,
             revision=revision,
             dtype=dtype,
+            quantization_config=_quantization(bits, dtype) if bits else None,
+            device_map={"": device} if is_quantized else None,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -186,8 +196,28 @@ def load_model(
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f"Weights of {name_or_path!r} hold NaN or infinity in {name!r}; use an intact checkpoint.")
-    logger.debug("Loaded %s in %s on %s", public_name(name_or_path), dtype, device)
-    return model.eval().to(device=torch.device(device)), load_tokenizer(name_or_path, revision)
+    logger.debug("Loaded %s in %s on %s", public_name(name_or_path), f"{bits} bits" if bits else dtype, device)
+    tokenizer = load_tokenizer(name_or_path, revision)
+    if is_quantized and is_bitsandbytes_available():
+        _let_gradients_through(model)
+    # bitsandbytes lets nobody move weights of 8 bits.
+    return model.eval() if is_quantized else model.eval().to(device=torch.device(device)), tokenizer
+
+
+def _quantization(bits: Bits, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4, in which QLoRA (arXiv 2305.14314) trains, or LLM.int8 (arXiv 2208.07339)."""
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _let_gradients_through(model: PreTrainedModel) -> None:
+    """Keeps bitsandbytes from the form of 4-bit weights for some processors that has no backward pass."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def dtype_on(device: torch.device) -> torch.dtype:

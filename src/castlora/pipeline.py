@@ -17,7 +17,7 @@ from castlora import __version__
 from castlora.adapters import LowRank, write_portable
 from castlora.changes import measure_changes
 from castlora.chat import TEMPLATE_FILE, target_template
-from castlora.config import Recipe, RecipeName, Start, Tracker, Tuning, check_seed, resolve_recipe
+from castlora.config import Bits, Recipe, RecipeName, Start, Tracker, Tuning, check_seed, resolve_recipe
 from castlora.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
 from castlora.errors import UserError
 from castlora.imitation import compare_answers
@@ -43,6 +43,7 @@ from castlora.run_directory import RunDirectory, check_output, is_sealed, open_r
 from castlora.scaling import TRAINED_SCALES, ScaleChoice, keep_best_scale
 from castlora.similarity import measure_similarity
 from castlora.stages import (
+    Loading,
     Models,
     align_text,
     check_record,
@@ -95,6 +96,8 @@ def transfer(
     tuning: Tuning | None = None,
     report_to: Tracker | None = None,
     low_memory: bool = False,
+    source_bits: Bits | None = None,
+    target_bits: Bits | None = None,
 ) -> TransferResult:
     """Moves an adapter to another base model and writes a standard PEFT LoRA.
 
@@ -123,6 +126,8 @@ def transfer(
         report_to: tracker that shows the losses while the training runs; it does not change the result
         low_memory: whether an accelerator holds one of the two models at a time, while the other waits in the
             machine's memory, and activations are computed again instead of kept; takes longer
+        source_bits: 4 (NF4) or 8, for a source whose layers are quantized by bitsandbytes, as one that QLoRA trained on
+        target_bits: the same for the target; the adapter then belongs to a target that is quantized alike
 
     Returns:
         the folder, the manifest and the training log
@@ -136,7 +141,7 @@ def transfer(
         "adapter": adapter, "target": target, "source": source, "text": text, "prompt_format": prompt_format,
         "prompts": prompts, "chat": chat, "taught": taught, "recipe": recipe, "start": start, "steps": steps,
         "batch_size": batch_size, "seed": seed, "rank": rank, "tuning": asdict(tuning),
-        "low_memory": low_memory,
+        "low_memory": low_memory, "source_bits": source_bits, "target_bits": target_bits,
     }  # fmt: skip
     resolved = resolve_recipe(recipe, start, steps, batch_size, tuning)
     check_seed(seed)
@@ -149,13 +154,15 @@ def transfer(
     plan = plan_transfer(adapter, target, source)
     output_rank = plan.rank(resolved, rank)
     plan.check_length(resolved)
+    loading = Loading(low_memory, source_bits, target_bits)
+    loading.check(plan.adapter.is_plain)
     logger.info(describe(plan.pairing))
     if plan.beyond:
         logger.info(describe_beyond(plan.beyond))
     text_source = TextSource(text, prompt_format, prompts, chat, taught)
     from_main(text_source.check)
     licences = from_main(partial(read_licences, plan, text_source.general))
-    models = load_models(plan, low_memory)
+    models = load_models(plan, loading)
     check_objective(models.shared, resolved)
 
     with ExitStack() as held:
@@ -171,6 +178,8 @@ def transfer(
             "licences": licences,
             "castlora_version": __version__,
             "rank": output_rank,
+            "source_bits": source_bits,
+            "target_bits": target_bits,
             "pairing": describe_pairing(plan.pairing),
             "layer_map": list(plan.pairing.layer_map),
             "recipe": describe_recipe(resolved, recipe),
@@ -329,7 +338,7 @@ def _finish(
         "losses": trained.losses,
         "scale": asdict(trained.scale),
         "answers": describe_imitation(imitation),
-        "logit_difference": _write_adapter(run, plan, models, student, known["rank"], held_out),
+        "logit_difference": _write_adapter(run, plan, models, student, known["rank"], held_out, known["target_bits"]),
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": peak_memory_bytes(),
     }
@@ -358,7 +367,13 @@ def _report_shared_mass(models: Models, held_out: list[AlignedPassage]) -> dict[
 
 
 def _write_adapter(
-    run: RunDirectory, plan: Plan, models: Models, student: Student, rank: int, held_out: list[AlignedPassage]
+    run: RunDirectory,
+    plan: Plan,
+    models: Models,
+    student: Student,
+    rank: int,
+    held_out: list[AlignedPassage],
+    bits: Bits | None,
 ) -> float:
     factors: dict[str, LowRank] = student_factors(student.model, plan.target_modules)
     write_portable(run.finished, factors, plan.target_slots, rank, plan.target, None)
@@ -368,7 +383,7 @@ def _write_adapter(
     live = live_logits(student.model, ids.to(device), mask.to(device)).cpu()
     # The process that loads it needs the room.
     models.put_away()
-    difference = check_written(run.finished, plan.target, None, ids, mask, live)
+    difference = check_written(run.finished, plan.target, None, ids, mask, live, bits)
     logger.debug("Loaded again, the adapter's logits differ by %.1e of the largest", difference)
     return difference
 

@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from castlora.card import add_scores, public_name, write_card
+from castlora.config import Bits
 from castlora.errors import UserError, first_line
 from castlora.imitation import Imitation
 from castlora.licences import CARD_FILE
@@ -56,14 +57,18 @@ def write_record(
     write_report(run_report(manifest, details), folder / REPORT_FILE)
 
 
-def check_record(folder: str, model: str) -> None:
+def check_record(folder: str, model: str, bits: Bits | None) -> None:
     """Raises a UserError unless scores of `model` can be added to what the run in `folder` says about itself."""
-    target = read_run(folder).report.manifest["target"]["name"]
+    manifest = read_run(folder).report.manifest
+    target, trained_bits = manifest["target"]["name"], manifest.get("target_bits")
     if _last_component(str(target)) != _last_component(model):
         raise UserError(
             f"{folder!r} is an adapter for {target!r}, and --model is {model!r}; record scores on its own base model, "
             "by that name or in a folder of that name."
         )
+    if trained_bits != bits:
+        remedy = f"give --bits {trained_bits}" if trained_bits else "leave out --bits"
+        raise UserError(f"{folder!r} was trained beside a target in another precision; {remedy}, or --record.")
     _read_card(Path(folder))
 
 

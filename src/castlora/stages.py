@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from castlora.adapters import LowRank
-from castlora.config import Recipe
+from castlora.config import Bits, Recipe
 from castlora.distill import Student
 from castlora.effective import effective_update
 from castlora.errors import UserError
@@ -35,6 +35,34 @@ logger = logging.getLogger("castlora")
 HELD_OUT_PASSAGES = 64
 HELD_OUT_REHEARSED = 64
 _STATISTICS_PASSAGES = 1024
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the models of a transfer are held."""
+
+    low_memory: bool = False
+    source_bits: Bits | None = None
+    """Of a weight of the source's layers; by default those of its dtype."""
+    target_bits: Bits | None = None
+
+    def check(self, is_plain: bool) -> None:
+        """Looks whether it can be done.
+
+        Args:
+            is_plain: whether the adapter is a plain LoRA, whose update does not depend on the weights
+
+        Raises:
+            UserError: it cannot.
+        """
+        for name, bits in (("--source-bits", self.source_bits), ("--target-bits", self.target_bits)):
+            if bits == 8 and self.low_memory:
+                raise UserError(f"{name} 8 cannot be had with --low-memory, since such weights do not move; give 4.")
+        if self.source_bits and not is_plain:
+            raise UserError("--source-bits is for plain LoRAs, and this adapter merges into the weights; leave it out.")
+
+
+IN_FULL = Loading()
 
 
 @dataclass(frozen=True)
@@ -70,18 +98,18 @@ class Models:
             clear_device_cache()
 
 
-def load_models(plan: Plan, low_memory: bool = False) -> Models:
+def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
     """Loads both models and applies the adapter to the source.
 
     Args:
         plan: of the transfer
-        low_memory: whether the accelerator holds one of them at a time, and activations are computed again
+        loading: in what precision, and whether the accelerator holds one of them at a time
     """
     device = best_device()
-    source, source_tokenizer = load_model(plan.source, plan.source_revision, device)
-    if low_memory:
+    source, source_tokenizer = load_model(plan.source, plan.source_revision, device, loading.source_bits)
+    if loading.low_memory:
         _move(source, torch.device("cpu"))
-    target, target_tokenizer = load_model(plan.target, None, device)
+    target, target_tokenizer = load_model(plan.target, None, device, loading.target_bits)
     teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
     source_bytes = ByteTokenizer.from_tokenizer(source_tokenizer)
     target_bytes = ByteTokenizer.from_tokenizer(target_tokenizer)
@@ -89,16 +117,16 @@ def load_models(plan: Plan, low_memory: bool = False) -> Models:
         source_bytes, target_bytes, plan.source_config.vocab_size, plan.target_config.vocab_size
     )
     spelled = source_bytes, target_bytes
-    return Models(source, teacher, target, source_tokenizer, target_tokenizer, *spelled, shared, low_memory)
+    return Models(source, teacher, target, source_tokenizer, target_tokenizer, *spelled, shared, loading.low_memory)
 
 
 def _move(model: nn.Module, device: torch.device) -> None:
     model.to(device)
 
 
-def load_teacher(plan: Plan) -> Models:
+def load_teacher(plan: Plan, bits: Bits | None = None) -> Models:
     """Loads source + LoRA alone, which stands in the place of the target too, for what needs none."""
-    source, tokenizer = load_model(plan.source, plan.source_revision, best_device())
+    source, tokenizer = load_model(plan.source, plan.source_revision, best_device(), bits)
     teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
     spelled = ByteTokenizer.from_tokenizer(tokenizer)
     vocabulary = plan.source_config.vocab_size

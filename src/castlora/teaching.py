@@ -12,7 +12,7 @@ from castlora import __version__
 from castlora.adapter_files import open_adapter
 from castlora.answers import write_answers
 from castlora.chat import Conversation, ask, chat_passages, read_conversations
-from castlora.config import Recipe, Tuning, check_seed, resolve_recipe
+from castlora.config import Bits, Recipe, Tuning, check_seed, resolve_recipe
 from castlora.errors import UserError
 from castlora.format_search import FILLINGS, find_formats
 from castlora.models import context_length
@@ -192,6 +192,7 @@ def teach(
     chat: bool = False,
     seed: int = 0,
     tuning: Tuning | None = None,
+    source_bits: Bits | None = None,
 ) -> Path:
     """Writes prompts with the answers of source + LoRA, for transfers to any number of targets.
 
@@ -208,6 +209,7 @@ def teach(
         chat: whether prompts are messages of a user, which each model reads in its own chat template
         seed: of the draw and of the answers
         tuning: how much text, and how long
+        source_bits: 4 (NF4) or 8, for a source whose layers are quantized by bitsandbytes, as one that QLoRA trained on
 
     Returns:
         the file
@@ -222,13 +224,14 @@ def teach(
     request = {
         "adapter": adapter, "source": source, "text": text, "prompt_format": prompt_format, "prompts": prompts,
         "chat": chat, "seed": seed, "resolved_recipe": asdict(recipe), "castlora_version": __version__,
+        "source_bits": source_bits,
     }  # fmt: skip
     check_output_file(out, request)
     text_source = TextSource(text, prompt_format, prompts, chat)
     text_source.check()
     set_seed(seed)
     base = source or open_adapter(adapter).base_model
-    models = load_teacher(plan_transfer(adapter, base, source))
+    models = load_teacher(plan_transfer(adapter, base, source), source_bits)
     with open_file_run(out, request) as state:
         parts = Parts(state / "parts")
         formats = prompt_formats(models, text_source, recipe, seed, parts)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from castlora.adapter_files import WEIGHTS_FILE
+from castlora.config import Bits
 from castlora.errors import BAD_INPUT, UserError
 from castlora.launcher import environment_of_its_own
 from castlora.models import best_device, load_model
@@ -19,9 +20,12 @@ from castlora.models import best_device, load_model
 _TOLERANCE, _ROUNDINGS = 1e-4, 4
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """Largest accepted difference of logits, relative to the largest logit: some roundings of a 16-bit model."""
-    return max(_TOLERANCE, _ROUNDINGS * torch.finfo(dtype).eps)
+def tolerance(dtype: torch.dtype, bits: Bits | None = None) -> float:
+    """Largest accepted difference of logits, relative to the largest logit: some roundings of a 16-bit model.
+
+    Where weights have 8 bits, so have the activations that they are multiplied with; those of 4 bits are unpacked.
+    """
+    return max(_TOLERANCE, _ROUNDINGS * (torch.finfo(dtype).eps if bits != 8 else 2**-7))
 
 
 @torch.no_grad()
@@ -31,7 +35,15 @@ def live_logits(student: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return logits * mask.unsqueeze(-1)
 
 
-def check_written(adapter: Path, target: str, revision: str | None, ids: Tensor, mask: Tensor, live: Tensor) -> float:
+def check_written(
+    adapter: Path,
+    target: str,
+    revision: str | None,
+    ids: Tensor,
+    mask: Tensor,
+    live: Tensor,
+    bits: Bits | None = None,
+) -> float:
     """Loads the adapter in a fresh process and compares its logits with the live model's.
 
     Args:
@@ -41,6 +53,7 @@ def check_written(adapter: Path, target: str, revision: str | None, ids: Tensor,
         ids: token ids, shape (batch, tokens)
         mask: attention mask, shape (batch, tokens)
         live: logits of the model in memory for these ids, shape (batch, tokens, vocabulary), in its dtype
+        bits: of a weight of the base model's layers, where they are quantized
 
     Returns:
         the largest difference relative to the largest logit
@@ -52,7 +65,7 @@ def check_written(adapter: Path, target: str, revision: str | None, ids: Tensor,
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference.safetensors"
         save_file({"ids": ids, "mask": mask, "logits": live.float().contiguous()}, reference)
-        arguments = json.dumps({"adapter": str(adapter), "target": target, "revision": revision})
+        arguments = json.dumps({"adapter": str(adapter), "target": target, "revision": revision, "bits": bits})
         finished = subprocess.run(
             [sys.executable, "-m", "castlora.verification", arguments, str(reference)],
             capture_output=True,
@@ -65,7 +78,7 @@ def check_written(adapter: Path, target: str, revision: str | None, ids: Tensor,
     if finished.returncode != 0:
         raise RuntimeError(f"The written adapter cannot be loaded again: {finished.stderr.strip()[-500:]}")
     difference = float(json.loads(finished.stdout.strip().splitlines()[-1])["relative_difference"])
-    accepted = tolerance(live.dtype)
+    accepted = tolerance(live.dtype, bits)
     if not difference <= accepted:
         raise RuntimeError(
             f"The written adapter's logits differ from the trained model's by {difference:.2e}, above {accepted:.0e}."
@@ -74,10 +87,10 @@ def check_written(adapter: Path, target: str, revision: str | None, ids: Tensor,
 
 
 @torch.no_grad()
-def _relative_difference(adapter: str, target: str, revision: str | None, reference: Path) -> float:
+def _relative_difference(adapter: str, target: str, revision: str | None, bits: Bits | None, reference: Path) -> float:
     expected = load_file(reference)
     device = best_device()
-    base, _ = load_model(target, revision, device)
+    base, _ = load_model(target, revision, device, bits)
     model = PeftModel.from_pretrained(base, adapter)
     written = load_file(Path(adapter) / WEIGHTS_FILE)
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)

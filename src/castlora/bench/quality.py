@@ -18,7 +18,7 @@ from castlora.bench.untrained import Constrained, LogitDelta
 from castlora.config import Tuning, resolve_recipe
 from castlora.errors import UserError
 from castlora.evaluation import load_adapter
-from castlora.models import load_model
+from castlora.models import best_device, load_model
 from castlora.run_directory import write_whole
 
 SETTINGS_FILE = "settings.json"
@@ -98,7 +98,7 @@ def reference_scores(spec: BenchmarkSpec, pair: str, skill: str) -> dict[str, An
     }
     references = {}
     for name, (base, adapter) in models.items():
-        model, tokenizer = load_model(spec.base(base))
+        model, tokenizer = load_model(spec.base(base), device=best_device())
         scored = load_adapter(model, adapter, base) if adapter else model
         references[name] = score(spec, scored, tokenizer, skill)
     return {"pair": pair, "skill": skill, "references": references}

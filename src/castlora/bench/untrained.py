@@ -24,7 +24,7 @@ from castlora.config import Recipe, Regime, Tuning
 from castlora.distill import Student, measure_held_out
 from castlora.evaluation import evaluate_model
 from castlora.fitting import collect_moments, ridge_factors
-from castlora.models import context_length, linear_slots, load_model
+from castlora.models import best_device, context_length, linear_slots, load_model
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage
 from castlora.scaling import SOLVED_SCALES, keep_best_scale
@@ -121,7 +121,7 @@ def _constrained_adapter(settings: Settings, source: str, skill: str) -> tuple[d
     """The factors of a constrained adapter by module, and what the source scores with it."""
     set_seed(0)
     spec = settings.spec
-    model, tokenizer = load_model(spec.base(source))
+    model, tokenizer = load_model(spec.base(source), device=best_device())
     slots = linear_slots(model, model.config)
     adapted = set(read_factors(open_adapter(spec.adapter(source, skill)), model.config))
     adapter = attach_constrained(model, {name: slots[name] for name in adapted})
