@@ -1,6 +1,6 @@
 import pytest
 
-from castlora.errors import first_line
+from castlora.errors import UserError, first_line
 
 
 @pytest.mark.parametrize(
@@ -15,3 +15,7 @@ from castlora.errors import first_line
 )
 def test_what_a_library_says_becomes_one_printable_line(message, quoted):
     assert first_line(ValueError(message)) == quoted
+
+
+def test_a_sentence_of_ours_is_printable_whatever_it_names():
+    assert str(UserError("Model 'a\x7fb\ud800' is none.")) == r"Model 'a\x7fb\ud800' is none."

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from castlora import UserError, fitting, pipeline, stages
 from castlora.fitting import collect_moments
 from castlora.plan import plan_transfer
-from castlora.stages import Models, load_models
+from castlora.stages import Loading, Models, load_models
 
 
 @pytest.fixture
@@ -27,12 +27,12 @@ def watched(monkeypatch):
         if models.low_memory:
             held.append("neither")
 
-    def watch(plan, low_memory: bool) -> Models:
-        models = load_models(plan, low_memory)
+    def watch(plan, loading: Loading) -> Models:
+        models = load_models(plan, loading)
         for side, model in (("source", models.source), ("target", models.target)):
 
             def check(*_arguments, side=side) -> None:
-                assert not low_memory or held[-1] == side, f"the {side} runs while the accelerator holds {held[-1]}"
+                assert not loading.low_memory or held[-1] == side, f"{side} runs, {held[-1]} is held"
 
             model.register_forward_pre_hook(check)
         return models
@@ -89,7 +89,7 @@ def test_activations_wait_in_memory_as_far_as_there_is_room(base_model, adapter,
 
 def test_the_model_in_use_is_moved_and_the_other_leaves_first(base_model, adapter, monkeypatch):
     plan = plan_transfer(str(adapter("llama")), str(base_model("gpt2")), str(base_model("llama")))
-    models = load_models(plan, low_memory=True)
+    models = load_models(plan, Loading(low_memory=True))
     accelerator, processor = torch.device("meta"), torch.device("cpu")
     moves: list[tuple[str, torch.device]] = []
     names = {id(models.source): "source", id(models.target): "target"}

@@ -7,12 +7,19 @@ BAD_INPUT = 2
 class UserError(ValueError):
     """Bad input; the message is one sentence that names the field or file and the fix.
 
-    The command line prints the message and exits with code 2.
+    The command line prints the message and exits with code 2. What no terminal can print in it, such as a name from a
+    file, is written out.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_printable(message))
+
+
+def _printable(text: str) -> str:
+    """A terminal obeys or cannot encode what is not printable."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def first_line(error: Exception) -> str:
     """What a library's error says in short, to be quoted in a sentence of ours."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200].rstrip(".:")
-    # It may quote what a file holds, and a terminal obeys or cannot encode what is not printable.
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+    return _printable((str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200].rstrip(".:"))
