@@ -12,7 +12,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_printable(message))
+        # A line end is none of a name's: whoever wrote it into a sentence is to see it.
+        super().__init__("\n".join(map(_printable, message.split("\n"))))
 
 
 def _printable(text: str) -> str:
