@@ -42,6 +42,8 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "target": {"name": "org/mistral-s", "revision": "88b01de", "tokenizer_sha256": "cd"},
         "adapter": {"name": "org/trec-lora", "kind": "LoRA", "rank": 4, "beyond_maps": []},
         "rank": 8,
+        "source_bits": None,
+        "target_bits": 4,
         "text": {
             "regime": "prompt format",
             "text": "allenai/c4",
@@ -120,7 +122,7 @@ def test_metadata() -> None:
 @pytest.mark.parametrize(
     "fact",
     [
-        "`org/trec-lora`, rank 4", "`org/llama-s` at `3f2a91c`", "`org/mistral-s` at `88b01de`",
+        "`org/trec-lora`, rank 4", "`org/llama-s` at `3f2a91c` |", "`88b01de`, quantized to 4 bits |",
         "`prompt format`, `allenai/c4`", "`default` with `steps=500`", "| `fresh` |", "1.00 × KL + 0.500 × hidden MSE",
         "500 × 32", "| seed | 17 |", "0.750, by held-out loss", "2.91 → 0.552", "31\xa0% → 84\xa0%",
         "0.125 nats per position", "252 s",

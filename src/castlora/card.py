@@ -206,8 +206,8 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("source adapter", f"{_name(manifest['adapter']['name'])}, rank {manifest['adapter']['rank']}"),
         *([("also trained in the source", _beyond(beyond))] if beyond else []),
-        ("source base model", _model(manifest["source"])),
-        ("target base model", _model(manifest["target"])),
+        ("source base model", _model(manifest["source"]) + _precision(manifest["source_bits"])),
+        ("target base model", _model(manifest["target"]) + _precision(manifest["target_bits"])),
         ("text", _text(manifest["text"])),
         ("recipe", _code(recipe["name"]) + (f" with {departures}" if departures else "")),
         ("start", _code(recipe["start"]) + _start_loss(manifest)),
@@ -230,6 +230,10 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("time", f"{number(manifest['seconds'])} s"),
         ("peak memory", f"{number(manifest['peak_memory_bytes'] / 2**30)} GiB"),
     ]
+
+
+def _precision(bits: int | None) -> str:
+    return f", quantized to {bits} bits" if bits else ""
 
 
 def _start_loss(manifest: Mapping[str, Any]) -> str:
