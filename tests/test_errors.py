@@ -14,7 +14,7 @@ from castlora.errors import UserError, first_line
     ],
 )
 def test_what_a_library_says_becomes_one_printable_line(message, quoted):
-    assert first_line(ValueError(message)) == quoted
+    assert str(UserError(first_line(ValueError(message)))) == quoted
 
 
 def test_a_sentence_of_ours_is_printable_whatever_it_names():

@@ -85,6 +85,7 @@ def test_gradients_pass_through_quantized_layers(base, name, bits):
         torch.manual_seed(0)
         modules = linear_slots(tiny.load(base(name)), load_config(base(name)))
         student = attach_lora(model, modules, 4).eval()
+        # Reading without gradients is what lets bitsandbytes repack weights for the processor.
         tiny.logits(student, IDS)
         student(input_ids=IDS, use_cache=False).logits.log_softmax(-1)[..., 0].mean().backward()
         first = [one.grad for key, one in student.named_parameters() if "lora_B" in key and ".0." in key]

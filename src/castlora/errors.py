@@ -23,4 +23,4 @@ def _printable(text: str) -> str:
 
 def first_line(error: Exception) -> str:
     """What a library's error says in short, to be quoted in a sentence of ours."""
-    return _printable((str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200].rstrip(".:"))
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:200].rstrip(".:")

@@ -46,7 +46,7 @@ from castlora.stages import (
     Loading,
     Models,
     align_text,
-    check_record,
+    check_memory_for_record,
     hold_bare_target,
     hold_teacher,
     load_models,
@@ -219,7 +219,7 @@ def _read_aligned(
     try:
         reading = _read(run, models, text, recipe, seed)
         training, held_out = align_text(models, reading.passages, recipe)
-        check_record(models, [*training, *held_out], recipe)
+        check_memory_for_record(models, [*training, *held_out], recipe)
         return reading, training, held_out
     except UserError:
         run.discard()

@@ -246,7 +246,7 @@ def _square_of_norm(balanced: Mapping[str, LowRank]) -> float:
     return sum(float(lora.a.double().square().sum(dim=1).square().sum()) for lora in balanced.values())
 
 
-def check_record(models: Models, passages: Sequence[AlignedPassage], recipe: Recipe) -> None:
+def check_memory_for_record(models: Models, passages: Sequence[AlignedPassage], recipe: Recipe) -> None:
     """Looks whether what source + LoRA predicts can be kept, where it cannot run beside the target.
 
     Raises:
