@@ -106,6 +106,11 @@ def test_what_the_start_lacks_is_said() -> None:
     assert f"it lacks {percent(0.12)} of the start's norm, cut to rank 8" in card.text
 
 
+def test_memory_of_an_accelerator_is_said_where_one_was_used() -> None:
+    assert "of the accelerator" not in make_card(manifest(peak_accelerator_bytes=None)).text
+    assert "| peak memory of the accelerator | 20.0 GiB |" in make_card(manifest(peak_accelerator_bytes=20 << 30)).text
+
+
 def test_metadata() -> None:
     data = make_card(manifest()).data.to_dict()
     assert data.pop("model-index")[0]["name"] == "trec-lora"

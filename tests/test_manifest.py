@@ -2,9 +2,10 @@ import os
 import shlex
 
 import pytest
+import torch
 
 from castlora.cli import _underscored, parser
-from castlora.manifest import command_line, peak_memory_bytes, versions
+from castlora.manifest import command_line, peak_accelerator_bytes, peak_memory_bytes, versions
 
 REQUEST = {
     "adapter": "owner/skill", "target": "owner/base", "source": None, "text": None, "prompt_format": None,
@@ -42,3 +43,11 @@ def test_versions_name_the_libraries_that_decide_results():
 
 def test_peak_memory_is_in_bytes():
     assert 30 << 20 < peak_memory_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_peak_memory_of_an_accelerator_is_known_where_there_is_one():
+    if not torch.cuda.is_available():
+        assert peak_accelerator_bytes() is None
+        return
+    on_accelerator = torch.zeros(1 << 20, device="cuda")
+    assert on_accelerator.nbytes <= peak_accelerator_bytes() <= torch.cuda.get_device_properties(0).total_memory

@@ -21,7 +21,7 @@ from castlora.report import ChangedPiece, ChangedText, Sample, compare_runs, des
 from castlora.report.comparison import letters, loss_curves, measures, spread_marks
 from castlora.report.figures import log_levels
 from castlora.report.settings import RECIPE_WORDS, in_words
-from castlora.runs import RunDetails, read_run
+from castlora.runs import RunDetails, read_run, run_report
 
 MANIFEST: dict[str, Any] = {
     "source": {"name": "owner/llama", "revision": None, "tokenizer_sha256": "a"},
@@ -47,6 +47,7 @@ MANIFEST: dict[str, Any] = {
     "command": "castlora transfer --adapter skill",
     "seconds": 12.5,
     "peak_memory_bytes": 3 << 30,
+    "peak_accelerator_bytes": 5 << 30,
 }  # fmt: skip
 DETAILS = RunDetails(
     [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 0.5}],
@@ -101,6 +102,10 @@ def compared(run):
 
 
 BETTER = {"answers__same_after": 0.9, "answers__ci95": [0.8, 1.0]}
+
+
+def test_the_memory_of_an_accelerator_is_among_the_costs():
+    assert run_report(MANIFEST, DETAILS).cost["peak memory of the accelerator"] == "5.00 GiB"
 
 
 class TestRanking:

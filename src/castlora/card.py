@@ -229,7 +229,13 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("time", f"{number(manifest['seconds'])} s"),
         ("peak memory", f"{number(manifest['peak_memory_bytes'] / 2**30)} GiB"),
+        *_accelerator_memory(manifest),
     ]
+
+
+def _accelerator_memory(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    peak = manifest.get("peak_accelerator_bytes")
+    return [("peak memory of the accelerator", f"{number(peak / 2**30)} GiB")] if peak is not None else []
 
 
 def _precision(bits: int | None) -> str:

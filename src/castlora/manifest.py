@@ -10,10 +10,12 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from castlora import __version__
 from castlora.config import Recipe, RecipeName, recipe_differences
 from castlora.imitation import Imitation
-from castlora.models import public_name
+from castlora.models import best_device, public_name
 from castlora.pairing import Pairing
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage
@@ -96,6 +98,15 @@ def peak_memory_bytes() -> int:
     # macOS counts bytes here, Linux kibibytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_accelerator_bytes() -> int | None:
+    """The most memory of a CUDA accelerator that this process has reserved at once; None where it runs on another.
+
+    What the driver keeps for every process, some hundred MiB, is not in it.
+    """
+    device = best_device()
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
 
 
 def command_line(request: Mapping[str, Any], place: Callable[[str], str] = public_name) -> str:

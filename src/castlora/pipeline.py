@@ -28,6 +28,7 @@ from castlora.manifest import (
     describe_inputs,
     describe_pairing,
     describe_recipe,
+    peak_accelerator_bytes,
     peak_memory_bytes,
     text_sha256,
     versions,
@@ -341,6 +342,7 @@ def _finish(
         "logit_difference": _write_adapter(run, plan, models, student, known["rank"], held_out, known["target_bits"]),
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": peak_memory_bytes(),
+        "peak_accelerator_bytes": peak_accelerator_bytes(),
     }
     if reading.passages[0].is_chat and models.target_tokenizer.chat_template is None:
         template = target_template(models.source_tokenizer, models.target_tokenizer)

@@ -213,11 +213,17 @@ def _points(log: Sequence[Mapping[str, float]], key: str) -> list[tuple[int, flo
 
 
 def _cost(manifest: Mapping[str, Any]) -> dict[str, str]:
+    on_accelerator = _measured_if_known(manifest.get("peak_accelerator_bytes"))
     return {
         "wall time": f"{number(measured(manifest['seconds']))} s",
-        "peak memory": f"{number(measured(manifest['peak_memory_bytes']) / 2**30)} GiB",
+        "peak memory": _gibibytes(measured(manifest["peak_memory_bytes"])),
+        **({"peak memory of the accelerator": _gibibytes(on_accelerator)} if on_accelerator is not None else {}),
         **{f"{kind.replace('_', '-')} passages": str(count) for kind, count in manifest["passages"].items()},
     }
+
+
+def _gibibytes(count: float) -> str:
+    return f"{number(count / 2**30)} GiB"
 
 
 def _measured_if_known(value: object) -> float | None:
