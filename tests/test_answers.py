@@ -2,7 +2,9 @@ import pytest
 import tiny
 from peft import PeftModel
 
+from castlora import completions
 from castlora.answers import write_answers
+from castlora.completions import batches_by_length
 from castlora.text import Passage
 
 PROMPTS = ["Who?", "Who finds the hen near the old mill?", "Which fox hides behind the house? Answer:", "Où?"]
@@ -65,3 +67,25 @@ def test_a_prompt_that_does_not_come_back_whole_gets_its_answer_all_the_same(wri
 
 def test_a_tokenizer_without_an_end_token_will_do(write):
     assert len(write("llama", eos=False)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([3, 9, 4, 9], [[1, 3], [2, 0]]),
+        ([5000, 10, 4000, 4000], [[0], [2, 3], [1]]),
+        ([9000, 20_000], [[1], [0]]),
+        ([0, 0, 0], [[0, 1], [2]]),
+        ([], []),
+    ],
+    ids=["as many as asked", "fewer long ones", "none is too long for a batch of its own", "empty", "nothing"],
+)
+def test_batches_hold_what_fits_beside_a_model(lengths, expected):
+    assert list(batches_by_length(lengths, 2)) == expected
+
+
+def test_what_is_sampled_depends_on_the_batches_alone(write, monkeypatch):
+    one_by_one = write("llama", batch_size=1)
+    assert write("llama", batch_size=4) != one_by_one
+    monkeypatch.setattr(completions, "_BATCH_TOKENS", 1)
+    assert write("llama", batch_size=4) == one_by_one

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, set_seed
 
+from castlora import completions
 from castlora.format_search import find_formats, may_begin_answer, near_best, settled_effect, settled_share
 from castlora.text import GENERIC_FORMATS
 from castlora.tokens import ByteTokenizer
@@ -102,7 +103,9 @@ def search(taught, formats: list[str], fillings: list[str], longest: int = 80) -
     return find_formats(model, tokenizer, ByteTokenizer.from_tokenizer(tokenizer), formats, fillings, longest)
 
 
-def test_the_format_of_the_training_is_found_among_others(taught):
+@pytest.mark.parametrize("batch_tokens", [8192, 8], ids=["read together", "one by one"])
+def test_the_format_of_the_training_is_found_among_others(taught, monkeypatch, batch_tokens):
+    monkeypatch.setattr(completions, "_BATCH_TOKENS", batch_tokens)
     assert search(taught, [*OTHERS, KNOWN], list(tiny.sentences(64, seed=5)))[0] == KNOWN
 
 

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from castlora import UserError, fitting, pipeline, stages
 from castlora.fitting import collect_moments
+from castlora.offloading import Offloading
 from castlora.plan import plan_transfer
 from castlora.stages import Loading, Models, load_models
 
@@ -94,7 +95,7 @@ def test_the_model_in_use_is_moved_and_the_other_leaves_first(base_model, adapte
     moves: list[tuple[str, torch.device]] = []
     names = {id(models.source): "source", id(models.target): "target"}
     monkeypatch.setattr(stages, "best_device", lambda: accelerator)
-    monkeypatch.setattr(stages, "_move", lambda model, device: moves.append((names[id(model)], device)))
+    monkeypatch.setattr(Offloading, "move", lambda _self, model, device: moves.append((names[id(model)], device)))
     models.use("target")
     models.use("source")
     models.put_away()
@@ -104,10 +105,31 @@ def test_the_model_in_use_is_moved_and_the_other_leaves_first(base_model, adapte
     ]  # fmt: skip
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA accelerator")
+def test_frozen_weights_come_back_from_the_machines_memory_and_others_from_the_accelerator(base_model):
+    model, expected = (tiny.load(base_model("llama")).to("cpu") for _ in range(2))
+    trained = model.get_submodule("model.layers.0.mlp.down_proj").weight
+    model.requires_grad_(False)
+    trained.requires_grad_(True)
+    places = {name: weight.data_ptr() for name, weight in model.named_parameters() if weight is not trained}
+    offloading, accelerator, processor = Offloading(), torch.device("cuda", 0), torch.device("cpu")
+    for value in (7.0, 8.0):
+        offloading.move(model, accelerator)
+        assert {weight.device for weight in model.parameters()} == {accelerator}
+        trained.data.fill_(value)
+        offloading.move(model, processor)
+        for (name, weight), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+            if weight is trained:
+                assert torch.equal(weight, torch.full_like(other, value))
+            else:
+                assert torch.equal(weight, other), name
+                assert weight.data_ptr() == places[name], name
+
+
 def test_models_that_do_not_low_memory_stay(base_model, adapter, monkeypatch):
     plan = plan_transfer(str(adapter("llama")), str(base_model("gpt2")), str(base_model("llama")))
     models = load_models(plan)
-    monkeypatch.setattr(stages, "_move", lambda *_: pytest.fail("moved"))
+    monkeypatch.setattr(Offloading, "move", lambda *_: pytest.fail("moved"))
     models.use("source")
     models.use("target")
     models.put_away()

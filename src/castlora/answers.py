@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from castlora.completions import batches_by_length
 from castlora.parts import NOTHING_KEPT, Parts
 from castlora.text import Passage
 
@@ -36,16 +37,16 @@ def prompt_batches(
 ) -> list[PromptBatch]:
     """Prompts in batches, longest first, so that there is little padding and memory runs out at once or never.
 
-    A prompt longer than `max_prompt_tokens` is left out.
+    A prompt longer than `max_prompt_tokens` is left out, and batches of long ones have fewer than `batch_size`.
     """
     encoded = [
         (tokenizer(prompt.text, add_special_tokens=not prompt.is_chat)["input_ids"], prompt) for prompt in prompts
     ]
-    kept = sorted((pair for pair in encoded if len(pair[0]) <= max_prompt_tokens), key=lambda pair: -len(pair[0]))
+    kept = [pair for pair in encoded if len(pair[0]) <= max_prompt_tokens]
     pad = tokenizer.eos_token_id or 0
     groups = []
-    for start in range(0, len(kept), batch_size):
-        group = kept[start : start + batch_size]
+    for indices in batches_by_length([len(prompt_ids) for prompt_ids, _ in kept], batch_size):
+        group = [kept[index] for index in indices]
         longest = len(group[0][0])
         ids = torch.tensor([[pad] * (longest - len(prompt_ids)) + prompt_ids for prompt_ids, _ in group])
         mask = torch.tensor([[0] * (longest - len(prompt_ids)) + [1] * len(prompt_ids) for prompt_ids, _ in group])

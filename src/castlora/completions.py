@@ -13,6 +13,8 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFa
 from castlora.errors import UserError
 
 CausalLM = PreTrainedModel | PeftModelForCausalLM
+_BATCH_TOKENS = 8192
+"""Keys and values of so many tokens take 4 GiB in a model like Llama-2-7B, which has them for each head."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def completion_log_likelihoods(model: CausalLM, pairs: Sequence[CompletionTokens
         by_context.setdefault(tuple(pair.ids[:-1]), []).append(index)
     contexts = list(by_context)
     totals = np.zeros(len(pairs))
-    for batch in _batches_by_length([len(context) for context in contexts], batch_size):
+    for batch in batches_by_length([len(context) for context in contexts], batch_size):
         ids, mask = _pad([list(contexts[i]) for i in batch], "right", model.device)
         asked = [(row, index) for row, i in enumerate(batch) for index in by_context[contexts[i]]]
         first = min(pairs[index].start for _, index in asked) - 1
@@ -151,7 +153,7 @@ def generate(
     encoded = [_drop_left(*_encode(tokenizer, prompt), room) for prompt in prompts]
     ends = end_tokens(model, tokenizer)
     texts = [""] * len(prompts)
-    for batch in _batches_by_length([len(ids) for ids in encoded], batch_size):
+    for batch in batches_by_length([len(ids) for ids in encoded], batch_size):
         ids, mask = _pad([encoded[i] for i in batch], "left", model.device)
         output = model.generate(
             input_ids=ids,
@@ -176,10 +178,20 @@ def end_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> list[int]
     return sorted(ends - {None})
 
 
-def _batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, longest first, so that a batch too large for memory fails at once."""
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, longest first, so that a batch too large for memory fails at once.
+
+    Args:
+        lengths: in tokens
+        batch_size: of texts; fewer where they are so long that what a model keeps of them would not fit beside it
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+    start = 0
+    while start < len(order):
+        longest = max(1, lengths[order[start]])
+        end = start + max(1, min(batch_size, _BATCH_TOKENS // longest))
+        yield order[start:end]
+        start = end
 
 
 def _pad(

@@ -123,9 +123,13 @@ def find_formats(
         groups = prompt_batches(tokenizer, prompts, max_prompt_tokens, len(prompts), device)
         if not groups:
             return 0.0
-        adapted = next_token_probabilities(teacher, tokenizer, groups[0])
+
+        def predicted() -> Tensor:
+            return torch.cat([next_token_probabilities(teacher, tokenizer, group) for group in groups])
+
+        adapted = predicted()
         with teacher.disable_adapter():
-            bare = next_token_probabilities(teacher, tokenizer, groups[0])
+            bare = predicted()
         return settled_effect(adapted, bare, answers[form[-1].isalnum()])
 
     def effects(stage: str, forms: Sequence[str], texts: Sequence[str], said: str) -> dict[str, float]:

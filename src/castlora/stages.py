@@ -3,12 +3,11 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from castlora.adapters import LowRank
@@ -19,6 +18,7 @@ from castlora.errors import UserError
 from castlora.fitting import SiteMoments, ridge_factors, ridge_maps, solve_by_layers
 from castlora.maps import balance
 from castlora.models import best_device, layer_path, load_model, number_of_layers
+from castlora.offloading import Offloading
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage, align_passages
 from castlora.processes import share_of_batch
@@ -81,20 +81,21 @@ class Models:
     low_memory: bool = False
     """Whether the accelerator holds only the model in use, and the target's activations are not kept for the way back.
     """
+    offloading: Offloading = field(default_factory=Offloading)
 
     def use(self, side: Side) -> None:
         """Has the model of a side where it runs; with little memory, the other one waits in the machine's memory."""
         if self.low_memory:
             used, waits = (self.source, self.target) if side == "source" else (self.target, self.source)
-            _move(waits, torch.device("cpu"))
+            self.offloading.move(waits, torch.device("cpu"))
             clear_device_cache()
-            _move(used, best_device())
+            self.offloading.move(used, best_device())
 
     def put_away(self) -> None:
         """With little memory, leaves the accelerator to others."""
         if self.low_memory:
             for model in (self.source, self.target):
-                _move(model, torch.device("cpu"))
+                self.offloading.move(model, torch.device("cpu"))
             clear_device_cache()
 
 
@@ -107,8 +108,9 @@ def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
     """
     device = best_device()
     source, source_tokenizer = load_model(plan.source, plan.source_revision, device, loading.source_bits)
+    offloading = Offloading()
     if loading.low_memory:
-        _move(source, torch.device("cpu"))
+        offloading.move(source, torch.device("cpu"))
     target, target_tokenizer = load_model(plan.target, None, device, loading.target_bits)
     teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
     source_bytes = ByteTokenizer.from_tokenizer(source_tokenizer)
@@ -117,11 +119,9 @@ def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
         source_bytes, target_bytes, plan.source_config.vocab_size, plan.target_config.vocab_size
     )
     spelled = source_bytes, target_bytes
-    return Models(source, teacher, target, source_tokenizer, target_tokenizer, *spelled, shared, loading.low_memory)
-
-
-def _move(model: nn.Module, device: torch.device) -> None:
-    model.to(device)
+    return Models(
+        source, teacher, target, source_tokenizer, target_tokenizer, *spelled, shared, loading.low_memory, offloading
+    )
 
 
 def load_teacher(plan: Plan, bits: Bits | None = None) -> Models:
