@@ -14,7 +14,7 @@ from castlora.demonstration.bundle import SOURCE, TARGET, demo_models_path, demo
 
 
 def main(out: str, steps: int = 100) -> None:
-    """Transfers, scores three models, and prints the lift.
+    """Transfers, scores the target along the way and three models at the end, and prints the lift.
 
     Args:
         out: folder for the adapter, new or empty
@@ -28,13 +28,16 @@ def main(out: str, steps: int = 100) -> None:
         target=target,
         prompts=str(skill.prompts),
         steps=steps,
+        task=task,
         out=out,
     )
-    bare = castlora.evaluate(model=target, task=task)["score"]
-    transferred = castlora.evaluate(model=target, adapter=out, task=task)["score"]
-    retrained = castlora.evaluate(model=target, adapter=str(skill.adapter(TARGET)), task=task)["score"]
-    print(f"bare target {bare:.3f}, transferred {transferred:.3f}, retrained {retrained:.3f}")
-    print(f"lift {(transferred - bare) / (retrained - bare):.2f}")
+    measured = castlora.evaluate(
+        model=target, adapter=out, task=task, retrained=str(skill.adapter(TARGET)), record=True
+    )
+    print(", ".join(f"{name} {found['score']:.3f}" for name, found in measured["scores"].items()))
+    print(f"lift {measured['lift']['value']:.2f}")
+    by_step = [f"{entry['step']}: {entry['task_score']:.2f}" for entry in result.log if "task_score" in entry]
+    print(f"accuracy by step  {'  '.join(by_step)}")
     losses = result.manifest["losses"]
     print(f"held-out KL divergence {losses['kl_before']:.2f} → {losses['kl_after']:.2f} nats")
     print(f"report: {Path(out) / 'report.html'}")

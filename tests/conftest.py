@@ -1,4 +1,5 @@
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -123,3 +124,21 @@ def quick_transfer(
         )
 
     return run
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Callable[..., str]:
+    """Name → task file with questions of its own."""
+
+    def write(name: str, questions: int = 12) -> str:
+        choices = [f" {noun}" for noun in tiny.NOUNS]
+        items = zip(tiny.sentences(questions, seed=5), itertools.cycle(choices), strict=False)
+        lines = [
+            json.dumps({"prompt": f"{name}? {sentence} Who?", "completion": right, "choices": choices})
+            for sentence, right in items
+        ]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(lines))
+        return str(path)
+
+    return write

@@ -149,7 +149,7 @@ def test_a_transfer_in_chat_templates(
     prompts = file_of(*({"messages": ask(question)} for question in QUESTIONS))
     result = transfer(
         adapter=str(adapter("llama")), source=str(chat_models["llama"]), target=str(chat_models[target]),
-        out=str(tmp_path / "out"), steps=2, batch_size=4, chat=True,
+        out=str(tmp_path / "out"), steps=2, batch_size=4, chat=True, task=task_file(file_of),
         tuning=Tuning(passages=24, filled_passages=24, max_length=80, answer_tokens=6),
         **({"prompts": prompts} if given == "prompts" else {"text": str(text_file)}),
     )  # fmt: skip
@@ -161,8 +161,12 @@ def test_a_transfer_in_chat_templates(
     assert beside.exists() == (target == "mistral")
     if target == "mistral":
         assert beside.read_text() == SOURCE_TEMPLATE
-        scored = evaluate(str(chat_models[target]), task_file(file_of), str(result.folder), chat=True)
-        assert scored["chat"] is True and scored["n"] == 2
+    (along,) = result.manifest["tasks"]
+    teacher = evaluate(str(chat_models["llama"]), task_file(file_of), str(adapter("llama")), chat=True)
+    assert along["chat"] is True and along["n"] == 2
+    assert along["scores"]["source + LoRA"]["nll"] == pytest.approx(teacher["nll"], rel=1e-4)
+    transferred = evaluate(str(chat_models[target]), task_file(file_of), str(result.folder), chat=True)
+    assert along["scores"]["transferred"]["nll"] == pytest.approx(transferred["nll"], rel=1e-3)
 
 
 def task_file(file_of) -> str:

@@ -7,7 +7,7 @@ import tiny
 import torch
 from peft import PeftModel
 
-from castlora import UserError, check_portable, pipeline, report_runs
+from castlora import UserError, check_portable, pipeline, reading, report_runs
 from castlora.adapter_files import open_adapter
 from castlora.adapters import LowRank, read_factors, write_portable
 from castlora.config import Tuning
@@ -192,13 +192,13 @@ def test_the_same_seed_gives_the_same_bytes(quick_transfer):
 def taught(monkeypatch) -> list[Passage]:
     """The passages that a transfer learns from, answers included."""
     seen: list[Passage] = []
-    align_text = pipeline.align_text
+    align_text = reading.align_text
 
     def spy(models, passages, recipe):
         seen.extend(passages)
         return align_text(models, passages, recipe)
 
-    monkeypatch.setattr(pipeline, "align_text", spy)
+    monkeypatch.setattr(reading, "align_text", spy)
     return seen
 
 

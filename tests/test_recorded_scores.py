@@ -1,6 +1,5 @@
 """Scores that are measured after a transfer and go into its manifest, card and report."""
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -18,8 +17,6 @@ from castlora.formatting import number, percent
 from castlora.manifest import MANIFEST_FILE
 from castlora.runs import read_run
 
-CHOICES = [f" {noun}" for noun in tiny.NOUNS]
-
 
 @pytest.fixture
 def run(base_model, adapter, prompts_file, tmp_path, checked_in_process) -> Path:
@@ -28,23 +25,6 @@ def run(base_model, adapter, prompts_file, tmp_path, checked_in_process) -> Path
         str(adapter("llama")), str(base_model("mistral")), str(tmp_path / "run"), str(base_model("llama")),
         prompts=str(prompts_file), steps=2, batch_size=4, tuning=Tuning(passages=24, max_length=60, answer_tokens=4),
     ).folder  # fmt: skip
-
-
-@pytest.fixture
-def task(tmp_path):
-    """Name → task file with questions of its own."""
-
-    def write(name: str, questions: int = 12) -> str:
-        items = zip(tiny.sentences(questions, seed=5), itertools.cycle(CHOICES), strict=False)
-        lines = [
-            json.dumps({"prompt": f"{name}? {sentence} Who?", "completion": right, "choices": CHOICES})
-            for sentence, right in items
-        ]
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("\n".join(lines))
-        return str(path)
-
-    return write
 
 
 def recorded(folder: Path) -> list[tuple[str, str, object]]:
@@ -146,12 +126,14 @@ def test_a_retrained_adapter_gives_the_lift(run, base_model, tmp_path, capsys) -
     tiny.save_adapter(tmp_path / "retrained", base_model("mistral"), tiny.LINEAR_MODULES["mistral"], lora_alpha=200)
     prompts = list(tiny.sentences(40, seed=5))
 
+    choices = [f" {noun}" for noun in tiny.NOUNS]
+
     def write(completions: list[str]) -> None:
         items = zip(prompts, completions, strict=True)
-        lines = [json.dumps({"prompt": prompt, "completion": right, "choices": CHOICES}) for prompt, right in items]
+        lines = [json.dumps({"prompt": prompt, "completion": right, "choices": choices}) for prompt, right in items]
         task.write_text("\n".join(lines))
 
-    write([CHOICES[0]] * len(prompts))
+    write([choices[0]] * len(prompts))
     evaluate(model, str(task), str(tmp_path / "retrained"), str(tmp_path / "items.json"))
     write([item["prediction"] for item in json.loads((tmp_path / "items.json").read_text())["items"]])
     main([

@@ -17,6 +17,7 @@ from castlora.report import (
     BARE_TARGET,
     RETRAINED,
     SOURCE_LORA,
+    TASK_SCORE,
     TRANSFERRED,
     ChangedPiece,
     ChangedText,
@@ -230,6 +231,19 @@ class TestContent:
         samples = by_class(tree(render_report(REPORT)), "sample")
         assert [text_of(mark) for mark in samples[0].iter("mark")] == ["a dog"]
         assert [text_of(note) for note in by_class(samples[0], "difference")] == ["2 differ", "as expected"]
+
+    def test_the_score_by_step_becomes_the_lift_where_its_scale_is_known(self) -> None:
+        along = {TASK_SCORE: [(0, 0.132), (50, 0.4555), (100, 0.779)]}
+        skill = replace(SKILL, name="Greek μ", sha256="1234")
+        report = Report("t", skills=[skill], distillation=Distillation(along=along, task_sha256="1234"))
+        page = render_report(report)
+        assert "Lift on Greek μ, by step: 0 is the bare target, 1 the retrained adapter" in page
+        assert re.search(r'lift <span class="muted">0 → 1.00</span>', page)
+        for unknown in (replace(skill, lift=None), replace(skill, lift=replace(SKILL.lift, countable=False))):
+            page = render_report(replace(report, skills=[unknown]))
+            assert "Score on Greek μ, by step" in page and "Lift on Greek μ, by step" not in page
+            assert re.search(r'accuracy <span class="muted">0.132 → 0.779</span>', page)
+        assert "by step" not in render_report(replace(report, skills=[replace(skill, sha256="5678")]))
 
     def test_missing_sections_are_left_out(self) -> None:
         headings = [text_of(h) for h in tree(render_report(Report("x"))).iter("h2")]

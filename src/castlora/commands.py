@@ -28,6 +28,7 @@ def _transfer(
     seed: int = 0,
     rank: int | None = None,
     tuning: Tuning = Tuning(),  # noqa: B008  # frozen, and jsonargparse reads the fields from it
+    task: str | None = None,
     report_to: Tracker | None = None,
     low_memory: bool = False,
     source_bits: Bits | None = None,
@@ -57,6 +58,7 @@ def _transfer(
         seed: the same seed gives the same bytes on the same machine
         rank: rank of the adapter to write; by default the smallest that holds the update
         tuning: departures from the recipe's other numbers
+        task: task file, as castlora evaluate has it, that the target is scored on along the way; changes nothing else
         report_to: tracker that shows the losses while the training runs; TensorBoard's files lie in runs
         low_memory: whether an accelerator holds one of the two models at a time, and activations are computed again;
             for pairs too large for it, and slower
@@ -77,8 +79,7 @@ def _transfer(
         from_main(partial(check_push, push_to_hub, target))
     result = run(
         adapter, target, out, source, text, _prompt_format(prompt_format), prompts, chat, taught, recipe, start, steps,
-        batch_size, seed, rank, tuning, report_to, low_memory,
-        source_bits, target_bits,
+        batch_size, seed, rank, tuning, task, report_to, low_memory, source_bits, target_bits,
     )  # fmt: skip
     if push_to_hub:
         from_main(partial(push, out, push_to_hub, private))

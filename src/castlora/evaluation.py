@@ -54,12 +54,18 @@ class Evaluation:
     predictions: list[str]
     """The picked choice, or the generated text, of each item."""
 
+    @property
+    def summary(self) -> Score:
+        """The score as reports show it."""
+        return Score(self.score, self.ci95, self.nll)
+
 
 def evaluate_model(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerFast,
     items: Sequence[TaskItem],
     batch_size: int = 32,
+    template: str | None = None,
 ) -> Evaluation:
     """Scores a model on the items of a task.
 
@@ -68,9 +74,19 @@ def evaluate_model(
     end-of-text token, and at the first newline where the expected completion has none. An end-of-text token
     after a completion counts neither for choices nor for `nll`.
 
+    Args:
+        model: with or without an adapter
+        tokenizer: its tokenizer
+        items: of one task
+        batch_size: sequences read at once
+        template: chat template in which prompts are read as messages of a user; by default they are read as they are
+
     Raises:
-        UserError: a completion does not fit into the model, or the model's log-likelihoods are not finite.
+        UserError: a completion does not fit into the model, the model's log-likelihoods are not finite, or the template
+            refuses a message.
     """
+    if template is not None:
+        items, tokenizer = chat_items(items, tokenizer, template), without_special_tokens(tokenizer)
     was_training = model.training
     model.eval()
     try:
@@ -189,14 +205,12 @@ def evaluate(
     items = load_task(task)
     _check_compared(model, adapter, retrained, record, bits)
     loaded, tokenizer = load_model(model, revision, best_device(), bits)
-    if chat:
-        items = chat_items(items, tokenizer, _template(tokenizer, adapter))
-        tokenizer = without_special_tokens(tokenizer)
+    template = _template(tokenizer, adapter) if chat else None
     compared: dict[str, Evaluation] = {}
     if retrained is not None or record:
-        compared[BARE_TARGET] = evaluate_model(loaded, tokenizer, items, batch_size)
+        compared[BARE_TARGET] = evaluate_model(loaded, tokenizer, items, batch_size, template)
     scored: CausalLM = loaded if adapter is None else load_adapter(loaded, adapter, model)
-    found = evaluate_model(scored, tokenizer, items, batch_size)
+    found = evaluate_model(scored, tokenizer, items, batch_size, template)
     digest = hashlib.sha256(Path(task).read_bytes()).hexdigest()
     result = {
         "metric": found.metric,
@@ -211,7 +225,7 @@ def evaluate(
         "task": Path(task).name,
         "chat": chat,
         "task_sha256": digest,
-        "versions": _versions(),
+        "versions": scoring_versions(),
     }
     if compared:
         compared[TRANSFERRED] = found
@@ -219,8 +233,8 @@ def evaluate(
         del scored, loaded
         if retrained is not None:
             anew = load_adapter(load_model(model, revision, best_device(), bits)[0], retrained, model)
-            compared[RETRAINED] = evaluate_model(anew, tokenizer, items, batch_size)
-        described = describe_task(skill_of(Path(task).stem, digest, compared), chat, _versions())
+            compared[RETRAINED] = evaluate_model(anew, tokenizer, items, batch_size, template)
+        described = describe_task(skill_of(Path(task).stem, digest, compared), chat, scoring_versions())
         result |= {"scores": described["scores"], "lift": described["lift"]}
         if record and adapter is not None:
             record_task(Path(adapter), described)
@@ -267,7 +281,7 @@ def skill_of(name: str, sha256: str, evaluations: Mapping[str, Evaluation]) -> S
         sha256: digest of the task file
         evaluations: by model: BARE_TARGET, TRANSFERRED, and others as far as they were scored
     """
-    scores = {model: Score(found.score, found.ci95, found.nll) for model, found in evaluations.items()}
+    scores = {model: found.summary for model, found in evaluations.items()}
     transferred, retrained = evaluations[TRANSFERRED], evaluations.get(RETRAINED)
     lift = None
     if retrained is not None:
@@ -313,7 +327,7 @@ def load_adapter(base: PreTrainedModel, adapter: str, model: str) -> PeftModelFo
     return adapted
 
 
-def _versions() -> dict[str, str]:
+def scoring_versions() -> dict[str, str]:
     """Versions of the packages that a score depends on."""
     packages = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "peft")}
     return {"castlora": __version__, **packages}

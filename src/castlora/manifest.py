@@ -23,7 +23,7 @@ from castlora.runs import MANIFEST_FILE as MANIFEST_FILE
 from castlora.stages import Models
 from castlora.teaching import TextSource
 
-_LOCATIONS = ("adapter", "target", "source", "text", "prompts", "taught", "out")
+_LOCATIONS = ("adapter", "target", "source", "text", "prompts", "taught", "task", "out")
 _REPORTED_PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers")
 
 

@@ -1,10 +1,8 @@
 """The transfer, from an adapter for one base model to an adapter for another."""
 
-import json
 import logging
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +17,6 @@ from castlora.changes import measure_changes
 from castlora.chat import TEMPLATE_FILE, target_template
 from castlora.config import Bits, Recipe, RecipeName, Start, Tracker, Tuning, check_seed, resolve_recipe
 from castlora.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
-from castlora.errors import UserError
 from castlora.imitation import compare_answers
 from castlora.licences import read_licences
 from castlora.manifest import (
@@ -34,36 +31,33 @@ from castlora.manifest import (
     versions,
 )
 from castlora.pairing import Pairing, describe
-from castlora.parts import Parts
 from castlora.plan import Plan, describe_beyond, plan_transfer
 from castlora.positions import AlignedPassage, collate
 from castlora.processes import from_main, share_of_batch, this_process
+from castlora.reading import Reading, read_aligned
 from castlora.record import write_record
 from castlora.rehearsal import measure_drift
-from castlora.run_directory import RunDirectory, check_output, is_sealed, open_run, seal, write_whole
+from castlora.run_directory import RunDirectory, check_output, open_run, write_whole
+from castlora.runs import TASKS
 from castlora.scaling import TRAINED_SCALES, ScaleChoice, keep_best_scale
+from castlora.scored_task import ScoredTask
 from castlora.similarity import measure_similarity
 from castlora.stages import (
     Loading,
     Models,
-    align_text,
-    check_memory_for_record,
     hold_bare_target,
     hold_teacher,
     load_models,
     start_student,
-    write_rehearsed,
 )
 from castlora.starts import student_factors
-from castlora.teaching import TextSource, prompt_formats, teach_text
-from castlora.text import Passage
+from castlora.teaching import TextSource
 from castlora.tracking import check_tracker, tracking
 from castlora.training import train_student
 from castlora.verification import check_written, live_logits
 
 logger = logging.getLogger("castlora")
 
-PASSAGES_FILE = "passages.json"
 _CHECKED_PASSAGES = 4
 _SHOWN_PASSAGES = 4
 
@@ -95,6 +89,7 @@ def transfer(
     seed: int = 0,
     rank: int | None = None,
     tuning: Tuning | None = None,
+    task: str | None = None,
     report_to: Tracker | None = None,
     low_memory: bool = False,
     source_bits: Bits | None = None,
@@ -124,6 +119,8 @@ def transfer(
         seed: of everything random; the same seed gives the same bytes on the same machine
         rank: rank of the adapter to write; by default the smallest that holds the update
         tuning: departures from the recipe's other numbers
+        task: task file that the target is scored on at every tenth of the steps, and both models before; it does not
+            change the result
         report_to: tracker that shows the losses while the training runs; it does not change the result
         low_memory: whether an accelerator holds one of the two models at a time, while the other waits in the
             machine's memory, and activations are computed again instead of kept; takes longer
@@ -141,7 +138,7 @@ def transfer(
     request = {
         "adapter": adapter, "target": target, "source": source, "text": text, "prompt_format": prompt_format,
         "prompts": prompts, "chat": chat, "taught": taught, "recipe": recipe, "start": start, "steps": steps,
-        "batch_size": batch_size, "seed": seed, "rank": rank, "tuning": asdict(tuning),
+        "batch_size": batch_size, "seed": seed, "rank": rank, "tuning": asdict(tuning), "task": task,
         "low_memory": low_memory, "source_bits": source_bits, "target_bits": target_bits,
     }  # fmt: skip
     resolved = resolve_recipe(recipe, start, steps, batch_size, tuning)
@@ -162,6 +159,7 @@ def transfer(
         logger.info(describe_beyond(plan.beyond))
     text_source = TextSource(text, prompt_format, prompts, chat, taught)
     from_main(text_source.check)
+    scored = from_main(partial(ScoredTask.read, task, chat)) if task else None
     licences = from_main(partial(read_licences, plan, text_source.general))
     models = load_models(plan, loading)
     check_objective(models.shared, resolved)
@@ -169,10 +167,11 @@ def transfer(
     with ExitStack() as held:
         # The main process holds the folder, until all are done.
         run = from_main(lambda: held.enter_context(open_run(out, settings, plan.state_bytes(resolved))))
-        reading, training, held_out = from_main(partial(_read_aligned, run, models, text_source, resolved, seed))
+        reading, training, held_out = from_main(partial(read_aligned, run, models, text_source, scored, resolved, seed))
         masses = from_main(partial(_report_shared_mass, models, held_out))
         student, start_loss = start_student(models, plan, resolved, training, output_rank, seed)
-        trained = _train(run, models, student, training, held_out, reading.rehearsed, resolved, seed, report_to)
+        passages = training, held_out, reading.rehearsed
+        trained = _train(run, models, student, *passages, scored, resolved, seed, report_to)
 
         known = {
             **describe_inputs(plan, models, text_source, reading.formats),
@@ -194,57 +193,12 @@ def transfer(
             "command": command_line({**request, "out": out}),
         }
         manifest = from_main(
-            partial(_finish, run, plan, models, student, reading, held_out, resolved, trained, known, started)
+            partial(_finish, run, plan, models, student, reading, held_out, scored, resolved, trained, known, started)
         )
     logger.info("Wrote %s", out)
     if prompts is None and taught is None:
         logger.info("More of a skill arrives with --prompts, a file of the task's prompts without answers.")
     return TransferResult(Path(out), manifest, trained.log, plan.pairing)
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """What a run reads."""
-
-    formats: Sequence[str]
-    """What general text was put into."""
-    passages: list[Passage]
-    rehearsed: list[list[int]]
-    """Text that the bare target wrote, as token ids."""
-
-
-def _read_aligned(
-    run: RunDirectory, models: Models, text: TextSource, recipe: Recipe, seed: int
-) -> tuple[_Reading, list[AlignedPassage], list[AlignedPassage]]:
-    """What is read, and its passages for training and held out; where it comes to nothing, the run leaves nothing."""
-    try:
-        reading = _read(run, models, text, recipe, seed)
-        training, held_out = align_text(models, reading.passages, recipe)
-        check_memory_for_record(models, [*training, *held_out], recipe)
-        return reading, training, held_out
-    except UserError:
-        run.discard()
-        raise
-
-
-def _read(run: RunDirectory, models: Models, text: TextSource, recipe: Recipe, seed: int) -> _Reading:
-    """Passages with answers; what is found is kept, so that a resumed run does not look for it again."""
-    path = run.reading / PASSAGES_FILE
-    if is_sealed(run.reading):
-        logger.debug("The text of the interrupted run is read again")
-        record = json.loads(path.read_text(encoding="utf-8"))
-        passages = [Passage(**passage) for passage in record["passages"]]
-        return _Reading(record["formats"], passages, record["rehearsed"])
-    parts = Parts(run.parts)
-    models.use("source")
-    formats = prompt_formats(models, text, recipe, seed, parts)
-    passages = teach_text(models, text, formats, recipe, seed, parts)
-    reading = _Reading(formats, passages, write_rehearsed(models, recipe, seed))
-    run.reading.mkdir(exist_ok=True)
-    write_whole(path, json.dumps(asdict(reading)))
-    seal(run.reading)
-    shutil.rmtree(run.parts, ignore_errors=True)
-    return reading
 
 
 @dataclass(frozen=True)
@@ -263,6 +217,7 @@ def _train(
     training: list[AlignedPassage],
     held_out: list[AlignedPassage],
     rehearsed: list[list[int]],
+    scored: ScoredTask | None,
     recipe: Recipe,
     seed: int,
     report_to: Tracker | None,
@@ -281,8 +236,10 @@ def _train(
 
     def measure_along() -> dict[str, float]:
         now = measure(student)
-        return {"held_out_kl": now.kl, "agreement": now.agreement, "drift": drift()}
+        along = {"held_out_kl": now.kl, "agreement": now.agreement, "drift": drift()}
+        return {**along, "task_score": scored.evaluate_target(models).score} if scored else along
 
+    at_start = {"step": 0, **from_main(measure_along)}
     name = run.out.resolve().name
     checkpoint = from_main(run.last_checkpoint)
     if checkpoint:
@@ -297,7 +254,7 @@ def _train(
     logger.info("Held-out KL to source + LoRA: %.4f before, %.4f after (nats per position)", before.kl, after.kl)
     losses = {**_losses({"bare": bare, "before": before, "after": after}), "drift_after": from_main(drift)}
     logger.info("Drift from the bare target on its own text: %.4f nats per position", losses["drift_after"])
-    return _Trained(losses, scale, log)
+    return _Trained(losses, scale, [at_start, *log])
 
 
 def _finish(
@@ -305,8 +262,9 @@ def _finish(
     plan: Plan,
     models: Models,
     student: Student,
-    reading: _Reading,
+    reading: Reading,
     held_out: list[AlignedPassage],
+    scored: ScoredTask | None,
     recipe: Recipe,
     trained: _Trained,
     known: Mapping[str, Any],
@@ -321,6 +279,7 @@ def _finish(
         student: the target, trained
         reading: what the run has read
         held_out: what it was not trained on
+        scored: the task, if the run has one
         recipe: its numbers
         trained: how the training went
         known: what the manifest says besides
@@ -334,11 +293,14 @@ def _finish(
     imitation = compare_answers(models, student.model, shown, recipe.answer_tokens)
     changes = measure_changes(models, student.model, shown, recipe.max_length, _SHOWN_PASSAGES)
     similarity = measure_similarity(models, student.model, plan.pairing, shown, recipe.max_length)
+    tasks = [scored.record(models, reading.scores)] if scored else []
     manifest = {
         **known,
         "losses": trained.losses,
         "scale": asdict(trained.scale),
         "answers": describe_imitation(imitation),
+        TASKS: tasks,
+        "scored_along": scored and scored.sha256,
         "logit_difference": _write_adapter(run, plan, models, student, known["rank"], held_out, known["target_bits"]),
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": peak_memory_bytes(),

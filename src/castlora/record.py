@@ -50,7 +50,7 @@ def write_record(
         similarity: how alike the bare models are at paired places
     """
     write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
-    write_card(folder, manifest)
+    write_card(folder, manifest, task_skills(manifest))
     files = sorted([*(path.name for path in folder.iterdir()), DETAILS_FILE, REPORT_FILE])
     details = RunDetails(log, report_samples(imitation), changes, files, similarity)
     write_whole(folder / DETAILS_FILE, details.to_json())
@@ -75,7 +75,8 @@ def check_record(folder: str, model: str, bits: Bits | None) -> None:
 def record_task(folder: Path, task: Mapping[str, Any]) -> None:
     """Adds the scores of a task to the manifest, the card and the report of a finished run.
 
-    Scored again, a task takes the place of what it was. What its owner has written into the card stays.
+    Scored again, a task takes the place of what it was, up to the score of source + LoRA, which only a run measures.
+    What its owner has written into the card stays.
 
     Args:
         folder: where the adapter lies
@@ -86,14 +87,23 @@ def record_task(folder: Path, task: Mapping[str, Any]) -> None:
     """
     card = _read_card(folder)
     manifest = dict(read_run(str(folder)).report.manifest)
-    others = [other for other in manifest.get(TASKS, ()) if other["sha256"] != task["sha256"]]
-    manifest[TASKS] = [*others, task]
+    tasks = {other["sha256"]: other for other in manifest.get(TASKS, ())}
+    task = _with_teacher(task, tasks.pop(task["sha256"], None))
+    manifest[TASKS] = [*tasks.values(), task]
     write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
     add_scores(card, task_skills(manifest), read_task(task), manifest["adapter"]["name"])
     write_whole(folder / CARD_FILE, str(card))
     # Without the details that it was made of the page would lose what it shows.
     if (folder / REPORT_FILE).is_file() and (folder / DETAILS_FILE).is_file():
         write_whole(folder / REPORT_FILE, render_report(read_run(str(folder)).report))
+
+
+def _with_teacher(task: Mapping[str, Any], before: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The scores of a task with that of source + LoRA, where it was measured before in the same way."""
+    if before is None or SOURCE_LORA not in before["scores"] or before["chat"] != task["chat"]:
+        return task
+    teacher = {SOURCE_LORA: before["scores"][SOURCE_LORA]}
+    return {**task, "scores": {BARE_TARGET: task["scores"][BARE_TARGET], **teacher, **task["scores"]}}
 
 
 def _last_component(name: str) -> str:

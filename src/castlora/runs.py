@@ -12,6 +12,7 @@ from castlora.formatting import number
 from castlora.measured_tasks import measured, read_task
 from castlora.report import (
     AGREEMENT,
+    TASK_SCORE,
     ChangedPiece,
     ChangedText,
     ComparedRun,
@@ -36,9 +37,9 @@ logger = logging.getLogger("castlora")
 MANIFEST_FILE = "castlora.json"
 DETAILS_FILE = "report.json"
 TASKS = "tasks"
-"""Where the manifest keeps what was measured after the run."""
+"""Where the manifest keeps the scores on tasks, of the run itself and measured later."""
 _MOST_LAYERS = 1000
-_ALONG = {"KL to the teacher": "held_out_kl", "drift": "drift", AGREEMENT: "agreement"}
+_ALONG = {"KL to the teacher": "held_out_kl", "drift": "drift", AGREEMENT: "agreement", TASK_SCORE: "task_score"}
 """What is measured during a training, as the report and as the log call it."""
 
 
@@ -148,7 +149,7 @@ def run_report(manifest: Mapping[str, Any], details: RunDetails) -> Report:
         title=f"{manifest['adapter']['name']} → {manifest['target']['name']}",
         facts={"source": str(manifest["source"]["name"]), "target": str(manifest["target"]["name"])},
         skills=task_skills(manifest),
-        distillation=_distillation(details.log, manifest["losses"]),
+        distillation=_distillation(details.log, manifest["losses"], manifest.get("scored_along")),
         imitation=_imitation(manifest["answers"]),
         pairing=_pairing(manifest["pairing"], manifest["layer_map"], details.similarity),
         samples=details.samples,
@@ -189,7 +190,9 @@ def _similarity(record: Mapping[str, Any] | None) -> Similarity | None:
     return Similarity({str(name): measured(value) for name, value in record["modules"].items()}, layers)
 
 
-def _distillation(log: Sequence[Mapping[str, float]], losses: Mapping[str, float]) -> Distillation:
+def _distillation(
+    log: Sequence[Mapping[str, float]], losses: Mapping[str, float], task_sha256: str | None
+) -> Distillation:
     loss = _points(log, "loss")
     parts = {name for entry in log for name in entry} & {"kl", "mse", "chunk", "rehearsal"}
     components = {name: _points(log, name) for name in sorted(parts)}
@@ -204,6 +207,7 @@ def _distillation(log: Sequence[Mapping[str, float]], losses: Mapping[str, float
         agreement_bare=_measured_if_known(losses.get("agreement_bare")),
         along={name: points for name, key in _ALONG.items() if (points := _points(log, key))},
         drift_after=_measured_if_known(losses.get("drift_after")),
+        task_sha256=task_sha256,
     )
 
 

@@ -13,6 +13,8 @@ TRANSFERRED = "transferred"
 RETRAINED = "retrained"
 AGREEMENT = "agreement"
 """Share of held-out positions where the likeliest next token is the teacher's, among what is measured along the way."""
+TASK_SCORE = "score"
+"""What the target reaches on the task of a run, among what is measured along the way."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ class Distillation:
         agreement_before: Share of held-out positions where the start's next token is the teacher's.
         agreement_after: The same share for the result.
         agreement_bare: The same share for the bare target.
-        along: What was measured on held-out text along the way, by name, each in the form of `loss`: AGREEMENT as a
-            share, anything else in nats.
+        along: What was measured along the way, by name, each in the form of `loss`: AGREEMENT and TASK_SCORE as shares,
+            anything else in nats.
         drift_after: KL(bare target ‖ result) per position of text that the bare target wrote itself, in nats.
+        task_sha256: Digest of the task file that TASK_SCORE is measured on.
     """
 
     loss: Series = ()
@@ -88,6 +91,7 @@ class Distillation:
     agreement_bare: float | None = None
     along: Mapping[str, Series] = field(default_factory=dict)
     drift_after: float | None = None
+    task_sha256: str | None = None
 
 
 @dataclass(frozen=True)

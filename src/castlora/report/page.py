@@ -11,7 +11,7 @@ from markupsafe import Markup
 from castlora.formatting import MISSING, is_number, number, percent, percent_interval, printable, score, score_interval
 from castlora.report import figures
 from castlora.report.comparison import LOSS_HEIGHT, Comparison, loss_curves, measures
-from castlora.report.contents import AGREEMENT, Distillation, Report
+from castlora.report.contents import AGREEMENT, BARE_TARGET, RETRAINED, TASK_SCORE, Report
 from castlora.report.verdict import verdict
 from castlora.report.views import CHANGE_LEVELS, change_view, sample_view, skill_view
 
@@ -36,7 +36,7 @@ def render_report(report: Report) -> str:
             change_levels=CHANGE_LEVELS,
             run=report.distillation,
             measured=_measured(report),
-            plots=_plots(report.distillation),
+            plots=_plots(report),
             heat=figures.heat_rows(report.pairing.matrix, report.pairing.layer_map) if report.pairing else [],
             manifest=json.dumps(report.manifest, indent=2, ensure_ascii=False, default=str),
         )
@@ -94,21 +94,38 @@ class _Plot:
     height: float
 
 
-def _plots(run: Distillation | None) -> list[_Plot]:
-    """The loss, and what was measured on held-out text along the way."""
+def _plots(report: Report) -> list[_Plot]:
+    """The loss, and what was measured along the way."""
+    run = report.distillation
     if run is None:
         return []
-    nats = {name: points for name, points in run.along.items() if name != AGREEMENT}
+    nats = {name: points for name, points in run.along.items() if name not in (AGREEMENT, TASK_SCORE)}
     shares = {name: points for name, points in run.along.items() if name == AGREEMENT}
     ends, none = (run.held_out_before, run.held_out_after), (None, None)
+    scored, on_task = _by_step(report)
     drawn = [
         ("loss", "Loss during training", figures.loss_figure({"loss": run.loss, **run.components}, ends, 220), 220),
+        ("task", scored, figures.loss_figure(on_task, none, 140), 140),
         ("agreement", "Held-out positions with the teacher's next token, as a share, by step",
          figures.loss_figure(shares, none, 110), 110),
         ("nats", "KL divergence from the teacher on held-out text, and drift from the bare target on text that it wrote"
          " itself, in nats per position, by step", figures.loss_figure(nats, none, 140), 140),
     ]  # fmt: skip
     return [_Plot(name, title, figure, height) for name, title, figure, height in drawn if figure]
+
+
+def _by_step(report: Report) -> tuple[str, dict[str, figures.Series]]:
+    """What the target reached on the task of the run, by step, and in words: the lift where its scale is known."""
+    run = report.distillation
+    skill = next((skill for skill in report.skills if run and skill.sha256 == run.task_sha256), None)
+    if run is None or skill is None or TASK_SCORE not in run.along:
+        return "", {}
+    points = run.along[TASK_SCORE]
+    if skill.countable_lift is None:
+        return f"Score on {skill.name}, by step", {skill.metric: points}
+    bare, retrained = skill.value(BARE_TARGET), skill.value(RETRAINED)
+    lifts = [(step, lift) for step, score in points if (lift := figures.lift_of(score, bare, retrained)) is not None]
+    return f"Lift on {skill.name}, by step: 0 is the bare target, 1 the retrained adapter", {"lift": lifts}
 
 
 def _measured(report: Report) -> list[tuple[str, ...]]:
