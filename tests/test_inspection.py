@@ -114,6 +114,22 @@ def test_what_no_map_carries_is_said_before_a_model_is_loaded(base_model, adapte
     assert "also trains" not in text_of(str(adapter("llama")), str(base_model("mistral")))
 
 
+def test_quantized_weights_are_forecast_and_stand_in_the_command(adapter, base_model):
+    def found(**bits):
+        return inspect(str(adapter("llama")), str(base_model("mistral")), **bits)
+
+    whole, four, eight = found(), found(source_bits=4, target_bits=4), found(target_bits=8)
+    memory = [inspection.record["forecast"]["memory_bytes"] for inspection in (whole, eight, four)]
+    assert memory == sorted(memory, reverse=True) and len(set(memory)) == 3
+    assert four.record["forecast"]["low_memory_bytes"] < whole.record["forecast"]["low_memory_bytes"]
+    assert eight.record["forecast"]["low_memory_bytes"] is None and "--low-memory" not in str(eight)
+    assert four.record["command"].endswith("--source-bits 4 --target-bits 4")
+    assert eight.record["command"].endswith("--target-bits 8") and "bits" not in whole.record["command"]
+    dora = adapter("llama", use_dora=True)
+    with pytest.raises(UserError, match="--source-bits is for plain LoRAs"):
+        inspect(str(dora), str(base_model("mistral")), source_bits=4)
+
+
 def test_programs_find_in_the_record_what_the_text_says(adapter, base_model):
     found = inspect(str(adapter("phi3")), str(base_model("gpt2")), steps=7, batch_size=3)
     record = json.loads(json.dumps(found.record))

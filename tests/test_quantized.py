@@ -76,6 +76,17 @@ def test_layers_are_quantized_and_compute_nearly_the_same(base, bits):
     assert 0 < (found - expected).norm() < 0.5 * expected.norm()
 
 
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_memory_of_weights_is_known_before_they_are_loaded(base, name, bits):
+    loaded, _ = load_model(base(name), bits=bits)
+    stored = loaded.get_memory_footprint()
+    # It does not count the scales of NF4's blocks, nor those of rows in 8 bits.
+    matrices = sum(slot.d_in * slot.d_out for slot in linear_slots(loaded, loaded.config).values())
+    scales = matrices / 64 * 4 if bits == 4 else 0
+    assert models.weight_bytes(load_config(base(name)), 4, bits) == pytest.approx(stored + scales, rel=0.01)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_gradients_pass_through_quantized_layers(base, name, bits):

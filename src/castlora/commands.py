@@ -167,6 +167,8 @@ def _inspect(
     source: str | None = None,
     steps: int = 1000,
     batch_size: int = 16,
+    source_bits: Bits | None = None,
+    target_bits: Bits | None = None,
     json: bool = False,
 ) -> None:
     """Shows before a transfer what will be paired, what will be dropped, and what it will cost.
@@ -177,11 +179,13 @@ def _inspect(
         source: base model of the adapter, if not the one that its configuration names
         steps: optimizer steps to forecast
         batch_size: passages per step to forecast
+        source_bits: 4 (NF4) or 8, for a source that bitsandbytes is to quantize
+        target_bits: the same for the target
         json: whether all this is printed as JSON
     """
     from castlora.inspection import inspect as run
 
-    found = run(adapter, target, source, steps, batch_size)
+    found = run(adapter, target, source, steps, batch_size, source_bits, target_bits)
     _print_result(found.record, str(found), json)
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from castlora.adapters import PORTABLE_RANKS
-from castlora.config import DEFAULT
+from castlora.config import DEFAULT, Bits
 from castlora.licences import describe_licences, read_licences
 from castlora.manifest import command_line, describe_pairing
-from castlora.models import best_device, dtype_on, load_tokenizer, number_of_layers, public_name, skeleton
+from castlora.models import best_device, dtype_on, load_tokenizer, number_of_layers, public_name, skeleton, weight_bytes
 from castlora.pairing import describe
 from castlora.plan import Plan, describe_beyond, plan_transfer
 from castlora.rehearsal import PASSAGES_PER_REHEARSED
-from castlora.stages import HELD_OUT_PASSAGES, HELD_OUT_REHEARSED
+from castlora.stages import HELD_OUT_PASSAGES, HELD_OUT_REHEARSED, Loading
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
 
@@ -41,7 +41,13 @@ class Inspection:
 
 
 def inspect(
-    adapter: str, target: str, source: str | None = None, steps: int = 1000, batch_size: int = 16
+    adapter: str,
+    target: str,
+    source: str | None = None,
+    steps: int = 1000,
+    batch_size: int = 16,
+    source_bits: Bits | None = None,
+    target_bits: Bits | None = None,
 ) -> Inspection:
     """Describes a transfer without loading a model.
 
@@ -51,6 +57,8 @@ def inspect(
         source: base model of the adapter, if not the one that its configuration names
         steps: optimizer steps to forecast
         batch_size: passages per step to forecast
+        source_bits: 4 or 8, for a source whose layers bitsandbytes is to quantize
+        target_bits: the same for the target
 
     Returns:
         a text for the terminal, and the record that it was made from
@@ -66,6 +74,8 @@ def inspect(
         (4, 5, [])
     """
     plan = plan_transfer(adapter, target, source)
+    loading = Loading(source_bits=source_bits, target_bits=target_bits)
+    loading.check(plan.adapter.is_plain)
     source_bytes = ByteTokenizer.from_tokenizer(load_tokenizer(plan.source, plan.source_revision))
     target_bytes = ByteTokenizer.from_tokenizer(load_tokenizer(plan.target))
     record: dict[str, Any] = {
@@ -76,8 +86,8 @@ def inspect(
         "dropped": list(plan.pairing.dropped),
         "unchanged": [pair.target.name for pair in plan.pairing.pairs if not pair.branches],
         "licences": read_licences(plan),
-        "forecast": asdict(_forecast(plan, steps, batch_size)),
-        "command": _command(adapter, target, source),
+        "forecast": asdict(_forecast(plan, steps, batch_size, loading)),
+        "command": _command(adapter, target, source, loading),
     }
     sections = [
         _say_verdict(plan),
@@ -192,13 +202,13 @@ class _Forecast:
     """What the bare target writes before the first step."""
     writing_seconds: float
     memory_bytes: int
-    low_memory_bytes: int
-    """Of the accelerator, with --low-memory."""
+    low_memory_bytes: int | None
+    """Of the accelerator, with --low-memory; None where weights of 8 bits rule it out."""
     disk_bytes: int
     """While it runs; what is left afterwards is the adapter."""
 
 
-def _forecast(plan: Plan, steps: int, batch_size: int) -> _Forecast:
+def _forecast(plan: Plan, steps: int, batch_size: int, loading: Loading) -> _Forecast:
     source_count, target_count = parameter_count(plan)
     tokens = steps * batch_size * DEFAULT.max_length
     # Two operations per weight and token forward, and two more for the student's way back through frozen weights.
@@ -207,7 +217,7 @@ def _forecast(plan: Plan, steps: int, batch_size: int) -> _Forecast:
     # The bare target's predictions are looked up.
     operations += rehearsed * 4 * target_count
     rate = _product_rate()
-    memory_bytes, low_memory_bytes = _forecast_memory(plan, batch_size)
+    memory_bytes, low_memory_bytes = _forecast_memory(plan, batch_size, loading)
     candidates = (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.candidates
     written = DEFAULT.rehearsal_passages + HELD_OUT_REHEARSED
     prompts = candidates * _PROMPT_TOKENS + (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.answer_tokens
@@ -225,10 +235,11 @@ def _forecast(plan: Plan, steps: int, batch_size: int) -> _Forecast:
     )
 
 
-def _forecast_memory(plan: Plan, batch_size: int) -> tuple[int, int]:
+def _forecast_memory(plan: Plan, batch_size: int, loading: Loading) -> tuple[int, int | None]:
     """Bytes that a step needs, with both models and all activations, and with one model and few."""
     bytes_per_number = dtype_on(best_device()).itemsize
-    of_source, of_target = (bytes_per_number * count for count in parameter_count(plan))
+    of_source = weight_bytes(plan.source_config, bytes_per_number, loading.source_bits)
+    of_target = weight_bytes(plan.target_config, bytes_per_number, loading.target_bits)
     scored = 4 * batch_size * DEFAULT.max_length
     taught, learned = scored * plan.source_config.vocab_size, 3 * scored * plan.target_config.vocab_size
     read = batch_size * DEFAULT.max_length + batch_size // PASSAGES_PER_REHEARSED * DEFAULT.rehearsal_tokens
@@ -237,6 +248,8 @@ def _forecast_memory(plan: Plan, batch_size: int) -> tuple[int, int]:
     of_layer = read * (_KEPT_BYTES_PER_WIDTH * width + _KEPT_NUMBERS_PER_NEURON * bytes_per_number * neurons)
     inputs = read * layers * width * bytes_per_number
     together = of_source + of_target + taught + learned + layers * of_layer
+    if 8 in (loading.source_bits, loading.target_bits):
+        return together, None
     return together, max(of_source, of_target + inputs + of_layer + learned) + taught
 
 
@@ -252,7 +265,9 @@ def _say_verdict(plan: Plan) -> str:
 
 
 def _say_forecast(forecast: _Forecast) -> str:
-    alone = f" ({forecast.low_memory_bytes / 2**30:.1f} on an accelerator with --low-memory true)"
+    alone = ""
+    if forecast.low_memory_bytes is not None:
+        alone = f" ({forecast.low_memory_bytes / 2**30:.1f} on an accelerator with --low-memory true)"
     return (
         f"Forecast for {forecast.steps} steps of {forecast.batch_size} passages on this machine: about "
         f"{_duration(forecast.seconds)}, {forecast.memory_bytes / 2**30:.1f} GiB of memory beyond Python's own{alone}, "
@@ -263,10 +278,11 @@ def _say_forecast(forecast: _Forecast) -> str:
     )
 
 
-def _command(adapter: str, target: str, source: str | None) -> str:
+def _command(adapter: str, target: str, source: str | None, loading: Loading) -> str:
     places = {"adapter": adapter, "target": target, "source": source, "out": "NEW-FOLDER", "prompts": "FILE"}
+    bits = {"source_bits": loading.source_bits, "target_bits": loading.target_bits}
     # It is read where the folders are, and must run there.
-    return command_line({**places, "tuning": {}}, place=str)
+    return command_line({**places, **bits, "tuning": {}}, place=str)
 
 
 def _say_command(command: str) -> str:

@@ -37,6 +37,8 @@ LIBRARY_ERRORS = (
 )  # fmt: skip
 """What transformers and PEFT raise on values that they do not expect in a file."""
 _MOST_LAYERS = 10_000
+_STORED_BITS: dict[Bits, float] = {4: 4.5, 8: 8.0}
+"""Bits of a quantized weight in memory; NF4 has a scale of 32 bits for each block of 64."""
 Role = Literal["q", "k", "v", "o", "gate", "up", "down", "fc"]
 """The part a linear map plays in a decoder layer; `fc` is the first map of an ungated MLP."""
 
@@ -248,6 +250,26 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
             "copy it again."
         ) from error
     return model
+
+
+def weight_bytes(config: PreTrainedConfig, bytes_per_number: int, bits: Bits | None = None) -> int:
+    """Memory of a model's weights.
+
+    Args:
+        config: of the model
+        bytes_per_number: of weights that are not quantized
+        bits: of the matrices in its layers, if bitsandbytes quantizes them
+    """
+    model = skeleton(config)
+    numbers = int(model.num_parameters())
+    if bits is None:
+        return numbers * bytes_per_number
+    quantized = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and layer_index(name) is not None
+    )
+    return (numbers - quantized) * bytes_per_number + round(quantized * _STORED_BITS[bits] / 8)
 
 
 def linear_slots(model: nn.Module, config: PreTrainedConfig) -> dict[str, LinearSlot]:
