@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from castlora import completions
 from castlora.completions import encode_completion, text_loss
 from castlora.errors import UserError
 from castlora.evaluation import evaluate, evaluate_model
@@ -232,6 +233,18 @@ def test_a_long_prompt_is_cut_to_leave_room_for_the_answer() -> None:
     model = tiny_model(tokenizer, "gpt2", max_length=24)
     result = evaluate_model(model, tokenizer, [TaskItem(ITEMS[0].prompt * 5, " the fox"), ITEMS[3]])
     assert result.n == 2
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, True), (3600, False)])
+def test_what_takes_long_shows_its_progress(monkeypatch, capsys, seconds: int, shown: bool) -> None:
+    monkeypatch.setattr(completions, "_SECONDS_WITHOUT_PROGRESS", seconds)
+    tokenizer = TOKENIZERS["byte-level"]
+    evaluate_model(tiny_model(tokenizer), tokenizer, ITEMS, batch_size=2)
+    said = capsys.readouterr().err
+    for bar in ("scores completions", "writes answers"):
+        assert (f"{bar}: " in said) == shown
+    evaluate_model(tiny_model(tokenizer), tokenizer, ITEMS[:1])
+    assert not capsys.readouterr().err
 
 
 def test_the_training_mode_is_restored() -> None:

@@ -1,13 +1,14 @@
 """What a model makes of completions: their log-likelihoods after a prompt, and the ones that it writes itself."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from peft import PeftModelForCausalLM
+from tqdm.auto import tqdm
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast
 
 from castlora.errors import UserError
@@ -15,6 +16,7 @@ from castlora.errors import UserError
 CausalLM = PreTrainedModel | PeftModelForCausalLM
 _BATCH_TOKENS = 8192
 """Keys and values of so many tokens take 4 GiB in a model like Llama-2-7B, which has them for each head."""
+_SECONDS_WITHOUT_PROGRESS = 3
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def completion_log_likelihoods(model: CausalLM, pairs: Sequence[CompletionTokens
         by_context.setdefault(tuple(pair.ids[:-1]), []).append(index)
     contexts = list(by_context)
     totals = np.zeros(len(pairs))
-    for batch in batches_by_length([len(context) for context in contexts], batch_size):
+    for batch in _shown(batches_by_length([len(context) for context in contexts], batch_size), "scores completions"):
         ids, mask = _pad([list(contexts[i]) for i in batch], "right", model.device)
         asked = [(row, index) for row, i in enumerate(batch) for index in by_context[contexts[i]]]
         first = min(pairs[index].start for _, index in asked) - 1
@@ -153,7 +155,7 @@ def generate(
     encoded = [_drop_left(*_encode(tokenizer, prompt), room) for prompt in prompts]
     ends = end_tokens(model, tokenizer)
     texts = [""] * len(prompts)
-    for batch in batches_by_length([len(ids) for ids in encoded], batch_size):
+    for batch in _shown(batches_by_length([len(ids) for ids in encoded], batch_size), "writes answers"):
         ids, mask = _pad([encoded[i] for i in batch], "left", model.device)
         output = model.generate(
             input_ids=ids,
@@ -192,6 +194,12 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[
         end = start + max(1, min(batch_size, _BATCH_TOKENS // longest))
         yield order[start:end]
         start = end
+
+
+def _shown(batches: Iterable[list[int]], said: str) -> Iterable[list[int]]:
+    """The batches, with a bar of their progress where they take long."""
+    known = list(batches)
+    return tqdm(known, said, unit="batch", leave=False, delay=_SECONDS_WITHOUT_PROGRESS) if len(known) > 1 else known
 
 
 def _pad(
