@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from browser import needs_chromium, open_page
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_report import HOSTILE, by_class, text_of, tree
 
@@ -391,6 +391,7 @@ class TestGeometry:
 
     @few_examples
     @given(st.floats(1e-290, 1e100), st.floats(1e-290, 1e100))
+    @example(9.999999999999837e99, 9.999999999999837e99)
     def test_levels_enclose_the_range(self, one: float, other: float) -> None:
         low, high = sorted((one, other))
         levels = log_levels(low, high)

@@ -197,6 +197,9 @@ def nice_levels(low: float, high: float) -> list[float]:
 def log_levels(low: float, high: float) -> list[float]:
     """Returns round values that enclose a range above 0 on a logarithmic scale: 1, 2 and 5, or powers of ten."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    # A logarithm is rounded, past the power that it is next to.
+    first -= float(f"1e{first}") > low
+    last += float(f"1e{last}") < high
     fine = [float(f"{digit}e{power}") for power in range(first, last + 1) for digit in (1, 2, 5)]
     start = max(index for index, level in enumerate(fine) if level <= low)
     end = max(start + 1, min(index for index, level in enumerate(fine) if level >= high))
