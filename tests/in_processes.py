@@ -19,7 +19,7 @@ from castlora.cli import main
 from castlora.config import PAPER
 from castlora.distill import Student, total_loss
 from castlora.errors import UserError
-from castlora.fitting import SiteMoments, solve_by_layers
+from castlora.fitting import SiteMoments, solve_in_parts
 from castlora.launcher import process_count
 from castlora.models import linear_slots
 from castlora.pairing import pair_modules
@@ -56,7 +56,7 @@ def statistics(source: Path, target: Path) -> dict[str, Tensor]:
         }
 
     passages = tiny.aligned(source.name, target.name, 40)
-    return solve_by_layers(*models, pair_modules(*slots, factors), factors, passages, keep)
+    return solve_in_parts(*models, pair_modules(*slots, factors), factors, passages, keep)
 
 
 def gradients(source: Path, target: Path) -> dict[str, Tensor]:

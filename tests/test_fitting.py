@@ -7,10 +7,10 @@ import torch
 from castlora.fitting import (
     collect_moments,
     input_site,
-    layer_groups,
+    parts_of,
     ridge_factors,
     ridge_maps,
-    solve_by_layers,
+    solve_in_parts,
     statistics_bytes,
 )
 from castlora.pairing import Pairing
@@ -99,14 +99,15 @@ def test_maps_do_not_depend_on_the_memory_that_statistics_may_take(paired, targe
     held: list[weakref.ref] = []
 
     def solve(moments):
-        assert not [one for one in held if one() is not None], "two groups of statistics are in memory at once"
+        assert not [one for one in held if one() is not None], "statistics of two parts are in memory at once"
         held.append(weakref.ref(moments))
         maps = ridge_maps(moments, pairing, 0.1)
-        assert len({int(name.split(".")[2]) for name, _ in maps}) == 1
+        assert len({tuple(name.split(".")[2:4]) for name, _ in maps}) == 1
         return maps
 
-    found = solve_by_layers(source, model, pairing, factors, text, solve, memory_bytes=1)
-    assert len(held) == model.config.num_hidden_layers
+    found = solve_in_parts(source, model, pairing, factors, text, solve, memory_bytes=1)
+    # Inputs of attention, of its output, and two of the MLP.
+    assert len(held) == 4 * model.config.num_hidden_layers
     assert found.keys() == whole.keys()
     for key, maps in whole.items():
         assert torch.equal(found[key].to_source, maps.to_source)
@@ -122,23 +123,28 @@ def test_factors_without_maps_are_those_that_the_maps_fold_to(paired, source, ta
     def solve(moments):
         return ridge_factors(moments, pairing, factors, 0.1)
 
-    found = solve_by_layers(source_model, model, pairing, factors, text, solve, memory_bytes=1)
+    found = solve_in_parts(source_model, model, pairing, factors, text, solve, memory_bytes=1)
     assert found.keys() == folded.keys()
     for name, lora in folded.items():
         torch.testing.assert_close(found[name].a, lora.a, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found[name].b, lora.b, rtol=1e-4, atol=1e-5)
 
 
-def test_statistics_have_the_size_that_groups_of_layers_are_planned_by(paired):
+def test_statistics_have_the_size_that_parts_are_planned_by(paired):
     source, model, pairing, factors = paired("phi3", "llama")
     moments = collect_moments(source, model, pairing, tiny.aligned("phi3", "llama", 5))
     squares = [one for of_kind in (moments.inputs, moments.outputs) for one in of_kind.values()]
     size = sum(matrix.nbytes for one in squares for matrix in (one.xx, one.yx))
     assert statistics_bytes(pairing.mapped, factors) == size
-    per_layer = statistics_bytes([pair for pair in pairing.mapped if pair.target.layer == 0], factors)
-    groups = list(layer_groups(pairing, factors, 2 * per_layer))
-    assert [sorted({pair.target.layer for pair in part.mapped}) for part in groups] == [[0, 1], [2]]
-    assert sorted(pair.target.name for part in groups for pair in part.mapped) == sorted(
-        pair.target.name for pair in pairing.mapped
-    )
-    assert len(list(layer_groups(pairing, factors, size))) == 1
+    of_layer = [pair for pair in pairing.mapped if pair.target.layer == 0]
+    per_layer = statistics_bytes(of_layer, factors)
+    parts = list(parts_of(pairing, factors, 2 * per_layer))
+    assert [sorted({pair.target.layer for pair in part.mapped}) for part in parts] == [[0, 1], [2]]
+    smallest = list(parts_of(pairing, factors, 1))
+    reading_the_same = [sorted(pair.target.name.split(".")[-1] for pair in part.mapped) for part in smallest]
+    assert reading_the_same == 3 * [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    for cut in (parts, smallest):
+        assert sorted(pair.target.name for part in cut for pair in part.mapped) == sorted(
+            pair.target.name for pair in pairing.mapped
+        )
+    assert len(list(parts_of(pairing, factors, size))) == 1

@@ -25,10 +25,10 @@ from castlora.teacher import Side
 
 STATISTICS_BATCH = 16
 _BYTES_PER_SUM = 8
-_SHARE_FOR_SUMS = 0.6
-"""Of the memory that is free; the rest is for activations and for solving."""
+_SHARE_FOR_SUMS = 0.5
+"""Of the memory that is free; the rest is for activations, and for solving, which copies what it solves."""
 _BYTES_PER_TURN = 4 << 30
-"""Of activations of the source that wait for those of the target."""
+"""Of activations of one model that wait for those of the other."""
 Use = Callable[[Side], None]
 """Has the model of a side ready to run."""
 _Key = TypeVar("_Key", bound=Hashable)
@@ -60,7 +60,7 @@ class SiteMoments:
     """x: source module output rows, y: target module output rows."""
 
 
-def solve_by_layers(
+def solve_in_parts(
     source: nn.Module,
     target: nn.Module,
     pairing: Pairing,
@@ -70,10 +70,10 @@ def solve_by_layers(
     memory_bytes: int | None = None,
     use: Use | None = None,
 ) -> dict[_Key, _Solution]:
-    """Solves from the statistics of all branches, of which those of some target layers are there at a time.
+    """Solves from the statistics of all branches, of which those of some target modules are there at a time.
 
-    They grow with the square of the width: for a pair of 7B models those of all layers fill 278 GiB. Where they do not
-    fit into memory together, the text is read once per group of layers. What is solved does not depend on the grouping.
+    They grow with the square of the width: for a pair of 7B models those of all modules fill 278 GiB. Where they do not
+    fit into memory together, the text is read once per part. What is solved does not depend on the parts.
     Where several processes run, each reads its share of the text, and all solve from the sums.
 
     Args:
@@ -82,8 +82,9 @@ def solve_by_layers(
         pairing: which modules belong together
         factors: the source adapter, by module
         passages: the text, aligned
-        solve: statistics of some layers → solutions of their branches or modules
-        memory_bytes: what the statistics may take, at least those of one layer; by default most of what is free
+        solve: statistics of some modules → solutions of their branches or modules
+        memory_bytes: what the statistics may take, at least those of modules with one input; by default half of what
+            is free
         use: called before a model runs, where only one of them can be on the accelerator
 
     Returns:
@@ -93,25 +94,29 @@ def solve_by_layers(
         memory_bytes = min(from_all(_memory_beside(source, target, use)))
     share = share_of_passages(passages, STATISTICS_BATCH)
     solved: dict[_Key, _Solution] = {}
-    for part in layer_groups(pairing, factors, memory_bytes):
-        # No name is bound to the statistics, so that they are gone before those of the next group are summed.
+    for part in parts_of(pairing, factors, memory_bytes):
+        # No name is bound to the statistics, so that they are gone before those of the next part are summed.
         solved |= solve(_of_all_processes(collect_moments(source, target, part, share, use=use)))
     return solved
 
 
-def layer_groups(pairing: Pairing, factors: Mapping[str, LowRank], memory_bytes: int) -> Iterator[Pairing]:
-    """Parts of a pairing by consecutive target layers, as many as have statistics of that size together."""
-    group: list[ModulePair] = []
+def parts_of(pairing: Pairing, factors: Mapping[str, LowRank], memory_bytes: int) -> Iterator[Pairing]:
+    """Parts of a pairing, layer by layer, as many modules as have statistics of that size together.
+
+    Modules that read the same inputs stay together.
+    """
+    part: list[ModulePair] = []
     taken = 0
-    for _, of_layer in groupby(sorted(pairing.mapped, key=_layer), key=_layer):
-        layer = tuple(of_layer)
-        needed = statistics_bytes(layer, factors)
-        if group and taken + needed > memory_bytes:
-            yield Pairing(tuple(group), pairing.layer_map, ())
-            group, taken = [], 0
-        group.extend(layer)
+    by_layer = sorted(pairing.mapped, key=lambda pair: pair.target.layer)
+    for _, reading_the_same in groupby(by_layer, key=_inputs):
+        pairs = tuple(reading_the_same)
+        needed = statistics_bytes(pairs, factors)
+        if part and taken + needed > memory_bytes:
+            yield Pairing(tuple(part), pairing.layer_map, ())
+            part, taken = [], 0
+        part.extend(pairs)
         taken += needed
-    yield Pairing(tuple(group), pairing.layer_map, ())
+    yield Pairing(tuple(part), pairing.layer_map, ())
 
 
 def statistics_bytes(pairs: Iterable[ModulePair], factors: Mapping[str, LowRank]) -> int:
@@ -134,7 +139,7 @@ def ridge_maps(moments: SiteMoments, pairing: Pairing, ridge: float) -> Maps:
     speaks for several target modules has its update divided among them.
 
     Args:
-        moments: of all branches or of those of some target layers
+        moments: of all branches or of those of some target modules
         pairing: all that belongs together
         ridge: strength of the penalty relative to the mean square of the regressor
 
@@ -164,7 +169,7 @@ def ridge_factors(
     of the input: A' = A·E[y xᵀ]·(E[x xᵀ] + λI)⁻¹, and B' likewise. A solution then has r columns, not d.
 
     Args:
-        moments: of all branches or of those of some target layers
+        moments: of all branches or of those of some target modules
         pairing: all that belongs together
         factors: the source adapter, by module
         ridge: strength of the penalty relative to the mean square of the regressor
@@ -212,45 +217,56 @@ def collect_moments(
         pairing: which modules belong together
         passages: the text, aligned
         permutation: pairs the positions of a batch at random, for a control that must carry nothing
-        use: called before a model runs, where only one of them can be on the accelerator; then the source reads many
-            batches before the target does, and what it computed waits in the machine's memory
+        use: called before a model runs, where only one of them can be on the accelerator; then one reads many batches
+            before the other does, and what it computed waits in the machine's memory
     """
     moments = SiteMoments({}, {})
-    source_names = sorted({branch.source_module for _, _, branch in pairing.branches()})
-    target_names = sorted({pair.target.name for pair in pairing.mapped})
-    for turn in _turns(source, source_names, passages, permutation, use):
+    models: Mapping[Side, nn.Module] = {"source": source, "target": target}
+    names: Mapping[Side, list[str]] = {
+        "source": sorted({branch.source_module for _, _, branch in pairing.branches()}),
+        "target": sorted({pair.target.name for pair in pairing.mapped}),
+    }
+    for first, turn in _turns(models, names, passages, permutation, use):
+        second: Side = "target" if first == "source" else "source"
         if use:
-            use("target")
-        kept_on = _statistics_device(target)
-        for batch, in_source in turn:
-            in_target = _activations(target, target_names, batch, "target", None)
-            _add_batch(moments, pairing, _moved(in_source, _device(target)), in_target, kept_on)
+            use(second)
+        device = _device(models[second])
+        for batch, of_first in turn:
+            of_second = _activations(models[second], names[second], batch, second, permutation)
+            captured = {first: _moved(of_first, device), second: of_second}
+            _add_batch(moments, pairing, captured["source"], captured["target"], _statistics_device(device))
     return moments
 
 
 def _turns(
-    source: nn.Module,
-    names: Sequence[str],
+    models: Mapping[Side, nn.Module],
+    names: Mapping[Side, Sequence[str]],
     passages: Sequence[AlignedPassage],
     permutation: torch.Generator | None,
     use: Use | None,
-) -> Iterator[list[tuple[Batch, dict[str, Activations]]]]:
-    """Batches with the source's activations; as many at once as memory holds where the target cannot run meanwhile."""
+) -> Iterator[tuple[Side, list[tuple[Batch, dict[str, Activations]]]]]:
+    """Batches with the activations of the model that reads them first.
+
+    As many at once as memory holds where the other model cannot run meanwhile; the one that is on the accelerator
+    already begins then, since each change of places takes time.
+    """
+    first: Side = "source"
     turn: list[tuple[Batch, dict[str, Activations]]] = []
     taken = 0
     for batch in batches(passages, STATISTICS_BATCH, torch.device("cpu")):
         if use and not turn:
-            use("source")
-        activations = _activations(source, names, batch, "source", permutation)
+            first = "target" if _waits(models["source"]) and not _waits(models["target"]) else "source"
+            use(first)
+        activations = _activations(models[first], names[first], batch, first, permutation)
         if use:
             activations = _moved(activations, torch.device("cpu"))
         turn.append((batch, activations))
         taken += sum(one.inputs.nbytes + one.outputs.nbytes for one in activations.values())
         if use is None or taken >= _BYTES_PER_TURN:
-            yield turn
+            yield first, turn
             turn, taken = [], 0
     if turn:
-        yield turn
+        yield first, turn
 
 
 def _activations(
@@ -261,7 +277,7 @@ def _activations(
     # A first token without content attracts extreme activations that would rule the regression.
     counts = (batch["weights"] > 0) & (batch["source_positions"] > 0) & (batch["target_positions"] > 0)
     places = counted_places(batch[f"{side}_positions"], counts)
-    if permutation is not None:
+    if permutation is not None and side == "source":
         order = torch.randperm(int(counts.sum()), generator=permutation)
         places = places[0][order], places[1][order]
     here = places[0].to(device), places[1].to(device)
@@ -306,7 +322,7 @@ def rows_at(activations: Tensor, batch_size: int, places: tuple[Tensor, Tensor])
 
 def memory_for_statistics(model: nn.Module) -> int:
     """Bytes: most of what is free where the statistics of a model are kept."""
-    device = _statistics_device(model)
+    device = _statistics_device(_device(model))
     free = get_max_memory()
     if device.type == "cuda":
         return int(_SHARE_FOR_SUMS * free[device.index])
@@ -335,8 +351,8 @@ def _of_all_processes(moments: SiteMoments) -> SiteMoments:
     return moments
 
 
-def _layer(pair: ModulePair) -> int:
-    return pair.target.layer
+def _inputs(pair: ModulePair) -> set[InputSite]:
+    return {input_site(pair, branch) for branch in pair.branches}
 
 
 def _add(moments: dict[_Key, Moments], key: _Key, x: Tensor, y: Tensor, device: torch.device) -> None:
@@ -349,7 +365,10 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _statistics_device(model: nn.Module) -> torch.device:
+def _waits(model: nn.Module) -> bool:
+    return _device(model).type == "cpu"
+
+
+def _statistics_device(device: torch.device) -> torch.device:
     """Where the sums are kept: beside the model, where double precision is."""
-    device = _device(model)
     return device if device.type == "cuda" else torch.device("cpu")

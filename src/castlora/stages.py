@@ -15,7 +15,7 @@ from castlora.config import Bits, Recipe
 from castlora.distill import Student
 from castlora.effective import effective_update
 from castlora.errors import UserError
-from castlora.fitting import SiteMoments, ridge_factors, ridge_maps, solve_by_layers
+from castlora.fitting import SiteMoments, ridge_factors, ridge_maps, solve_in_parts
 from castlora.maps import balance
 from castlora.models import best_device, layer_path, load_model, number_of_layers
 from castlora.offloading import Offloading
@@ -220,8 +220,8 @@ def _solved_start(
     use = models.use if models.low_memory else None
     with models.teacher.disable_adapter():
         if trains_factors:
-            return solve_by_layers(*read, factors, use=use), {}
-        return {}, solve_by_layers(*read, maps_of, use=use)
+            return solve_in_parts(*read, factors, use=use), {}
+        return {}, solve_in_parts(*read, maps_of, use=use)
 
 
 def _of_rank(folded: Mapping[str, LowRank], rank: int) -> tuple[dict[str, LowRank], float]:

@@ -14,7 +14,7 @@ from castlora.bench.speed_measures import SHORT, SpeedSettings, fit, read
 from castlora.bench.speed_models import Subject, TextKind
 from castlora.bench.speed_steps import teacher_and_student, time_steps
 from castlora.bench.speed_timing import Clock, interleaved
-from castlora.fitting import layer_groups, memory_for_statistics
+from castlora.fitting import memory_for_statistics, parts_of
 from castlora.models import layer_path, number_of_layers
 from castlora.recomputation import recompute_activations
 from castlora.teacher import RecordedTeacher, Teacher
@@ -61,7 +61,7 @@ def measure_limits(settings: SpeedSettings, device: torch.device) -> list[Use]:
     tokens = settings.length * len(passages)
     both = 2 * tokens * (linear_weights(subject.source) + linear_weights(subject.target))
     memory = memory_for_statistics(subject.target)
-    groups = len(list(layer_groups(subject.pairing, subject.factors, memory)))
+    groups = len(list(parts_of(subject.pairing, subject.factors, memory)))
     works: dict[str, tuple[Callable[[], object], int]] = {
         "forward passes of both models": (partial(read, subject, passages), settings.repeats),
         f"closed-form start, text read {groups} times": (partial(fit, subject, passages), 1),

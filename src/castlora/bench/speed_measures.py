@@ -16,7 +16,7 @@ from castlora.adapters import LowRank, write_portable
 from castlora.bench.speed_models import SHAPES, Subject, TextKind, random_maps
 from castlora.bench.speed_timing import Clock, Ratio, Side, interleaved
 from castlora.config import DEFAULT, ShapeName
-from castlora.fitting import STATISTICS_BATCH, SiteMoments, ridge_factors, solve_by_layers
+from castlora.fitting import STATISTICS_BATCH, SiteMoments, ridge_factors, solve_in_parts
 from castlora.maps import CastLayer
 from castlora.pairing import Pairing
 from castlora.positions import AlignedPassage, batches
@@ -145,7 +145,7 @@ def count(subject: Subject, passages: Sequence[AlignedPassage]) -> None:
 def _solve(
     subject: Subject, passages: Sequence[AlignedPassage], solve: Callable[[SiteMoments], dict[str, LowRank]]
 ) -> None:
-    solve_by_layers(subject.source, subject.target, subject.pairing, subject.factors, passages, solve)
+    solve_in_parts(subject.source, subject.target, subject.pairing, subject.factors, passages, solve)
 
 
 @torch.no_grad()
