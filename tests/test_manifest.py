@@ -2,7 +2,6 @@ import os
 import shlex
 
 import pytest
-import torch
 
 from castlora.cli import _underscored, parser
 from castlora.manifest import command_line, peak_accelerator_bytes, peak_memory_bytes, versions
@@ -45,9 +44,5 @@ def test_peak_memory_is_in_bytes():
     assert 30 << 20 < peak_memory_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def test_peak_memory_of_an_accelerator_is_known_where_there_is_one():
-    if not torch.cuda.is_available():
-        assert peak_accelerator_bytes() is None
-        return
-    on_accelerator = torch.zeros(1 << 20, device="cuda")
-    assert on_accelerator.nbytes <= peak_accelerator_bytes() <= torch.cuda.get_device_properties(0).total_memory
+def test_without_an_accelerator_no_memory_of_one_is_known():
+    assert peak_accelerator_bytes() is None

@@ -11,7 +11,7 @@ from castlora import UserError, verification
 from castlora.adapter_files import open_adapter
 from castlora.adapters import read_factors, write_portable
 from castlora.models import linear_slots, load_config
-from castlora.verification import check_written, live_logits
+from castlora.verification import check_written, live_logits, rounding_difference, tolerance
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 1, 1]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
@@ -54,6 +54,18 @@ def test_a_16_bit_model_may_round_and_no_more(written, checked_in_process):
     rounded[0, 1, 2] += live.abs().max() / 10
     with pytest.raises(RuntimeError, match=r"logits differ from the trained model's by .*, above 3e-02"):
         check_written(adapter, base, None, IDS, MASK, rounded)
+
+
+def test_a_deep_model_adds_its_roundings_up(base_model):
+    model = tiny.load(base_model("llama"))
+    exact = live_logits(model, IDS, MASK)
+    assert rounding_difference(model, IDS, MASK, exact) < 1e-5
+    assert rounding_difference(model, IDS, MASK, 2 * exact) == pytest.approx(0.5, rel=1e-3)
+    model.bfloat16()
+    assert 0 < rounding_difference(model, IDS, MASK, exact) < 0.1
+    assert tolerance(torch.bfloat16, None, 0.02) == 0.08
+    assert tolerance(torch.bfloat16, None, 0.001) == tolerance(torch.bfloat16) == tolerance(torch.bfloat16, 4)
+    assert tolerance(torch.float32, None, 1e-6) == 1e-4
 
 
 def test_weights_that_are_loaded_as_others_are_noticed(written, checked_in_process, monkeypatch):

@@ -54,7 +54,7 @@ from castlora.starts import student_factors
 from castlora.teaching import TextSource
 from castlora.tracking import check_tracker, tracking
 from castlora.training import train_student
-from castlora.verification import check_written, live_logits
+from castlora.verification import check_written, live_logits, rounding_difference
 
 logger = logging.getLogger("castlora")
 
@@ -344,10 +344,12 @@ def _write_adapter(
     batch = collate(held_out[:_CHECKED_PASSAGES])
     ids, mask = batch["target_ids"], batch["target_mask"]
     device = next(student.model.parameters()).device
-    live = live_logits(student.model, ids.to(device), mask.to(device)).cpu()
+    on_device = ids.to(device), mask.to(device)
+    live = live_logits(student.model, *on_device)
+    roundings = rounding_difference(student.model, *on_device, live)
     # The process that loads it needs the room.
     models.put_away()
-    difference = check_written(run.finished, plan.target, None, ids, mask, live, bits)
+    difference = check_written(run.finished, plan.target, None, ids, mask, live.cpu(), bits, roundings)
     logger.debug("Loaded again, the adapter's logits differ by %.1e of the largest", difference)
     return difference
 

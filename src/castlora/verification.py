@@ -20,12 +20,16 @@ from castlora.models import best_device, load_model
 _TOLERANCE, _ROUNDINGS = 1e-4, 4
 
 
-def tolerance(dtype: torch.dtype, bits: Bits | None = None) -> float:
-    """Largest accepted difference of logits, relative to the largest logit: some roundings of a 16-bit model.
+def tolerance(dtype: torch.dtype, bits: Bits | None = None, roundings: float = 0.0) -> float:
+    """Largest accepted difference of logits, relative to the largest logit: a few times what roundings make.
 
-    Where weights have 8 bits, so have the activations that they are multiplied with; those of 4 bits are unpacked.
+    Args:
+        dtype: of the model; one rounding of a 16-bit number is already much
+        bits: of a weight, where weights are quantized. Where they have 8 bits, so have the activations that they are
+            multiplied with; those of 4 bits are unpacked
+        roundings: what `rounding_difference` finds: in a deep model they add up
     """
-    return max(_TOLERANCE, _ROUNDINGS * (torch.finfo(dtype).eps if bits != 8 else 2**-7))
+    return max(_TOLERANCE, _ROUNDINGS * max(torch.finfo(dtype).eps if bits != 8 else 2**-7, roundings))
 
 
 @torch.no_grad()
@@ -33,6 +37,24 @@ def live_logits(student: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits of the model in memory, shape (batch, tokens, vocabulary), zero where padded."""
     logits: Tensor = student(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits * mask.unsqueeze(-1)
+
+
+def rounding_difference(student: nn.Module, ids: Tensor, mask: Tensor, live: Tensor) -> float:
+    """How far logits of one model lie apart that is given passages one by one and together.
+
+    Both are right: sums are taken in another order, and each is rounded.
+
+    Args:
+        student: the model in memory
+        ids: token ids, shape (batch, tokens)
+        mask: attention mask, shape (batch, tokens)
+        live: its logits for the whole batch, shape (batch, tokens, vocabulary)
+
+    Returns:
+        the largest difference relative to the largest logit
+    """
+    alone = [live_logits(student, *one) for one in zip(ids.split(1), mask.split(1), strict=True)]
+    return _relative(torch.cat(alone), live)
 
 
 def check_written(
@@ -43,6 +65,7 @@ def check_written(
     mask: Tensor,
     live: Tensor,
     bits: Bits | None = None,
+    roundings: float = 0.0,
 ) -> float:
     """Loads the adapter in a fresh process and compares its logits with the live model's.
 
@@ -54,6 +77,7 @@ def check_written(
         mask: attention mask, shape (batch, tokens)
         live: logits of the model in memory for these ids, shape (batch, tokens, vocabulary), in its dtype
         bits: of a weight of the base model's layers, where they are quantized
+        roundings: how much they make, by `rounding_difference`
 
     Returns:
         the largest difference relative to the largest logit
@@ -78,7 +102,7 @@ def check_written(
     if finished.returncode != 0:
         raise RuntimeError(f"The written adapter cannot be loaded again: {finished.stderr.strip()[-500:]}")
     difference = float(json.loads(finished.stdout.strip().splitlines()[-1])["relative_difference"])
-    accepted = tolerance(live.dtype, bits)
+    accepted = tolerance(live.dtype, bits, roundings)
     if not difference <= accepted:
         raise RuntimeError(
             f"The written adapter's logits differ from the trained model's by {difference:.2e}, above {accepted:.0e}."
@@ -100,7 +124,11 @@ def _relative_difference(adapter: str, target: str, revision: str | None, bits: 
     if differing:
         raise RuntimeError(f"{WEIGHTS_FILE} and the model disagree on {min(differing)!r}.")
     logits = live_logits(model, expected["ids"].to(device), expected["mask"].to(device)).cpu()
-    return float((logits - expected["logits"]).abs().max() / expected["logits"].abs().max())
+    return _relative(logits, expected["logits"])
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).abs().max() / expected.abs().max())
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class Nonlinear(Distilled):
         model = attach_lora(models.target, plan.target_modules, plan.adapter_rank)
         attach_networks(model, plan.pairing, plan.factors, paper_maps(plan.pairing, plan.factors, seed))
         widths = models.target.config.hidden_size, models.source.config.hidden_size
-        return Student(model, *widths, with_head=recipe.mse_weight > 0)
+        return Student(model, *widths, with_head=recipe.mse_weight > 0).to(best_device())
 
 
 @dataclass(frozen=True)
