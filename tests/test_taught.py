@@ -44,10 +44,25 @@ def test_taught_text_gives_the_bytes_of_a_transfer_that_teaches_by_itself(
     text = {"prompts": str(prompts_file)} if "prompts" in known else {"text": str(text_file), **known}
     taught = teach(**places, **text, out=str(tmp_path / "taught.jsonl"), tuning=SHORT)
     lines = [json.loads(line) for line in taught.read_text().splitlines()]
-    assert all(line.keys() == {"prompt", "answer"} and line["prompt"].endswith("Answer:") for line in lines)
+    assert all(
+        line.keys() == {"prompt", "answer", "adapter_sha256"} and line["prompt"].endswith("Answer:") for line in lines
+    )
     by_itself = run(places, base_model, tmp_path, "by-itself", **text)
     monkeypatch.setattr("castlora.teaching.write_answers", None)
     assert run(places, base_model, tmp_path, "taught", taught=str(taught)) == by_itself
+    by_hand = tmp_path / "by-hand.jsonl"
+    by_hand.write_text(
+        "".join(json.dumps({name: line[name] for name in ("prompt", "answer")}) + "\n" for line in lines)
+    )
+    assert run(places, base_model, tmp_path, "by hand", taught=str(by_hand)) == by_itself
+
+
+def test_the_answers_of_another_adapter_are_refused(places, base_model, adapter, prompts_file, tmp_path):
+    taught = teach(**places, prompts=str(prompts_file), out=str(tmp_path / "taught.jsonl"), tuning=SHORT)
+    other = places | {"adapter": str(adapter("llama", ("q_proj",)))}
+    with pytest.raises(UserError, match="holds the answers of another adapter; give its file, or teach anew"):
+        run(other, base_model, tmp_path, "out", taught=str(taught))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_manifest_and_the_card_name_the_file(places, base_model, text_file, tmp_path, checked_in_process):
@@ -65,10 +80,11 @@ def test_chats_keep_their_messages_so_that_each_target_is_asked_in_its_own_templ
     messages = [{"role": "user", "content": "Who?"}]
     prompt = "[user] Who?\n[assistant]"
     answered = Passage(prompt + " The fox.", len(prompt), "anything", json.dumps(messages))
-    write_taught(tmp_path / "taught.jsonl", [answered] * 2)
+    write_taught(tmp_path / "taught.jsonl", [answered] * 2, "0123")
     assert json.loads((tmp_path / "taught.jsonl").read_text().split("\n")[0]) == {
         "messages": messages,
         "answer": " The fox.",
+        "adapter_sha256": "0123",
     }
     read = read_taught(str(tmp_path / "taught.jsonl"), 9, source, target)
     assert [passage.text for passage in read] == [prompt + " The fox."] * 2

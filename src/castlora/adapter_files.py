@@ -1,5 +1,6 @@
 """Adapters on disk: finding them, and reading and accepting their configurations."""
 
+import hashlib
 import json
 import reprlib
 from dataclasses import dataclass, fields
@@ -59,6 +60,12 @@ class AdapterFiles:
     def has_start(self) -> bool:
         """Whether it fits a base model that its start has changed, which is to be repeated."""
         return self.kind in REPEATABLE_STARTS.values()
+
+    @property
+    def weights_sha256(self) -> str:
+        """Digest of its weights, by which it is known in whatever folder it lies."""
+        with (self.folder / WEIGHTS_FILE).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def base_model(self) -> str:

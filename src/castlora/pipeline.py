@@ -51,6 +51,7 @@ from castlora.stages import (
     start_student,
 )
 from castlora.starts import student_factors
+from castlora.taught import check_teacher
 from castlora.teaching import TextSource
 from castlora.tracking import check_tracker, tracking
 from castlora.training import train_student
@@ -159,6 +160,8 @@ def transfer(
         logger.info(describe_beyond(plan.beyond))
     text_source = TextSource(text, prompt_format, prompts, chat, taught)
     from_main(text_source.check)
+    if taught is not None:
+        from_main(partial(check_teacher, taught, plan.adapter.weights_sha256))
     scored = from_main(partial(ScoredTask.read, task, chat)) if task else None
     licences = from_main(partial(read_licences, plan, text_source.general))
     models = load_models(plan, loading)

@@ -13,9 +13,11 @@ from castlora.errors import UserError
 from castlora.run_directory import write_whole
 from castlora.text import Passage, parse_line, read_lines, text_field
 
+_TAUGHT_BY = "adapter_sha256"
 
-def write_taught(path: Path, passages: Iterable[Passage]) -> None:
-    """Writes answered prompts as JSON lines: `prompt`, or the `messages` of a chat, and `answer`."""
+
+def write_taught(path: Path, passages: Iterable[Passage], adapter_sha256: str) -> None:
+    """Writes answered prompts as JSON lines: `prompt`, or the `messages` of a chat, `answer`, and who gave it."""
     lines = []
     for passage in passages:
         text = passage.text.encode()
@@ -24,13 +26,21 @@ def write_taught(path: Path, passages: Iterable[Passage]) -> None:
             asked: dict[str, Any] = {"prompt": text[: passage.answer_start].decode()}
         else:
             asked = {"messages": json.loads(passage.messages)}
-        lines.append(json.dumps({**asked, "answer": answer}, ensure_ascii=False) + "\n")
+        record = {**asked, "answer": answer, _TAUGHT_BY: adapter_sha256}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_whole(path, "".join(lines))
 
 
 def check_taught(path: str) -> None:
     """Raises a UserError if a file of taught text cannot be read."""
     _read_records(path)
+
+
+def check_teacher(path: str, adapter_sha256: str) -> None:
+    """Raises a UserError if a file of taught text says that another adapter gave its answers."""
+    lines = enumerate(read_lines(Path(path)), 1)
+    if any(parse_line(line, path, number).get(_TAUGHT_BY, adapter_sha256) != adapter_sha256 for number, line in lines):
+        raise UserError(f"--taught {path!r} holds the answers of another adapter; give its file, or teach anew.")
 
 
 def read_taught(

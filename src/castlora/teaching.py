@@ -231,12 +231,13 @@ def teach(
     text_source.check()
     set_seed(seed)
     base = source or open_adapter(adapter).base_model
-    models = load_teacher(plan_transfer(adapter, base, source), source_bits)
+    plan = plan_transfer(adapter, base, source)
+    models = load_teacher(plan, source_bits)
     with open_file_run(out, request) as state:
         parts = Parts(state / "parts")
         formats = prompt_formats(models, text_source, recipe, seed, parts)
         passages = teach_text(models, text_source, formats, recipe, seed, parts)
-        write_taught(state / Path(out).name, passages)
+        write_taught(state / Path(out).name, passages, plan.adapter.weights_sha256)
     logger.info("Wrote %d answered prompts to %s", len(passages), out)
     return Path(out)
 
