@@ -7,7 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
+import transformers
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
@@ -15,6 +18,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from castlora.card import is_hub_id, make_card, public_command, public_name, write_card
 from castlora.formatting import percent
 from castlora.lift import Lift
+from castlora.models import _quantization
 from castlora.report import BARE_TARGET, RETRAINED, TRANSFERRED, Score, Skill
 
 DOCUMENTED = {
@@ -133,8 +137,10 @@ def test_metadata() -> None:
         "0.125 nats per position", "252 s",
         "2.00 GiB",
         "1 of 2 target modules have a partner in the source; no update for `layers.0.gate_proj`",
-        'AutoModelForCausalLM.from_pretrained("org/mistral-s", revision="88b01de")',
-        "vllm serve org/mistral-s --revision 88b01de --enable-lora --max-lora-rank 8 --lora-modules trec-lora=",
+        "belongs to one.\n\n```python",
+        'AutoModelForCausalLM.from_pretrained("org/mistral-s", revision="88b01de", quantization_config=BitsAndBytes',
+        "vllm serve org/mistral-s --revision 88b01de --quantization bitsandbytes --enable-lora --max-lora-rank 8",
+        "--lora-modules trec-lora=",
         "castlora transfer --adapter org/trec-lora --target org/mistral-s --out out", "`torch 2.13.0`", "2510.17902",
     ],
 )  # fmt: skip
@@ -193,12 +199,24 @@ def test_licences_are_named() -> None:
     assert make_card(manifest(licences=licences)).data.license is None
 
 
-def test_python_snippet_is_python() -> None:
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_python_snippet_is_python_and_loads_the_target_as_it_was(bits: int | None, monkeypatch) -> None:
+    loaded = []
+
+    def load(*_name: str, **options: Any) -> None:
+        loaded.append(options.get("quantization_config"))
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_name, **_options: None)
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", lambda *_places: None)
     for name in ("org/mistral-s", HOSTILE, "a\"b\\c'd"):
-        (code,) = re.findall(
-            r"^(`{3,})python\n(.*?)^\1$", make_card(manifest(target={"name": name, "revision": "1"})).text, re.M | re.S
-        )
-        compile(code[1], "snippet", "exec")
+        card = make_card(manifest(target={"name": name, "revision": "1"}, target_bits=bits)).text
+        (code,) = re.findall(r"^(`{3,})python\n(.*?)^\1$", card, re.M | re.S)
+        exec(code[1], {})
+    expected = _quantization(bits, torch.bfloat16).to_dict() if bits else None
+    assert [found and found.to_dict() for found in loaded] == [expected] * 3
+    assert ("--quantization bitsandbytes" in card) == (bits == 4)
+    assert ("quantized to" in card) == bool(bits)
 
 
 def test_written_card_loads(tmp_path: Path) -> None:

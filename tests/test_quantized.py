@@ -170,10 +170,13 @@ def test_other_commands_quantize_too(base, save_adapter, task, prompts_file, tmp
     assert taught[0] != taught[1]
 
 
-def test_scores_are_recorded_in_the_precision_of_the_training(move, base, task):
+def test_scores_are_recorded_in_the_precision_of_the_training(move, base, task, caplog):
     folder = str(move("llama", "gpt2", target_bits=4).folder)
-    with pytest.raises(UserError, match="in another precision; give --bits 4, or --record"):
+    with pytest.raises(UserError, match="in another precision; give --bits 4, or leave out --record"):
         evaluate(base("gpt2"), task, folder, record=True)
+    assert "was trained beside a target of 4 bits; --bits 4 scores it so" not in caplog.text
+    evaluate(base("gpt2"), task, folder)
+    assert "was trained beside a target of 4 bits; --bits 4 scores it so" in caplog.text
     assert evaluate(base("gpt2"), task, folder, record=True, bits=4)["scores"].keys() == {"bare target", "transferred"}
 
 

@@ -29,6 +29,12 @@ _ACCESS_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 _LONGEST_NAME = 200
 _NAMED_MODULES = 4
 
+_QUANTIZED = {
+    4: 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"',
+    8: "load_in_8bit=True",
+}
+"""Arguments of transformers' BitsAndBytesConfig."""
+
 _SCORES_BEGIN = "<!-- castlora evaluate --record true writes the lines from here -->"
 _SCORES_END = "<!-- to here -->"
 
@@ -99,6 +105,7 @@ def make_card(manifest: Mapping[str, Any], skills: Sequence[Skill] = ()) -> Mode
         "## Evaluation",
         f"{_SCORES_BEGIN}\n{_evaluation(skills)}\n{_SCORES_END}",
         "## Use",
+        *_needed_precision(manifest["target_bits"]),
         _fenced("python", _peft_snippet(manifest)),
         _fenced("shell", _vllm_snippet(manifest)),
         "## Reproduce",
@@ -306,16 +313,25 @@ def _skill_rows(skill: Skill) -> list[tuple[str, ...]]:
     return rows
 
 
+def _needed_precision(bits: int | None) -> list[str]:
+    if not bits:
+        return []
+    sentence = f"The adapter was trained beside a base model quantized to {bits} bits, and belongs to one."
+    return [sentence + (" vLLM quantizes so only to 4." if bits == 8 else "")]
+
+
 def _peft_snippet(manifest: Mapping[str, Any]) -> str:
-    revision = manifest["target"]["revision"]
+    revision, bits = manifest["target"]["revision"], manifest["target_bits"]
     base = _python_string(public_name(manifest["target"]["name"]))
     pinned = f"{base}, revision={_python_string(revision)}" if revision else base
+    classes = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if bits else [])]
+    quantized = f", quantization_config=BitsAndBytesConfig({_QUANTIZED[bits]})" if bits else ""
     return f"""\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {", ".join(classes)}
 
 tokenizer = AutoTokenizer.from_pretrained({pinned})
-base = AutoModelForCausalLM.from_pretrained({pinned})
+base = AutoModelForCausalLM.from_pretrained({pinned}{quantized})
 model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 """
 
@@ -325,6 +341,7 @@ def _vllm_snippet(manifest: Mapping[str, Any]) -> str:
     name = _slug(manifest["adapter"]["name"])
     parts = ["vllm", "serve", public_name(manifest["target"]["name"])]
     parts += ["--revision", revision] if revision else []
+    parts += ["--quantization", "bitsandbytes"] if manifest["target_bits"] == 4 else []
     parts += ["--enable-lora", "--max-lora-rank", str(manifest["rank"])]
     parts += ["--lora-modules", f"{name}=path/to/this/adapter"]
     return shlex.join(parts)

@@ -29,7 +29,7 @@ from castlora.lift import COUNTABLE_GAIN, bootstrap_interval, lift_with_interval
 from castlora.measured_tasks import describe_task
 from castlora.models import LIBRARY_ERRORS, best_device, load_model, public_name
 from castlora.patterns import check_patterns
-from castlora.record import check_record, record_task
+from castlora.record import check_record, record_task, warn_of_other_precision
 from castlora.report import BARE_TARGET, RETRAINED, TRANSFERRED, Score, Skill
 from castlora.tasks import TaskItem, load_task
 
@@ -271,6 +271,8 @@ def _check_compared(model: str, adapter: str | None, retrained: str | None, reco
         find_adapter(retrained)
     if adapter is not None and record:
         check_record(adapter, model, bits)
+    elif adapter is not None:
+        warn_of_other_precision(adapter, bits)
 
 
 def skill_of(name: str, sha256: str, evaluations: Mapping[str, Evaluation]) -> Skill:

@@ -1,6 +1,7 @@
 """What a finished run says about itself: the manifest, the model card and the report."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
+from castlora.adapter_files import find_adapter
 from castlora.card import add_scores, public_name, write_card
 from castlora.config import Bits
 from castlora.errors import UserError, first_line
@@ -26,6 +28,8 @@ from castlora.report import (
 )
 from castlora.run_directory import write_whole
 from castlora.runs import DETAILS_FILE, MANIFEST_FILE, TASKS, RunDetails, read_run, run_report, task_skills
+
+logger = logging.getLogger("castlora")
 
 REPORT_FILE = "report.html"
 _SAMPLES = 6
@@ -68,8 +72,25 @@ def check_record(folder: str, model: str, bits: Bits | None) -> None:
         )
     if trained_bits != bits:
         remedy = f"give --bits {trained_bits}" if trained_bits else "leave out --bits"
-        raise UserError(f"{folder!r} was trained beside a target in another precision; {remedy}, or --record.")
+        raise UserError(
+            f"{folder!r} was trained beside a target in another precision; {remedy}, or leave out --record."
+        )
     _read_card(Path(folder))
+
+
+def warn_of_other_precision(adapter: str, bits: Bits | None) -> None:
+    """Says so where an adapter was trained beside a target of other bits than it is to be scored on."""
+    folder = find_adapter(adapter)
+    try:
+        trained = read_run(str(folder)).report.manifest.get("target_bits")
+    except UserError:  # no adapter of ours, or one that lost its record
+        return
+    if trained and trained != bits:
+        logger.warning("%r was trained beside a target of %d bits; --bits %d scores it so.", adapter, trained, trained)
+    elif bits and not trained:
+        logger.warning(
+            "%r was trained beside a target that is not quantized; leave out --bits to score it so.", adapter
+        )
 
 
 def record_task(folder: Path, task: Mapping[str, Any]) -> None:
