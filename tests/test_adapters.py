@@ -46,6 +46,13 @@ def edit_config(adapter: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def test_others_may_read_the_weights_as_they_may_other_files(adapter, base_model, tmp_path):
+    base = base_model("llama")
+    write_portable(tmp_path, factors_of(adapter("llama"), base), slots_of(base), 8, str(base), None)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in (CONFIG_FILE, "adapter_model.safetensors")}
+    assert len(set(modes.values())) == 1, modes
+
+
 @pytest.fixture
 def copy(adapter, tmp_path) -> Path:
     """A copy of a LoRA for the tiny Llama to be damaged."""

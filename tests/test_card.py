@@ -68,7 +68,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "versions": {"torch": "2.13.0", "peft": "0.21.2"},
         "scale": {"scale": 0.75, "tried": [0.0, 0.75, 1.0], "losses": [3.0, 0.552, 0.6]},
         "losses": {
-            "held_out_before": 2.91, "held_out_after": 0.552, "agreement_before": 0.31, "agreement_after": 0.84,
+            "held_out_bare": 2.91, "held_out_after": 0.552, "agreement_bare": 0.31, "agreement_after": 0.84,
             "kl_before": 2.5, "kl_after": 0.21, "drift_after": 0.125,
         },
         "licences": {"source adapter": "mit", "source base model": "mit", "target base model": "mit", "text": "mit"},
@@ -133,8 +133,8 @@ def test_metadata() -> None:
     [
         "`org/trec-lora`, rank 4", "`org/llama-s` at `3f2a91c` |", "`88b01de`, quantized to 4 bits |",
         "`prompt format`, `allenai/c4`", "`default` with `steps=500`", "| `fresh` |", "1.00 × KL + 0.500 × hidden MSE",
-        "500 × 32", "| seed | 17 |", "0.750, by held-out loss", "2.91 → 0.552", "31\xa0% → 84\xa0%",
-        "0.125 nats per position", "252 s",
+        "500 × 32", "| seed | 17 |", "0.750, by held-out loss", "2.91 bare → 0.552", "31\xa0% bare → 84\xa0%",
+        "0.125 nats per position", "| time | 252 s |",
         "2.00 GiB",
         "1 of 2 target modules have a partner in the source; no update for `layers.0.gate_proj`",
         "belongs to one.\n\n```python",
@@ -197,6 +197,10 @@ def test_licences_are_named() -> None:
     expected = "Licences differ: source adapter `mit`, source base model `llama2`; not known: that of the target base"
     assert f"{expected} model, that of the text." in unlike
     assert make_card(manifest(licences=licences)).data.license is None
+
+
+def test_the_time_of_a_resumed_run_is_told_as_that() -> None:
+    assert "| time | 252 s, since it was resumed |" in make_card(manifest(resumed=True)).text
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])

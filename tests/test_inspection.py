@@ -61,6 +61,8 @@ def test_the_command_that_moves_the_adapter_is_given(adapter, base_model, tmp_pa
     assert f"To move it:\n  {command}\n" in text
     parsed = parser().parse_args([word.replace("NEW-FOLDER", str(tmp_path)) for word in command.split()[1:]])
     assert parsed.transfer.prompts == "FILE"
+    shorter = inspect(str(path), str(target), str(source), steps=200, batch_size=4).record["command"]
+    assert shorter == command.replace("--prompts FILE", "--prompts FILE --steps 200 --batch-size 4")
 
 
 def test_one_tokenizer_is_recognised(adapter, base_model):

@@ -26,6 +26,11 @@ def test_the_command_repeats_the_run(prompt_format):
     assert parsed.transfer.tuning.mse_weight is None
 
 
+def test_several_processes_are_started_as_they_were():
+    alone = command_line(REQUEST)
+    assert command_line(REQUEST, processes=3) == f"torchrun --nproc-per-node 3 -m {alone}"
+
+
 def test_the_command_hides_where_folders_lie(tmp_path):
     text = tmp_path / "text.txt"
     text.touch()

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import yaml
 from huggingface_hub import EvalResult, ModelCard
+from markupsafe import escape
 
 from castlora import UserError, evaluate, report_runs, transfer
 from castlora.card import make_card
@@ -118,6 +119,18 @@ def test_the_report_shows_what_was_recorded(run, base_model, task, tmp_path) -> 
     described = report_runs([str(run), str(tmp_path / "twin")], str(tmp_path / "both.html"))
     assert [task["name"] for task in described["runs"]["B"]["tasks"]] == ["animals"]
     assert "<h3>animals: accuracy</h3>" in (tmp_path / "both.html").read_text()
+
+
+def test_scores_of_some_runs_do_not_replace_what_all_are_ranked_by(run, base_model, task, tmp_path) -> None:
+    shutil.copytree(run, tmp_path / "unscored")
+    evaluate(str(base_model("mistral")), task("animals"), str(run), record=True)
+    runs = report_runs([str(run), str(tmp_path / "unscored")], str(tmp_path / "both.html"))["runs"]
+    assert runs["A"]["closeness"] == runs["B"]["closeness"] == runs["B"]["verdict"]
+    assert runs["A"]["verdict"].startswith("animals: accuracy")
+    page = (tmp_path / "both.html").read_text()
+    assert page.count(escape(runs["A"]["closeness"])) == 2 and page.count("<td>not scored</td>") == 1
+    unscored = report_runs([str(tmp_path / "unscored")] * 2, str(tmp_path / "neither.html"))
+    assert unscored["runs"].keys() == {"A", "B"} and "not scored" not in (tmp_path / "neither.html").read_text()
 
 
 def test_a_retrained_adapter_gives_the_lift(run, base_model, tmp_path, capsys) -> None:

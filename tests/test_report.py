@@ -237,11 +237,11 @@ class TestContent:
         skill = replace(SKILL, name="Greek μ", sha256="1234")
         report = Report("t", skills=[skill], distillation=Distillation(along=along, task_sha256="1234"))
         page = render_report(report)
-        assert "Lift on Greek μ, by step: 0 is the bare target, 1 the retrained adapter" in page
+        assert "Lift on &#39;Greek μ&#39;, by step: 0 is the bare target, 1 the retrained adapter; step 0" in page
         assert re.search(r'lift <span class="muted">0 → 1.00</span>', page)
         for unknown in (replace(skill, lift=None), replace(skill, lift=replace(SKILL.lift, countable=False))):
             page = render_report(replace(report, skills=[unknown]))
-            assert "Score on Greek μ, by step" in page and "Lift on Greek μ, by step" not in page
+            assert "Score on &#39;Greek μ&#39;, by step; 0 is" in page and "Lift on" not in page
             assert re.search(r'accuracy <span class="muted">0.132 → 0.779</span>', page)
         assert "by step" not in render_report(replace(report, skills=[replace(skill, sha256="5678")]))
 

@@ -44,7 +44,7 @@ def test_an_interrupted_run_is_opened_again_by_the_same_request_only(tmp_path):
     with open_run(out, REQUEST, 0) as again:
         assert again == run
         assert (again.state / "passages.json").exists()
-    with pytest.raises(UserError, match="out' holds an interrupted run with other settings; finish that one or give"):
+    with pytest.raises(UserError, match=r"out' holds an interrupted run with other settings \(seed\); finish that one"):
         check_output(out, REQUEST | {"seed": 1})
 
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -17,6 +17,7 @@ from castlora.adapter_files import WEIGHTS_FILE, AdapterFiles
 from castlora.errors import UserError, first_line
 from castlora.models import LIBRARY_ERRORS, LinearSlot, linear_slots, module_type, skeleton
 from castlora.patterns import check_patterns
+from castlora.run_directory import write_whole
 
 KEY_PREFIX = "base_model.model."
 PORTABLE_RANKS = (8, 16, 32, 64, 128)
@@ -163,7 +164,8 @@ def write_portable(
     config.target_modules = target_suffixes(written, slots)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    # `save_file` would keep the file from all other users.
+    write_whole(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
 
 
 def target_suffixes(adapted: Iterable[str], modules: Iterable[str]) -> list[str]:

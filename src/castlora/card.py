@@ -224,17 +224,17 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rank", str(manifest["rank"])),
         ("pairing", _pairing_summary(manifest["pairing"])),
         ("scale of the update", f"{number(manifest['scale']['scale'])}, by held-out loss"),
-        ("held-out loss", f"{number(losses['held_out_before'])} → {number(losses['held_out_after'])}"),
+        ("held-out loss", f"{number(losses['held_out_bare'])} bare → {number(losses['held_out_after'])}"),
         (
             "next token as the teacher's",
-            f"{percent(losses['agreement_before'])} → {percent(losses['agreement_after'])} of held-out positions",
+            f"{percent(losses['agreement_bare'])} bare → {percent(losses['agreement_after'])} of held-out positions",
         ),
         *_answers(manifest["answers"]),
         (
             "drift",
             f"{number(losses['drift_after'])} nats per position from the bare target, on its own text",
         ),
-        ("time", f"{number(manifest['seconds'])} s"),
+        ("time", f"{number(manifest['seconds'])} s" + (", since it was resumed" if manifest.get("resumed") else "")),
         ("peak memory", f"{number(manifest['peak_memory_bytes'] / 2**30)} GiB"),
         *_accelerator_memory(manifest),
     ]
@@ -261,7 +261,7 @@ def _start_loss(manifest: Mapping[str, Any]) -> str:
 def _answers(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if record is None:
         return []
-    shares = f"{percent(record['same_before'])} → {percent(record['same_after'])}"
+    shares = f"{percent(record['same_before'])} bare → {percent(record['same_after'])}"
     return [("answer as the teacher's", f"{shares} of {record['prompts']} held-out prompts")]
 
 

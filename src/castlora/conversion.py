@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,6 +22,7 @@ from castlora.errors import UserError
 from castlora.evaluation import load_adapter
 from castlora.mlx import mlx_base, read_mlx, write_mlx
 from castlora.models import LinearSlot, linear_slots, load_config, load_model, number_of_layers, skeleton
+from castlora.run_directory import write_whole
 from castlora.unpickling import PICKLED_FILE, read_pickled
 
 GGUF_SCRIPT = "convert_lora_to_gguf.py"
@@ -112,7 +113,7 @@ def _write_safetensors(adapter: str, part: Path) -> None:
             raise UserError(f"Adapter {adapter!r} has no {name}; --to safetensors is for folders that have one.")
     tensors = read_pickled(folder / PICKLED_FILE)
     part.mkdir()
-    save_file(tensors, part / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_whole(part / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     shutil.copyfile(folder / CONFIG_FILE, part / CONFIG_FILE)
     _copy_template(adapter, part)
 

@@ -94,7 +94,7 @@ def compare_answers(
         bare = answers(models.target, models.target_tokenizer, in_target)
     imitation = Imitation(in_source, teacher, bare, transferred)
     logger.info(
-        "After %d held-out prompts the target writes what source + LoRA writes: %.0f %% before, %.0f %% after",
+        "After %d held-out prompts the target writes what source + LoRA writes: %.0f %% bare, %.0f %% with the adapter",
         len(asked), 100 * imitation.same_before, 100 * imitation.same_after,
     )  # fmt: skip
     return imitation

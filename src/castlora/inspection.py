@@ -87,7 +87,7 @@ def inspect(
         "unchanged": [pair.target.name for pair in plan.pairing.pairs if not pair.branches],
         "licences": read_licences(plan),
         "forecast": asdict(_forecast(plan, steps, batch_size, loading)),
-        "command": _command(adapter, target, source, loading),
+        "command": _command(adapter, target, source, loading, steps, batch_size),
     }
     sections = [
         _say_verdict(plan),
@@ -278,11 +278,15 @@ def _say_forecast(forecast: _Forecast) -> str:
     )
 
 
-def _command(adapter: str, target: str, source: str | None, loading: Loading) -> str:
+def _command(adapter: str, target: str, source: str | None, loading: Loading, steps: int, batch_size: int) -> str:
     places = {"adapter": adapter, "target": target, "source": source, "out": "NEW-FOLDER", "prompts": "FILE"}
     bits = {"source_bits": loading.source_bits, "target_bits": loading.target_bits}
+    numbers = {
+        "steps": steps if steps != DEFAULT.steps else None,
+        "batch_size": batch_size if batch_size != DEFAULT.batch_size else None,
+    }
     # It is read where the folders are, and must run there.
-    return command_line({**places, **bits, "tuning": {}}, place=str)
+    return command_line({**places, **numbers, **bits, "tuning": {}}, place=str)
 
 
 def _say_command(command: str) -> str:

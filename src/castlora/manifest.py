@@ -109,14 +109,16 @@ def peak_accelerator_bytes() -> int | None:
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
 
 
-def command_line(request: Mapping[str, Any], place: Callable[[str], str] = public_name) -> str:
+def command_line(request: Mapping[str, Any], place: Callable[[str], str] = public_name, processes: int = 1) -> str:
     """The command that repeats a run.
 
     Args:
         request: values of the options
         place: how folders, files and hub ids are written; by default local ones by their last component
+        processes: how many of them shared the run
     """
-    words = ["castlora", "transfer"]
+    launcher = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    words = [*launcher, "castlora", "transfer"]
     for field, value in request.items():
         if value is None or value is False or isinstance(value, dict):
             continue

@@ -120,8 +120,8 @@ def transfer(
         seed: of everything random; the same seed gives the same bytes on the same machine
         rank: rank of the adapter to write; by default the smallest that holds the update
         tuning: departures from the recipe's other numbers
-        task: task file that the target is scored on at every tenth of the steps, and both models before; it does not
-            change the result
+        task: task file that both models are scored on before the training, and the target some ten times along it; it
+            takes time and does not change the result
         report_to: tracker that shows the losses while the training runs; it does not change the result
         low_memory: whether an accelerator holds one of the two models at a time, while the other waits in the
             machine's memory, and activations are computed again instead of kept; takes longer
@@ -147,7 +147,7 @@ def transfer(
     check_tracker(report_to)
     share_of_batch(resolved.batch_size)
     settings = {**request, "resolved_recipe": asdict(resolved), "castlora_version": __version__}
-    check_output(out, settings)
+    resumed = check_output(out, settings)
     started = time.monotonic()
     set_seed(seed)
     plan = plan_transfer(adapter, target, source)
@@ -189,11 +189,12 @@ def transfer(
             "seed": seed,
             "versions": versions(),
             "processes": this_process().count,
+            "resumed": resumed,
             "passages": {"training": len(training), "held_out": len(held_out)},
             "held_out_sha256": text_sha256(held_out),
             "shared_vocabulary": masses,
             "start_loss": asdict(start_loss),
-            "command": command_line({**request, "out": out}),
+            "command": command_line({**request, "out": out}, processes=this_process().count),
         }
         manifest = from_main(
             partial(_finish, run, plan, models, student, reading, held_out, scored, resolved, trained, known, started)
@@ -246,7 +247,7 @@ def _train(
     name = run.out.resolve().name
     checkpoint = from_main(run.last_checkpoint)
     if checkpoint:
-        logger.debug("Training goes on from %s", Path(checkpoint).name)
+        logger.info("Training goes on from step %s", Path(checkpoint).name.removeprefix("checkpoint-"))
     log = train_student(
         teacher, student, models.shared, training, recipe, seed, run.checkpoints, checkpoint,
         callbacks=tracking(report_to, name) if this_process().is_main else (), run_name=name,
@@ -254,7 +255,10 @@ def _train(
     )  # fmt: skip
     scale = from_main(partial(keep_best_scale, student, measure, TRAINED_SCALES))
     after = from_main(partial(measure, student))
-    logger.info("Held-out KL to source + LoRA: %.4f before, %.4f after (nats per position)", before.kl, after.kl)
+    logger.info(
+        "Held-out KL to source + LoRA: %.4f bare, %.4f at the start, %.4f at the end (nats per position)",
+        bare.kl, before.kl, after.kl,
+    )  # fmt: skip
     losses = {**_losses({"bare": bare, "before": before, "after": after}), "drift_after": from_main(drift)}
     logger.info("Drift from the bare target on its own text: %.4f nats per position", losses["drift_after"])
     return _Trained(losses, scale, [at_start, *log])

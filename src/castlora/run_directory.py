@@ -22,6 +22,7 @@ _SEAL_FILE = "sealed.json"
 _LOCK_FILE = "lock"
 _LAST_FILE = "adapter_config.json"
 _FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+_DERIVED = ("resolved_recipe", "castlora_version")
 _NEXT_TO_NOTHING = 1 << 20
 """Bytes."""
 
@@ -153,11 +154,21 @@ def file_state(out: Path) -> Path:
 
 def _check_request(holds: str, place: str, request_file: Path, request: dict[str, Any]) -> None:
     try:
-        interrupted = json.loads(request_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        interrupted = dict(json.loads(request_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{holds} an interrupted run whose {_REQUEST_FILE} is damaged; give a new {place}.") from error
     if interrupted != request:
-        raise UserError(f"{holds} an interrupted run with other settings; finish that one or give a new {place}.")
+        raise UserError(
+            f"{holds} an interrupted run with other settings ({_differing(interrupted, request)}); finish that one or "
+            f"give a new {place}."
+        )
+
+
+def _differing(interrupted: dict[str, Any], request: dict[str, Any]) -> str:
+    """Names of the settings that differ; those that follow from others only where there are no others."""
+    names = [name for name, value in request.items() if name not in interrupted or interrupted[name] != value]
+    given = [name for name in names if name not in _DERIVED] or names or list(interrupted.keys() - request.keys())
+    return ", ".join(name.replace("_", " ") for name in given)
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def _run(name: str, manifest: Mapping[str, Any], details: RunDetails) -> Compare
         identity(manifest),
         measured_positions(manifest),
         objective(manifest),
-        (measured(losses["kl_before"]), measured(losses["kl_after"])),
+        (measured(losses.get("kl_bare", losses["kl_before"])), measured(losses["kl_after"])),
         measured(manifest["seconds"]),
         measured(manifest["peak_memory_bytes"]),
     )
@@ -219,7 +219,9 @@ def _points(log: Sequence[Mapping[str, float]], key: str) -> list[tuple[int, flo
 def _cost(manifest: Mapping[str, Any]) -> dict[str, str]:
     on_accelerator = _measured_if_known(manifest.get("peak_accelerator_bytes"))
     return {
-        "wall time": f"{number(measured(manifest['seconds']))} s",
+        f"wall time{', since it was resumed' if manifest.get('resumed') else ''}": (
+            f"{number(measured(manifest['seconds']))} s"
+        ),
         "peak memory": _gibibytes(measured(manifest["peak_memory_bytes"])),
         **({"peak memory of the accelerator": _gibibytes(on_accelerator)} if on_accelerator is not None else {}),
         **{f"{kind.replace('_', '-')} passages": str(count) for kind, count in manifest["passages"].items()},

@@ -126,7 +126,7 @@ class DistillationTrainer(Trainer):
         of_processes = from_all({name: sum(values) / len(values) for name, values in self.parts.items()})
         means = {name: sum(of_one[name] for of_one in of_processes) / len(of_processes) for name in self.parts}
         self.parts = {}
-        is_due = "loss" in logs and self.state.global_step % (self.args.logging_steps * _LOGS // _MEASURES) == 0
+        is_due = "loss" in logs and self.state.global_step % _measuring_steps(self.recipe.steps) == 0
         measured = from_main(self.measure) if self.measure and is_due else {}
         super().log({**logs, **means, **measured}, *args, **kwargs)
 
@@ -149,12 +149,16 @@ class DistillationTrainer(Trainer):
 
 
 class LossProgress(ProgressCallback):
-    """A progress bar that shows the loss beside the rate and the expected end."""
+    """A progress bar that shows the loss, and the score on the run's task, beside the rate and the expected end."""
+
+    score: float | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Puts the latest loss into the bar instead of printing a line for it."""
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
+            shown = {"loss": f"{logs['loss']:.4f}"}
+            self.score = logs.get("task_score", self.score)
+            self.training_bar.set_postfix(shown if self.score is None else {**shown, "task": f"{self.score:.3f}"})
 
 
 class SealCheckpoints(TrainerCallback):
@@ -165,6 +169,16 @@ class SealCheckpoints(TrainerCallback):
         wait_for_all()
         if state.is_world_process_zero:
             seal(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+
+def _logging_steps(steps: int) -> int:
+    return max(1, steps // _LOGS)
+
+
+def _measuring_steps(steps: int) -> int:
+    """A tenth of the steps, as far as it is a multiple of those that are logged."""
+    logged = _logging_steps(steps)
+    return max(logged, steps // _MEASURES // logged * logged)
 
 
 def peak_learning_rate(recipe: Recipe, hidden_size: int) -> float:
@@ -201,14 +215,14 @@ def train_student(
     """Trains to the last step, from the checkpoint if one is given.
 
     Returns:
-        the log: `step`, `loss` and the parts of the loss, averaged since the entry before; at every tenth of the steps
-        also what is measured there
+        the log: `step`, `loss` and the parts of the loss, averaged since the entry before; some ten times also what is
+        measured there
     """
     arguments = TrainingArguments(
         output_dir=str(state_folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=share_of_batch(recipe.batch_size),
-        logging_steps=max(1, recipe.steps // _LOGS),
+        logging_steps=_logging_steps(recipe.steps),
         save_strategy="no" if quiet else "steps",
         save_steps=max(1, recipe.steps // 10),
         save_total_limit=2,

@@ -1,7 +1,7 @@
 """Several runs side by side: what differs, whether they can be ranked, and what each of them reached."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,7 @@ class ComparedRun:
         identity: What others must share for their measures to be comparable; a value is empty where it is unknown.
         positions: What decides where its divergence is measured.
         objective: What decides what its loss means.
-        divergence: KL to source + LoRA on held-out text at the start and at the end, in nats per position.
+        divergence: KL to source + LoRA on held-out text, of the bare target and at the end, in nats per position.
         seconds: Wall time.
         peak_memory_bytes: Largest memory of its process.
     """
@@ -46,15 +46,20 @@ class ComparedRun:
         """The outcome in one line."""
         return verdict(self.report)
 
+    @cached_property
+    def closeness(self) -> Verdict:
+        """How closely it follows source + LoRA, which runs are ranked by, whatever tasks they were scored on."""
+        return verdict(replace(self.report, skills=()))
+
 
 @dataclass(frozen=True)
 class BarRow:
-    """A measure of one run before and after.
+    """A measure of one run, without and with the adapter.
 
     Attributes:
         label: The run's letter.
-        before: Width of the bar, in percent; None where it is unknown.
-        after: The same after training.
+        before: Width of the bar of the bare target, in percent; None where it is unknown.
+        after: The same with the adapter.
         whisker: Ends of the 95 % interval of `after`, in percent.
         text: Both values.
         interval: The interval in words.
@@ -221,7 +226,8 @@ def measures(comparison: Comparison) -> list[Measure]:
             answers.append(_row(letter, ends, shares, percent, whisker, percent_interval(imitation.interval)))
         divergences.append(_row(letter, run.divergence, nats, number))
         if training:
-            agreements.append(_row(letter, (training.agreement_before, training.agreement_after), shares, percent))
+            bare = training.agreement_bare if is_number(training.agreement_bare) else training.agreement_before
+            agreements.append(_row(letter, (bare, training.agreement_after), shares, percent))
     named = {
         "Answers as source + LoRA writes them": answers,
         "Next token as source + LoRA's": agreements,
@@ -287,6 +293,7 @@ def describe_comparison(comparison: Comparison) -> dict[str, Any]:
             letter: {
                 "name": run.name,
                 "verdict": run.verdict.headline,
+                "closeness": run.closeness.headline,
                 "losses": dict(run.report.manifest["losses"]),
                 "answers": run.report.manifest["answers"],
                 "tasks": run.report.manifest.get("tasks", []),

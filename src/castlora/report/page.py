@@ -11,7 +11,7 @@ from markupsafe import Markup
 from castlora.formatting import MISSING, is_number, number, percent, percent_interval, printable, score, score_interval
 from castlora.report import figures
 from castlora.report.comparison import LOSS_HEIGHT, Comparison, loss_curves, measures
-from castlora.report.contents import AGREEMENT, BARE_TARGET, RETRAINED, TASK_SCORE, Report
+from castlora.report.contents import AGREEMENT, BARE_TARGET, RETRAINED, SOURCE_LORA, TASK_SCORE, Report, Skill
 from castlora.report.verdict import verdict
 from castlora.report.views import CHANGE_LEVELS, change_view, sample_view, skill_view
 
@@ -122,10 +122,18 @@ def _by_step(report: Report) -> tuple[str, dict[str, figures.Series]]:
         return "", {}
     points = run.along[TASK_SCORE]
     if skill.countable_lift is None:
-        return f"Score on {skill.name}, by step", {skill.metric: points}
+        return f"Score on '{skill.name}', by step; 0 is the start{_teachers(skill)}", {skill.metric: points}
     bare, retrained = skill.value(BARE_TARGET), skill.value(RETRAINED)
     lifts = [(step, lift) for step, score in points if (lift := figures.lift_of(score, bare, retrained)) is not None]
-    return f"Lift on {skill.name}, by step: 0 is the bare target, 1 the retrained adapter", {"lift": lifts}
+    return (
+        f"Lift on '{skill.name}', by step: 0 is the bare target, 1 the retrained adapter; step 0 is the start",
+        {"lift": lifts},
+    )
+
+
+def _teachers(skill: Skill) -> str:
+    value = skill.value(SOURCE_LORA)
+    return f"; source + LoRA reaches {score(value)}" if is_number(value) else ""
 
 
 def _measured(report: Report) -> list[tuple[str, ...]]:

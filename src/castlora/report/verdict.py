@@ -110,7 +110,8 @@ def _chance(imitation: Imitation) -> list[str]:
 
 
 def _distillation_verdict(run: Distillation) -> Verdict:
-    before, after = run.held_out_before, run.held_out_after
+    before = run.held_out_bare if is_number(run.held_out_bare) else run.held_out_before
+    after = run.held_out_after
     if not is_number(after):
         return Verdict("Transferred, not yet measured")
     details = ["That says how closely the target follows its teacher, not how well it does on a task."]
