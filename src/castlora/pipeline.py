@@ -98,6 +98,9 @@ def transfer(
 ) -> TransferResult:
     """Moves an adapter to another base model and writes a standard PEFT LoRA.
 
+    By CAST (arXiv 2510.17902, eq. 1-3): an update B·A of the source becomes map_from_source·B·A·map_to_source, trained
+    until target + CAST predicts what source + LoRA predicts, and folded.
+
     Called again with the same arguments after an interruption, it continues where it was. Where a launcher such as
     torchrun has started several processes, each calls it with the same arguments, and they share the work.
 
