@@ -69,6 +69,10 @@ def test_interrupted_maps_and_head_continue_to_the_same_bytes(quick_transfer, in
     assert weights(resumed.folder) == weights(undisturbed.folder)
     assert [entry["step"] for entry in resumed.log] == [entry["step"] for entry in undisturbed.log]
     assert resumed.manifest["losses"] == undisturbed.manifest["losses"]
+    told = [
+        "wall time, since it was resumed" in (one.folder / "report.html").read_text() for one in (resumed, undisturbed)
+    ]
+    assert told == [resumed.manifest["resumed"], undisturbed.manifest["resumed"]] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from castlora import UserError, evaluate, pipeline, reading
 from castlora.manifest import MANIFEST_FILE
 from castlora.report import BARE_TARGET, RETRAINED, SOURCE_LORA, TRANSFERRED
 from castlora.runs import read_run
+from castlora.training import LossProgress
 
 TUNING = replace(tiny.SHORT, learning_rate_scale=2.0)
 
@@ -50,6 +52,15 @@ def test_the_target_is_scored_along_the_way_as_evaluate_scores_it(
     scores = by_step(result.log)
     assert list(scores) == list(range(0, 21, 2))
     assert scores[20] == alone[TRANSFERRED]["score"] != alone[BARE_TARGET]["score"]
+
+
+def test_the_progress_bar_keeps_the_latest_score():
+    shown = []
+    progress = LossProgress()
+    progress.training_bar = SimpleNamespace(set_postfix=shown.append)
+    for logs in ({"loss": 2.0}, {"loss": 1.0, "task_score": 0.25}, {"loss": 0.5}):
+        progress.on_log(None, None, None, logs)
+    assert shown == [{"loss": "2.0000"}, {"loss": "1.0000", "task": "0.250"}, {"loss": "0.5000", "task": "0.250"}]
 
 
 def test_it_changes_nothing_else(scored_transfer, task):

@@ -167,7 +167,7 @@ def _check_request(holds: str, place: str, request_file: Path, request: dict[str
 def _differing(interrupted: dict[str, Any], request: dict[str, Any]) -> str:
     """Names of the settings that differ; those that follow from others only where there are no others."""
     names = [name for name, value in request.items() if name not in interrupted or interrupted[name] != value]
-    given = [name for name in names if name not in _DERIVED] or names or list(interrupted.keys() - request.keys())
+    given = [name for name in names if name not in _DERIVED] or names or sorted(interrupted.keys() - request.keys())
     return ", ".join(name.replace("_", " ") for name in given)
 
 
