@@ -132,6 +132,14 @@ def test_quantized_weights_are_forecast_and_stand_in_the_command(adapter, base_m
         inspect(str(dora), str(base_model("mistral")), source_bits=4)
 
 
+@pytest.mark.parametrize("available", [True, False])
+def test_a_missing_package_is_named_beside_the_command(adapter, base_model, monkeypatch, available):
+    monkeypatch.setattr("castlora.inspection.is_bitsandbytes_available", lambda: available)
+    told = str(inspect(str(adapter("llama")), str(base_model("mistral")), target_bits=4))
+    assert ("needs bitsandbytes, which is missing here: pip install 'castlora[quantized]'" in told) != available
+    assert "bitsandbytes" not in str(inspect(str(adapter("llama")), str(base_model("mistral"))))
+
+
 def test_programs_find_in_the_record_what_the_text_says(adapter, base_model):
     found = inspect(str(adapter("phi3")), str(base_model("gpt2")), steps=7, batch_size=3)
     record = json.loads(json.dumps(found.record))

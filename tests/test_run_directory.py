@@ -8,8 +8,11 @@ import pytest
 from filelock import FileLock
 from safetensors import SafetensorError
 
+from castlora.adapter_files import find_adapter
 from castlora.errors import UserError
-from castlora.run_directory import STATE_FOLDER, check_output, open_run, seal, write_whole
+from castlora.portable import check_portable
+from castlora.run_directory import STATE_FOLDER, check_finished, check_output, open_run, seal, write_whole
+from castlora.runs import read_run
 
 REQUEST = {"adapter": "a", "seed": 0}
 DiskUsage = namedtuple("DiskUsage", "total used free")
@@ -108,8 +111,19 @@ def test_nothing_is_ever_overwritten(tmp_path, kind):
     else:
         out.mkdir()
         (out / ("adapter_config.json" if kind == "result" else ".mine")).touch()
-    with pytest.raises(UserError, match=r"^--out '.*out' is not empty; give a new folder, nothing is ever overwritten"):
+    state = "is a file" if kind == "file" else "is not empty"
+    with pytest.raises(UserError, match=rf"^--out '.*out' {state}; give a new folder, nothing is ever overwritten"):
         check_output(str(out), REQUEST)
+
+
+def test_an_unfinished_run_is_named_by_all_that_read_results(tmp_path):
+    with open_run(str(tmp_path), REQUEST, 0):
+        pass
+    for read in (find_adapter, read_run, lambda folder: check_portable(Path(folder))):
+        with pytest.raises(UserError, match=r"The run in '.*' is not finished; call the command that began it again"):
+            read(str(tmp_path))
+    (tmp_path / "adapter_config.json").touch()
+    check_finished(tmp_path)
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):

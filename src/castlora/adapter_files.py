@@ -14,6 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
 from castlora.errors import UserError, first_line
 from castlora.models import LIBRARY_ERRORS
+from castlora.run_directory import check_finished
 from castlora.unpickling import PICKLED_FILE
 
 CONFIG_FILE = "adapter_config.json"
@@ -80,6 +81,7 @@ def find_adapter(name_or_path: str, revision: str | None = None) -> Path:
         UserError: it cannot be found, lacks a file, or is one of MLX-LM.
     """
     folder = _adapter_folder(name_or_path, revision)
+    check_finished(folder)
     if not (folder / CONFIG_FILE).is_file():
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
         if inside:

@@ -10,8 +10,9 @@ Start = Literal["paper", "ridge", "fresh"]
 Trained = Literal["maps", "factors"]
 RecipeName = Literal["default", "paper"]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
-Bits = Literal[4, 8]
 """Where the losses of a training can be shown while it runs."""
+Bits = Literal[4, 8]
+"""Of a weight of a quantized model."""
 Regime = Literal["none", "general", "format", "prompts"]
 """What a method may read: weights alone, general text, text in the adapter's prompt format, or unlabelled prompts."""
 Form = Literal["peft", "mlx", "merged", "gguf", "safetensors"]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers.utils.import_utils import is_bitsandbytes_available
 
 from castlora.adapters import PORTABLE_RANKS
 from castlora.config import DEFAULT, Bits
@@ -98,7 +99,7 @@ def inspect(
         _say_not_carried(plan, record),
         describe_licences(record["licences"]),
         _say_forecast(_Forecast(**record["forecast"])),
-        _say_command(record["command"]),
+        _say_command(record["command"], loading),
     ]
     return Inspection(record, "\n\n".join(sections))
 
@@ -289,9 +290,11 @@ def _command(adapter: str, target: str, source: str | None, loading: Loading, st
     return command_line({**places, **numbers, **bits, "tuning": {}}, place=str)
 
 
-def _say_command(command: str) -> str:
+def _say_command(command: str, loading: Loading) -> str:
+    needs_package = (loading.source_bits or loading.target_bits) and not is_bitsandbytes_available()
+    missing = "That needs bitsandbytes, which is missing here: pip install 'castlora[quantized]'.\n"
     return (
-        f"To move it:\n  {command}\n"
+        f"To move it:\n  {command}\n{missing if needs_package else ''}"
         "FILE holds prompts of the task without answers, one per line; with them most of a skill arrives. Without them "
         "give --prompt-format 'Question: {text}\\nAnswer:', as the adapter was asked in training, and less arrives; "
         "with general text alone castlora looks for such formats itself."

@@ -18,6 +18,7 @@ from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from castlora.adapters import PORTABLE_RANKS
 from castlora.errors import UserError, first_line
 from castlora.models import layer_index, module_type
+from castlora.run_directory import check_finished
 
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _FLOATS = {"F32", "F16", "BF16"}
@@ -107,6 +108,7 @@ def describe(findings: list[Finding]) -> str:
 
 
 def _read(folder: Path) -> _Contents:
+    check_finished(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{str(folder)!r} has no {name}; name the folder of a PEFT adapter in safetensors.")

@@ -120,7 +120,8 @@ def check_output(out: str, request: dict[str, Any]) -> bool:
     if not folder.exists() or (folder.is_dir() and not request_file.exists() and _holds_no_result(folder)):
         return False
     if not request_file.is_file():
-        raise UserError(f"--out {out!r} is not empty; give a new folder, nothing is ever overwritten.")
+        state = "is not empty" if folder.is_dir() else "is a file"
+        raise UserError(f"--out {out!r} {state}; give a new folder, nothing is ever overwritten.")
     _check_request(f"--out {out!r} holds", "folder", request_file, request)
     return True
 
@@ -145,6 +146,12 @@ def check_output_file(out: str, request: dict[str, Any]) -> bool:
 
 def _file_exists(out: str) -> UserError:
     return UserError(f"--out {out!r} exists; give a new file, nothing is ever overwritten.")
+
+
+def check_finished(folder: Path) -> None:
+    """Raises a UserError if a folder holds a run that was begun and has no result yet."""
+    if (folder / STATE_FOLDER).is_dir() and not (folder / _LAST_FILE).exists():
+        raise UserError(f"The run in {str(folder)!r} is not finished; call the command that began it again.")
 
 
 def file_state(out: Path) -> Path:

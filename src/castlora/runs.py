@@ -30,7 +30,7 @@ from castlora.report import (
     render_report,
 )
 from castlora.report.settings import identity, measured_positions, objective, settings_in_words
-from castlora.run_directory import write_whole
+from castlora.run_directory import check_finished, write_whole
 
 logger = logging.getLogger("castlora")
 
@@ -112,6 +112,7 @@ def read_run(folder: str) -> ComparedRun:
         UserError: it is no such folder, or a file in it is damaged.
     """
     place = Path(folder)
+    check_finished(place)
     if not (place / MANIFEST_FILE).is_file():
         raise UserError(f"{folder!r} has no {MANIFEST_FILE}; give folders of finished runs of castlora transfer.")
     name = MANIFEST_FILE
