@@ -1,5 +1,6 @@
 """The examples run, and the shipped settings are ones that the command line takes."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import yaml
 
 from castlora.bench.spec import read_spec
 from castlora.cli import parser
-from examples import live_layer, transfer_and_measure, use_without_castlora
+from examples import live_layer, transfer_and_measure, transfer_with_ray, use_without_castlora
 
 ROOT = Path(__file__).parents[1]
 TRANSFERS = sorted((ROOT / "configs" / "transfer").glob("*.yaml"))
@@ -32,6 +33,19 @@ def test_a_transfer_is_measured(tmp_path, capsys):
     assert "retrained 0.990" in printed
     assert float(printed.split("lift ")[1].split()[0]) > 0.05
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_every_adapter_is_moved_once_with_ray(tmp_path, capsys):
+    pytest.importorskip("ray", reason="ray is not installed; pip install 'castlora[ray]'")
+    entry = transfer_with_ray.bundled_adapters()[0]
+    (tmp_path / "adapters.jsonl").write_text(json.dumps({**entry, "name": "moved"}) + "\n")
+    printed = []
+    for _ in range(2):
+        transfer_with_ray.main(str(tmp_path / "out"), str(tmp_path / "adapters.jsonl"), steps=10)
+        printed.append(capsys.readouterr().out)
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"moved.jsonl", "moved-on-mistral-s"}
+    assert printed[0] == printed[1] and "of the answers are those of source + LoRA" in printed[0]
 
 
 @pytest.mark.parametrize("path", TRANSFERS, ids=lambda path: path.stem)
