@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from castlora.cli import main
-from castlora.config import Tuning
+from castlora.config import TextTuning, Tuning
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,12 @@ def test_each_setting_is_explained(capsys):
         option = f"--tuning.{field.name.replace('_', '-')} "
         explanation = help_text.split(option)[-1].split("(type:")[0]
         assert len(explanation.split()) > 4, option
+
+
+def test_teaching_offers_what_it_reads_alone(capsys):
+    with pytest.raises(SystemExit):
+        main(["teach", "--help"])
+    offered = {
+        word.removeprefix("--tuning.") for word in capsys.readouterr().out.split() if word.startswith("--tuning.")
+    }
+    assert offered == {field.name.replace("_", "-") for field in fields(TextTuning)}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from castlora.config import Bits, Form, RecipeName, Start, Tracker, Tuning
+from castlora.config import Bits, Form, RecipeName, Start, TextTuning, Tracker, Tuning
 from castlora.launcher import is_main
 
 NOT_PORTABLE = 1
@@ -96,7 +96,7 @@ def _teach(
     prompts: str | None = None,
     chat: bool = False,
     seed: int = 0,
-    tuning: Tuning = Tuning(),  # noqa: B008  # as above
+    tuning: TextTuning = TextTuning(),  # noqa: B008  # as above
     source_bits: Bits | None = None,
 ) -> None:
     r"""Writes prompts with the answers of source + LoRA, once for transfers to any number of targets.

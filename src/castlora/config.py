@@ -138,7 +138,27 @@ _ZERO_OR_MORE = (
 
 
 @dataclass(frozen=True)
-class Tuning:
+class TextTuning:
+    """Departures from the recipe in what source + LoRA is asked; a field left out keeps the recipe's value."""
+
+    passages: int | None = None
+    """passages of running text, or given prompts, drawn for training"""
+    filled_passages: int | None = None
+    """prompts made of general text that are kept for training"""
+    candidates: int | None = None
+    """prompts made of general text for each that is kept; fewer are faster"""
+    sentences: int | None = None
+    """most sentences in the slot of a prompt format"""
+    format_candidates: int | None = None
+    """prompt formats that are tried where the adapter's own is not known; 0 takes generic ones"""
+    max_length: int | None = None
+    """tokens per passage, counted in the tokenizer that needs more"""
+    answer_tokens: int | None = None
+    """tokens of the longest answer that source + LoRA writes"""
+
+
+@dataclass(frozen=True)
+class Tuning(TextTuning):
     """Departures from the recipe; a field left out keeps the recipe's value."""
 
     trained: Trained | None = None
@@ -155,26 +175,12 @@ class Tuning:
     """weight of a position inside a prompt; positions of the answer count 1"""
     write_answers: bool | None = None
     """whether source + LoRA answers prompts; otherwise text is read as it runs"""
-    answer_tokens: int | None = None
-    """tokens of the longest answer that source + LoRA writes"""
     learning_rate_scale: float | None = None
     """peak learning rate times the target's hidden size, for batches of 16"""
     map_learning_rate_ratio: float | None = None
     """learning rate of maps as a share of that of a plain LoRA"""
     ridge: float | None = None
     """penalty of the closed form relative to the mean square of the activations"""
-    passages: int | None = None
-    """passages of running text, or given prompts, drawn for training"""
-    filled_passages: int | None = None
-    """prompts made of general text that are kept for training"""
-    candidates: int | None = None
-    """prompts made of general text for each that is kept; fewer are faster"""
-    sentences: int | None = None
-    """most sentences in the slot of a prompt format"""
-    format_candidates: int | None = None
-    """prompt formats that are tried where the adapter's own is not known; 0 takes generic ones"""
-    max_length: int | None = None
-    """tokens per passage, counted in the tokenizer that needs more"""
     rehearsal_weight: float | None = None
     """weight of keeping the bare target's predictions on text that it wrote itself; 0 leaves that out"""
     rehearsal_passages: int | None = None
@@ -184,16 +190,16 @@ class Tuning:
 
 
 def resolve_recipe(
-    name: RecipeName, start: Start | None, steps: int | None, batch_size: int | None, tuning: Tuning
+    name: RecipeName, start: Start | None, steps: int | None, batch_size: int | None, tuning: TextTuning
 ) -> Recipe:
     """The named recipe with the given departures; with the paper's start its maps are trained unless told otherwise.
 
     Raises:
         UserError: a number is out of range.
     """
-    if start == "paper" and tuning.trained is None:
-        tuning = replace(tuning, trained="maps")
     departures: dict[str, Any] = {"start": start, "steps": steps, "batch_size": batch_size, **asdict(tuning)}
+    if start == "paper" and departures.get("trained") is None:
+        departures["trained"] = "maps"
     recipe = replace(RECIPES[name], **{field: value for field, value in departures.items() if value is not None})
     for field in _ABOVE_ZERO:
         if not 0 < getattr(recipe, field) < math.inf:

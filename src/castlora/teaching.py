@@ -12,7 +12,7 @@ from castlora import __version__
 from castlora.adapter_files import open_adapter
 from castlora.answers import write_answers
 from castlora.chat import Conversation, ask, chat_passages, read_conversations
-from castlora.config import Bits, Recipe, Tuning, check_seed, resolve_recipe
+from castlora.config import Bits, Recipe, TextTuning, check_seed, resolve_recipe
 from castlora.errors import UserError
 from castlora.format_search import FILLINGS, find_formats
 from castlora.models import context_length
@@ -191,7 +191,7 @@ def teach(
     prompts: str | None = None,
     chat: bool = False,
     seed: int = 0,
-    tuning: Tuning | None = None,
+    tuning: TextTuning | None = None,
     source_bits: Bits | None = None,
 ) -> Path:
     """Writes prompts with the answers of source + LoRA, for transfers to any number of targets.
@@ -218,7 +218,7 @@ def teach(
         UserError: bad input; nothing has been written.
     """
     check_seed(seed)
-    recipe = resolve_recipe("default", None, None, None, tuning or Tuning())
+    recipe = resolve_recipe("default", None, None, None, tuning or TextTuning())
     if not recipe.write_answers:
         raise UserError("write_answers is false, so that there is nothing to teach; leave it out.")
     request = {
