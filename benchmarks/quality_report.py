@@ -1,4 +1,4 @@
-"""Renders the results of the quality benchmark into docs, a JSON summary and the table of the README.
+"""Renders the results of the quality benchmark into docs, a JSON summary and a table of means in the README.
 
 python -m benchmarks.quality_report
 """
@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from jsonargparse import auto_cli
 
-from castlora.bench.results import DEFAULT_METHOD, PooledCell, References
-from castlora.bench.tables import arrow, write_page
-from castlora.config import Regime
+from castlora.bench.results import DEFAULT_METHOD, MeanLift, PooledCell, References, mean_lifts
+from castlora.bench.tables import REGIME_TITLES, arrow, write_page
+from castlora.config import REGIMES, Regime
 
 WITHOUT = "ridge start"
 """The default without rehearsal."""
@@ -24,14 +24,23 @@ OVERVIEW: dict[tuple[Regime, str], str] = {
     ("prompts", WITHOUT): "prompts: no rehearsal",
     ("prompts", "fresh"): "prompts: fresh, no rehearsal",
 }
-"""Columns of the README's table."""
+"""Columns of the table by pair and skill."""
+COMPARED = {
+    DEFAULT_METHOD: "**castlora**",
+    WITHOUT: "no rehearsal",
+    "fresh": "a fresh LoRA",
+    "paper start": "random maps",
+    "paper": "the paper's recipe",
+    "closed form": "closed form, untrained",
+}
+"""Rows of the README's table: methods of the benchmark, and what they are called there."""
 TUNED_ON = ("llama-s:mistral-s", "gpt2-s:gpt2-m", "stories260K-hf:llama-s", "llama-s:stories260K-hf")
 """Pairs on which numbers of the default were chosen; on the last two, the limit of the learning rate alone."""
-TABLE_BEGINS, TABLE_ENDS = "<!-- lift by pair and skill -->", "<!-- end of the table -->"
+TABLE_BEGINS, TABLE_ENDS = "<!-- lift -->", "<!-- end of the table -->"
 
 
 def overview(references: References, cells: Sequence[PooledCell]) -> str:
-    """The README's table: lift of the default and of what it is compared with on every pair and skill, and means."""
+    """Lift of the default and of what it is compared with on every pair and skill, and means."""
     found = {(cell.pair, cell.skill, cell.regime, cell.method): cell for cell in cells}
     titles = " | ".join(OVERVIEW.values())
     rows = [f"| pair | skill | bare | retrained | {titles} |", "|---" * (4 + len(OVERVIEW)) + "|"]
@@ -40,7 +49,7 @@ def overview(references: References, cells: Sequence[PooledCell]) -> str:
         if any(of_pair):
             bare, retrained = (references[pair, skill][name]["score"] for name in ("bare target", "retrained"))
             lifts = " | ".join(
-                f"{cell.lift.lift:.2f}" if cell is not None and cell.lift.countable else "–" for cell in of_pair
+                f"{cell.lift.lift:z.2f}" if cell is not None and cell.lift.countable else "–" for cell in of_pair
             )
             rows.append(f"| {arrow(pair)} | {skill} | {bare:.3f} | {retrained:.3f} | {lifts} |")
     untouched = [cell for cell in cells if cell.pair not in TUNED_ON]
@@ -52,8 +61,32 @@ def _means(title: str, cells: Sequence[PooledCell]) -> str:
         [cell.lift.lift for cell in cells if (cell.regime, cell.method) == column and cell.lift.countable]
         for column in OVERVIEW
     ]
-    written = " | ".join(f"{np.mean(lifts):.2f} ({len(lifts)})" if lifts else "–" for lifts in means)
+    written = " | ".join(f"{np.mean(lifts):z.2f} ({len(lifts)})" if lifts else "–" for lifts in means)
     return f"| {title} | | | | {written} |"
+
+
+def comparison(cells: Sequence[PooledCell]) -> str:
+    """The README's table: mean lifts by what is known about the task, of the default and of others."""
+    regimes = [regime for regime in REGIMES if regime != "none"]
+    rows = [f"| | {' | '.join(REGIME_TITLES[regime] for regime in regimes)} |", "|---" * (1 + len(regimes)) + "|"]
+    untouched = [cell for cell in cells if cell.pair not in TUNED_ON]
+    listed = [(method, title, cells) for method, title in COMPARED.items()]
+    listed.append((DEFAULT_METHOD, f"{COMPARED[DEFAULT_METHOD]} on pairs never used for tuning", untouched))
+    for method, title, counted in listed:
+        found = {mean.regime: mean for mean in mean_lifts(counted) if mean.method == method}
+        if found:
+            rows.append(f"| {title} | {' | '.join(_mean(found.get(regime), counted) for regime in regimes)} |")
+    return "\n".join(rows)
+
+
+def _mean(mean: MeanLift | None, cells: Sequence[PooledCell]) -> str:
+    """A mean lift with its interval, and how many cells and seeds it is of."""
+    if mean is None:
+        return "–"
+    seeds = sorted({cell.seeds for cell in cells if (cell.regime, cell.method) == (mean.regime, mean.method)})
+    low, high = mean.ci95
+    of_cells = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    return f"{mean.lift:z.2f} [{low:z.2f}, {high:z.2f}] · {mean.cells} · {of_cells}"
 
 
 def replace_marked(page: str, table: str, begins: str = TABLE_BEGINS, ends: str = TABLE_ENDS) -> str:
@@ -72,18 +105,21 @@ def replace_marked(page: str, table: str, begins: str = TABLE_BEGINS, ends: str 
 def main(
     results: Path = Path("benchmarks/results/quality"),
     page: Path = Path("docs/results.md"),
+    findings: Path | None = Path("docs/findings.md"),
     readme: Path | None = Path("README.md"),
 ) -> None:
-    """Writes the page, the table in the README and, beside the results, a summary as JSON.
+    """Writes the page, tables in two other pages and, beside the results, a summary as JSON.
 
     Args:
         results: folder of the runs
         page: Markdown file to write
-        readme: Markdown file with a marked table to replace; null for none
+        findings: Markdown file with a marked table to replace, of lifts by pair and skill; null for none
+        readme: the same, of mean lifts; null for none
     """
     references, cells = write_page(results, page)
-    if readme is not None:
-        readme.write_text(replace_marked(readme.read_text(), overview(references, cells)))
+    for path, table in ((findings, overview(references, cells)), (readme, comparison(cells))):
+        if path is not None:
+            path.write_text(replace_marked(path.read_text(), table))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,10 @@ def test_seeds_are_pooled_and_lift_is_taken_between_bare_and_retrained(results):
 
 
 def test_the_page_shows_what_was_run_and_nothing_else(results, tmp_path):
-    (tmp_path / "README.md").write_text(f"before\n{TABLE_BEGINS}\nold\n{TABLE_ENDS}\nafter\n")
-    main(results, tmp_path / "results.md", tmp_path / "README.md")
+    pages = tmp_path / "findings.md", tmp_path / "README.md"
+    for path in pages:
+        path.write_text(f"before\n{TABLE_BEGINS}\nold\n{TABLE_ENDS}\nafter\n")
+    main(results, tmp_path / "results.md", *pages)
     page = (tmp_path / "results.md").read_text()
     assert "3 transfers of 7 steps × 2 passages" in page
     assert "| small → large | colours | 0.000 | 1.000 | 0.800 | 80 points | 1.25 |" in page
@@ -63,22 +65,34 @@ def test_the_page_shows_what_was_run_and_nothing_else(results, tmp_path):
     assert "| small → large | colours | 1.00 [" in page and "| 0.62 [" in page
     summary = json.loads((tmp_path / "quality-summary.json").read_text())
     assert [cell["lift"] for cell in summary] == pytest.approx([0.625, 1.0])
-    readme = (tmp_path / "README.md").read_text()
-    assert readme.startswith(f"before\n{TABLE_BEGINS}\n| pair |") and readme.endswith(f"\n{TABLE_ENDS}\nafter\n")
-    assert "old" not in readme
+    findings, readme = (path.read_text() for path in pages)
+    for written, begins in ((findings, "| pair |"), (readme, "| | General text only |")):
+        assert written.startswith(f"before\n{TABLE_BEGINS}\n{begins}") and written.endswith(f"\n{TABLE_ENDS}\nafter\n")
+        assert "old" not in written
     assert "| a closed-form start instead of a fresh LoRA | Unlabelled task prompts | +0.50 | 1 | 1, 0 |" in page
     assert "| maps trained as such" not in page
-    assert "| small → large | colours | 0.000 | 0.800 | – | – | – | – | – | 1.00 | 0.62 |\n" in readme
-    assert "| mean (cells) | | | | – | – | – | – | – | 1.00 (1) | 0.62 (1) |" in readme
-    assert "| on pairs never used for tuning | | | | – | – | – | – | – | 1.00 (1) | 0.62 (1) |" in readme
+    assert "| small → large | colours | 0.000 | 0.800 | – | – | – | – | – | 1.00 | 0.62 |\n" in findings
+    assert "| mean (cells) | | | | – | – | – | – | – | 1.00 (1) | 0.62 (1) |" in findings
+    assert "| on pairs never used for tuning | | | | – | – | – | – | – | 1.00 (1) | 0.62 (1) |" in findings
+    ridge, fresh = "1.00 [1.00, 1.00] · 1 · 1", "0.62 [0.62, 0.62] · 1 · 2"
+    assert f"|\n| no rehearsal | – | – | {ridge} |\n| a fresh LoRA | – | – | {fresh} |\n<!--" in readme
 
 
 def test_pairs_that_were_tuned_on_do_not_count_as_untouched(results, tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.quality_report.TUNED_ON", ("small:large",))
-    (tmp_path / "README.md").write_text(f"{TABLE_BEGINS}{TABLE_ENDS}")
-    main(results, tmp_path / "results.md", tmp_path / "README.md")
+    for path in (results / "small--large" / "colours").glob("ridge-start.*"):
+        default = json.loads(path.read_text()) | {"method": "default"}
+        (path.parent / "default.prompts.seed0.json").write_text(json.dumps(default))
+    pages = tmp_path / "findings.md", tmp_path / "README.md"
     untouched = "| on pairs never used for tuning | | | |" + 7 * " – |"
-    assert untouched in (tmp_path / "README.md").read_text()
+    for tuned_on in ("small:large",), ():
+        monkeypatch.setattr("benchmarks.quality_report.TUNED_ON", tuned_on)
+        for path in pages:
+            path.write_text(f"{TABLE_BEGINS}{TABLE_ENDS}")
+        main(results, tmp_path / "results.md", *pages)
+        findings, readme = (path.read_text() for path in pages)
+        assert (untouched in findings) == bool(tuned_on)
+        row = "\n| **castlora** on pairs never used for tuning | – | – | 1.00 [1.00, 1.00] · 1 · 1 |\n"
+        assert (row in readme) != bool(tuned_on)
 
 
 def test_the_loss_on_held_out_text_is_compared_with_the_bare_and_the_retrained_target(results, tmp_path):
@@ -91,7 +105,7 @@ def test_the_loss_on_held_out_text_is_compared_with_the_bare_and_the_retrained_t
     for name, loss in {"bare target": 4.0, "retrained": 4.5}.items():
         references["references"][name]["text_loss"] = loss
     (folder / "references.json").write_text(json.dumps(references))
-    main(results, tmp_path / "results.md", None)
+    main(results, tmp_path / "results.md", None, None)
     page = (tmp_path / "results.md").read_text()
     assert f"| Unlabelled task prompts | fresh | 1 | {math.exp(0.3):.2f} | {math.exp(0.5):.2f} |" in page
     assert "ridge start" not in page.partition("## General ability")[2]

@@ -137,7 +137,7 @@ def _cell(cell: PooledCell | None) -> str:
     if not cell.lift.countable or math.isnan(cell.lift.lift):
         return f"score {cell.score:.3f} (nothing to gain)"
     low, high = cell.lift.ci95
-    return f"{cell.lift.lift:.2f} [{low:.2f}, {high:.2f}] · {cell.lift.ratio:.2f} · {cell.seeds}"
+    return f"{cell.lift.lift:z.2f} [{low:z.2f}, {high:z.2f}] · {cell.lift.ratio:.2f} · {cell.seeds}"
 
 
 def _mean_table(cells: Sequence[PooledCell]) -> str:
@@ -149,7 +149,7 @@ def _mean_table(cells: Sequence[PooledCell]) -> str:
     for mean in mean_lifts(cells):
         low, high = mean.ci95
         compared = "– | –" if mean.comparison is None else _comparison(mean.comparison)
-        lift = f"{mean.lift:.2f} [{low:.2f}, {high:.2f}]" if mean.cells > 1 else f"{mean.lift:.2f}"
+        lift = f"{mean.lift:z.2f} [{low:z.2f}, {high:z.2f}]" if mean.cells > 1 else f"{mean.lift:z.2f}"
         title = REGIME_TITLES[mean.regime]
         rows.append(f"| {title} | {mean.method} | {mean.cells} | {lift} | {mean.ratio:.2f} | {compared} |")
     note = (
