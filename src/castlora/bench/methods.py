@@ -17,6 +17,7 @@ RUNNING = replace(PLAIN, write_answers=False)
 GENERIC = replace(SINGLE, format_candidates=0)
 METHODS: dict[str, Method] = {
     "default": Distilled("default", "ridge"),
+    "default, prompts taught": Distilled("default", "ridge", Tuning(context_weight=0.1)),
     "fresh, rehearsed": Distilled("default", "fresh"),
     "ridge start": Distilled("default", "ridge", PLAIN),
     "paper start": Distilled("default", "paper", PLAIN),

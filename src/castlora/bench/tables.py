@@ -44,6 +44,9 @@ PARTS: tuple[tuple[str, Regime, str, str], ...] = (
     ("the choice of telling prompts", "format", _SINGLE, "ridge start, any prompts"),
     ("up to three sentences, of 32 candidates, instead of one, of 8", "general", "ridge start", _SINGLE),
     ("up to three sentences, of 32 candidates, instead of one, of 8", "format", "ridge start", _SINGLE),
+    ("the tokens of the prompts taught too", "general", "default, prompts taught", "default"),
+    ("the tokens of the prompts taught too", "format", "default, prompts taught", "default"),
+    ("the tokens of the prompts taught too", "prompts", "default, prompts taught", "default"),
     ("rehearsal of what the bare target writes", "general", "default", "ridge start"),
     ("rehearsal of what the bare target writes", "format", "default", "ridge start"),
     ("rehearsal of what the bare target writes", "prompts", "default", "ridge start"),
@@ -56,8 +59,9 @@ INTRODUCTION = """
 Measured on held-out test items that no training, transfer or selection has seen. Lift is (transferred − bare target) /
 (retrained − bare target) with a bootstrap 95 % interval over items and seeds; ratio is transferred / retrained. A lift
 is shown where retraining gains at least 5 points. `default` is the default recipe: the closed-form maps are folded, the
-balanced factors trained, and the target rehearses text that it wrote itself before. All other methods but `fresh,
-rehearsed`, the same with a plain LoRA, rehearse nothing; `ridge start` is the default without it. `maps` trains the
+balanced factors trained, and the target rehearses text that it wrote itself before. With `prompts taught` the
+tokens of the prompts count too, a tenth as much as those of the answers. `fresh, rehearsed` is the default with a plain
+LoRA. All other methods rehearse nothing; `ridge start` is the default without it. `maps` trains the
 maps themselves, `paper start` maps that are random at first,
 `fresh` a plain LoRA. General text alone is put into the prompt formats that the adapter listens to, one to three
 sentences each, of which the most telling of 32 is kept; with `single sentences` one sentence, of 8; `generic formats`
