@@ -14,6 +14,7 @@ script does the same.
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from jsonargparse import auto_cli
 import castlora
 from castlora.demonstration.bundle import SOURCE, TARGET, demo_models_path, demo_skill
 
-_TRIES = 3
+_RETRIES = 3
 
 
 def main(out: str, adapters: str | None = None, steps: int = 1000, cpus: float = 1, gpus: float = 0) -> None:
@@ -34,6 +35,9 @@ def main(out: str, adapters: str | None = None, steps: int = 1000, cpus: float =
         steps: optimizer steps of each transfer
         cpus: processors that each task takes
         gpus: accelerators that each task takes
+
+    Raises:
+        SystemExit: with 1, at the end, if a transfer has failed.
     """
     # Ray reads this when it is imported; otherwise it reports to its makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -42,7 +46,7 @@ def main(out: str, adapters: str | None = None, steps: int = 1000, cpus: float =
     listed = map(json.loads, Path(adapters).read_text("utf-8").splitlines()) if adapters else bundled_adapters()
     Path(out).mkdir(parents=True, exist_ok=True)
     ray.init(include_dashboard=False, log_to_driver=False)
-    as_task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_TRIES)
+    as_task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)
     teach, move = as_task(teach_once), as_task(move_once)
     moved = {}
     for entry in listed:
@@ -51,9 +55,22 @@ def main(out: str, adapters: str | None = None, steps: int = 1000, cpus: float =
         for target in targets:
             folder = str(Path(out) / f"{name}-on-{Path(target).name}")
             moved[folder] = move.remote(asked["adapter"], asked.get("source"), taught, target, folder, steps)
-    for folder, same in moved.items():
-        print(f"{folder}: {ray.get(same):.3f} of the answers are those of source + LoRA")
+    failed = [folder for folder, same in moved.items() if not _told(folder, same)]
     ray.shutdown()
+    if failed:
+        sys.exit(1)
+
+
+def _told(folder: str, same: Any) -> bool:
+    """Waits for a transfer and prints what came of it; whether it was well."""
+    import ray
+
+    try:
+        print(f"{folder}: {ray.get(same):.3f} of the answers are those of source + LoRA", flush=True)
+    except ray.exceptions.RayError as error:
+        print(f"{folder}: {getattr(error, 'cause', error)}", file=sys.stderr)
+        return False
+    return True
 
 
 def teach_once(asked: dict[str, Any], out: str) -> str:

@@ -173,7 +173,10 @@ def test_the_bundle_is_a_benchmark_without_general_text():
         (["--regimes", "none,all"], "Regime 'all' is unknown; choose from none, general, format, prompts."),
         (["--steps", "0"], "steps is 0; give a number above 0."),
         (["--seeds", "0"], "seeds is 0; give 1 or more."),
-        (["--methods", "magic"], "Method 'magic' is unknown; choose from default; default, prompts taught; fresh, rehearsed;"),
+        (
+            ["--methods", "magic"],
+            "Method 'magic' is unknown; choose from default; default, prompts taught; fresh, rehearsed;",
+        ),
     ],
 )
 def test_a_benchmark_that_cannot_run_is_refused_and_nothing_is_written(options, complaint, tmp_path, capsys):

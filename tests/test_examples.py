@@ -39,13 +39,16 @@ def test_a_transfer_is_measured(tmp_path, capsys):
 def test_every_adapter_is_moved_once_with_ray(tmp_path, capsys):
     pytest.importorskip("ray", reason="ray is not installed; pip install 'castlora[ray]'")
     entry = transfer_with_ray.bundled_adapters()[0]
-    (tmp_path / "adapters.jsonl").write_text(json.dumps({**entry, "name": "moved"}) + "\n")
+    listed = {**entry, "name": "lost", "adapter": str(tmp_path / "nothing")}, {**entry, "name": "moved"}
+    (tmp_path / "adapters.jsonl").write_text("".join(json.dumps(one) + "\n" for one in listed))
     printed = []
     for _ in range(2):
-        transfer_with_ray.main(str(tmp_path / "out"), str(tmp_path / "adapters.jsonl"), steps=10)
-        printed.append(capsys.readouterr().out)
+        with pytest.raises(SystemExit, match="1"):
+            transfer_with_ray.main(str(tmp_path / "out"), str(tmp_path / "adapters.jsonl"), steps=10)
+        printed.append(capsys.readouterr())
         assert {path.name for path in (tmp_path / "out").iterdir()} == {"moved.jsonl", "moved-on-mistral-s"}
-    assert printed[0] == printed[1] and "of the answers are those of source + LoRA" in printed[0]
+        assert "lost-on-mistral-s: " in printed[-1].err and "nothing' is not a folder" in printed[-1].err
+    assert printed[0].out == printed[1].out and "of the answers are those of source + LoRA" in printed[0].out
 
 
 @pytest.mark.parametrize("path", TRANSFERS, ids=lambda path: path.stem)
