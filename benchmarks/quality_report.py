@@ -70,12 +70,13 @@ def comparison(cells: Sequence[PooledCell]) -> str:
     regimes = [regime for regime in REGIMES if regime != "none"]
     rows = [f"| | {' | '.join(REGIME_TITLES[regime] for regime in regimes)} |", "|---" * (1 + len(regimes)) + "|"]
     untouched = [cell for cell in cells if cell.pair not in TUNED_ON]
-    listed = [(method, title, cells) for method, title in COMPARED.items()]
-    listed.append((DEFAULT_METHOD, f"{COMPARED[DEFAULT_METHOD]} on pairs never used for tuning", untouched))
-    for method, title, counted in listed:
-        found = {mean.regime: mean for mean in mean_lifts(counted) if mean.method == method}
-        if found:
-            rows.append(f"| {title} | {' | '.join(_mean(found.get(regime), counted) for regime in regimes)} |")
+    last = {DEFAULT_METHOD: f"{COMPARED[DEFAULT_METHOD]} on pairs never used for tuning"}
+    for titles, counted in ((COMPARED, cells), (last, untouched)):
+        found = {(mean.method, mean.regime): mean for mean in mean_lifts(counted)}
+        for method, title in titles.items():
+            means = [found.get((method, regime)) for regime in regimes]
+            if any(means):
+                rows.append(f"| {title} | {' | '.join(_mean(mean, counted) for mean in means)} |")
     return "\n".join(rows)
 
 

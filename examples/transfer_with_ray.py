@@ -43,7 +43,7 @@ def main(out: str, adapters: str | None = None, steps: int = 1000, cpus: float =
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    listed = map(json.loads, Path(adapters).read_text("utf-8").splitlines()) if adapters else bundled_adapters()
+    listed = list(map(json.loads, Path(adapters).read_text("utf-8").splitlines())) if adapters else bundled_adapters()
     Path(out).mkdir(parents=True, exist_ok=True)
     ray.init(include_dashboard=False, log_to_driver=False)
     as_task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)

@@ -78,7 +78,7 @@ def find_adapter(name_or_path: str, revision: str | None = None) -> Path:
     """The folder of an adapter, which has a configuration and weights in safetensors.
 
     Raises:
-        UserError: it cannot be found, lacks a file, or is one of MLX-LM.
+        UserError: it cannot be found, lacks a file, is one of MLX-LM, or its run is not finished.
     """
     folder = _adapter_folder(name_or_path, revision)
     check_finished(folder)

@@ -27,7 +27,7 @@ def _transfer(
     batch_size: int | None = None,
     seed: int = 0,
     rank: int | None = None,
-    tuning: Tuning = Tuning(),  # noqa: B008  # frozen, and jsonargparse reads the fields from it
+    tuning: Tuning = Tuning(),
     task: str | None = None,
     report_to: Tracker | None = None,
     low_memory: bool = False,
@@ -96,7 +96,7 @@ def _teach(
     prompts: str | None = None,
     chat: bool = False,
     seed: int = 0,
-    tuning: TextTuning = TextTuning(),  # noqa: B008  # as above
+    tuning: TextTuning = TextTuning(),
     source_bits: Bits | None = None,
 ) -> None:
     r"""Writes prompts with the answers of source + LoRA, once for transfers to any number of targets.
