@@ -112,14 +112,30 @@ def test_losses_of_one_passage_do_not_depend_on_its_padding(base_model, student)
     teacher, pupil = tiny.load(base_model("llama")), student("gpt2", with_head=True)
     passages = sorted(aligned("llama", "gpt2", 20), key=lambda passage: len(passage.source_ids))
     shared = vocabulary("llama", "gpt2")
-    weights = [sum(passage.weights) for passage in (passages[0], passages[-1])]
-    alone = [
-        losses_on(teacher, pupil, collate([passage]), shared, ALL_PARTS) for passage in (passages[0], passages[-1])
-    ]
-    together = losses_on(teacher, pupil, collate([passages[0], passages[-1]]), shared, ALL_PARTS)
-    for part in ("kl", "mse"):
+    both = passages[0], passages[-1]
+    counted = {"kl": [sum(one.weights) for one in both], "mse": [len(one.weights) for one in both]}
+    alone = [losses_on(teacher, pupil, collate([passage]), shared, ALL_PARTS) for passage in both]
+    together = losses_on(teacher, pupil, collate(both), shared, ALL_PARTS)
+    for part, weights in counted.items():
         mean = sum(weight * one[part] for weight, one in zip(weights, alone, strict=True)) / sum(weights)
         torch.testing.assert_close(together[part], mean)
+
+
+def test_hidden_states_are_compared_inside_prompts_where_predictions_are_not(base_model, student):
+    teacher, pupil = tiny.load(base_model("llama")), student("gpt2", with_head=True)
+    passages = [Passage(sentence, len(sentence) - 6) for sentence in tiny.sentences(4)]
+    prompts = list(align_passages(passages, tokenizer("llama"), tokenizer("gpt2"), 48, context_weight=0.0))
+    batch = collate(prompts)
+    taught, learned = read_batch(LiveTeacher(teacher, with_hidden=True), pupil, batch)
+    losses = distillation_losses(taught, learned, batch, pupil.hidden_head, vocabulary("llama", "gpt2"), ALL_PARTS)
+    errors = []
+    for row, one in enumerate(prompts):
+        assert min(one.weights) == 0
+        guessed = pupil.hidden_head(learned.hidden[row, one.target_positions])
+        expected = taught.hidden[row, one.source_positions]
+        errors.append((guessed - expected).square().sum(-1) / expected.square().sum(-1))
+    torch.testing.assert_close(losses["mse"], torch.cat(errors).mean())
+    assert learned.logits.shape[1] < learned.hidden.shape[1]
 
 
 def test_temperature_keeps_the_scale_of_gradients(base_model, student):

@@ -121,6 +121,7 @@ def test_a_batch_is_padded_on_the_right_and_padding_does_not_count():
     assert batch["target_mask"].tolist() == [[1, 0], [1, 1]]
     assert batch["source_positions"].tolist() == [[0, 1], [2, 0]]
     torch.testing.assert_close(batch["weights"], torch.tensor([[0.1, 1.0], [1.0, 0.0]]))
+    assert batch["is_aligned"].tolist() == [[True, True], [True, False]]
 
 
 def test_batches_go_through_all_passages_in_order():

@@ -37,13 +37,14 @@ class Recipe:
     kl_weight: float
     """Weight of the KL divergence between the next-token distributions of teacher and student."""
     mse_weight: float
-    """Weight of the mean squared error between final hidden states through a trained head."""
+    """Weight of the squared error between final hidden states through a trained head, as a share of the square of the
+    teacher's, at all aligned positions, those of prompts included."""
     chunk_weight: float
     """Weight of the chunk log-probability loss where the two tokenizers cut the text differently."""
     temperature: float
     """Divides both sets of logits before the KL divergence."""
     context_weight: float
-    """Weight of a position inside a prompt; positions of the answer count 1. Plain text has no prompt."""
+    """Weight of a next-token prediction inside a prompt; those of the answer count 1. Plain text has no prompt."""
     write_answers: bool
     """Whether source + LoRA continues each prompt, so that the later tokens of an answer are taught too. General text
     is then put into prompt formats; otherwise it is read as it runs."""
@@ -166,13 +167,13 @@ class Tuning(TextTuning):
     kl_weight: float | None = None
     """weight of the KL divergence between the next-token distributions of source + LoRA and target"""
     mse_weight: float | None = None
-    """weight of the mean squared error between final hidden states"""
+    """weight of the error of final hidden states, relative to those of source + LoRA; prompts are included"""
     chunk_weight: float | None = None
     """weight of the chunk log-probability loss, where the tokenizers cut the text differently"""
     temperature: float | None = None
     """divides both sets of logits before the KL divergence"""
     context_weight: float | None = None
-    """weight of a position inside a prompt; positions of the answer count 1"""
+    """weight of a next-token prediction inside a prompt; those of the answer count 1"""
     write_answers: bool | None = None
     """whether source + LoRA answers prompts; otherwise text is read as it runs"""
     learning_rate_scale: float | None = None

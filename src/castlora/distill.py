@@ -15,6 +15,7 @@ from castlora.objective import (
     chunk_log_probabilities,
     class_log_probabilities,
     kl_divergence,
+    relative_error,
     weighted_mean,
 )
 from castlora.positions import AlignedPassage, Batch, batches, collate, counted_places
@@ -130,7 +131,7 @@ def distillation_losses(
         mean: of values (n,) under weights (n,)
 
     Returns:
-        `kl`, `mse` and `chunk`, scalars in nats (mse: squared hidden units), before weighting
+        `kl` and `chunk` in nats, `mse` as a share of the square of the teacher's hidden states; before weighting
     """
     weights = batch["weights"]
     counts = weights > 0
@@ -139,10 +140,12 @@ def distillation_losses(
         divergence = _divergence(taught.aligned(counts), learned.aligned(counts), shared, recipe.temperature)
         losses["kl"] = mean(divergence, weights[counts])
     if hidden_head is not None:
-        teacher_hidden = taught.hidden[counted_places(batch["source_positions"], counts)].float()
-        student_hidden = learned.hidden[counted_places(batch["target_positions"], counts)].float()
-        error = (hidden_head(student_hidden) - teacher_hidden).square().mean(-1)
-        losses["mse"] = mean(error, weights[counts])
+        # Inside prompts too: there they hold what the adapter makes of a question, and the head keeps the target from
+        # having to predict questions as the source does.
+        teacher_hidden = taught.hidden[counted_places(batch["source_positions"], batch["is_aligned"])].float()
+        student_hidden = learned.hidden[counted_places(batch["target_positions"], batch["is_aligned"])].float()
+        error = relative_error(hidden_head(student_hidden), teacher_hidden)
+        losses["mse"] = mean(error, torch.ones_like(error))
     if recipe.chunk_weight > 0 and not shared.is_whole:
         losses["chunk"] = _chunk_loss(taught, learned, weights, shared, mean)
     return losses

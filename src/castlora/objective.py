@@ -53,6 +53,27 @@ def class_log_probabilities(logits: Tensor, classes: Tensor, count: int, tempera
     return sums.clamp_min(torch.finfo(sums.dtype).tiny).log()
 
 
+def relative_error(predicted: Tensor, expected: Tensor) -> Tensor:
+    """Squared error per position, as a share of the square of what is expected.
+
+    Hidden states have another size in every model, and beside a KL divergence the error of large ones would count for
+    more than that of small ones.
+
+    Args:
+        predicted: shape (positions, width)
+        expected: shape (positions, width)
+
+    Returns:
+        shape (positions,)
+
+    Example:
+        >>> relative_error(torch.tensor([[0.0, 0.0], [3.0, 3.0]]), torch.tensor([[3.0, 4.0], [3.0, 4.0]]))
+        tensor([1.0000, 0.0400])
+    """
+    square = expected.square().sum(-1).clamp_min(torch.finfo(expected.dtype).tiny)
+    return (predicted - expected).square().sum(-1) / square
+
+
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Mean of `values` under `weights`, both of one shape; 0 where all weights are 0.
 

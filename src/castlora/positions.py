@@ -49,7 +49,7 @@ class Examples(Dataset[_Example]):
 
 Batch = dict[str, Tensor]
 """`source_ids`, `source_mask`, `target_ids`, `target_mask`: (batch, tokens); `source_positions`,
-`target_positions`, `weights`: (batch, aligned), weight 0 where padded."""
+`target_positions`, `weights`, `is_aligned`: (batch, aligned), weight 0 and not aligned where padded."""
 
 
 def align_passages(
@@ -99,8 +99,8 @@ def collate(examples: Sequence[AlignedPassage]) -> Batch:
     def padded(rows: list[list[int]] | list[list[float]], dtype: torch.dtype) -> Tensor:
         return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
 
-    def mask(rows: list[list[int]]) -> Tensor:
-        return pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+    def mask(rows: list[list[int]], dtype: torch.dtype = torch.long) -> Tensor:
+        return pad_sequence([torch.ones(len(row), dtype=dtype) for row in rows], batch_first=True)
 
     return {
         "source_ids": padded([example.source_ids for example in examples], torch.long),
@@ -110,6 +110,7 @@ def collate(examples: Sequence[AlignedPassage]) -> Batch:
         "source_positions": padded([example.source_positions for example in examples], torch.long),
         "target_positions": padded([example.target_positions for example in examples], torch.long),
         "weights": padded([example.weights for example in examples], torch.float32),
+        "is_aligned": mask([example.source_positions for example in examples], torch.bool),
     }
 
 

@@ -18,6 +18,7 @@ GENERIC = replace(SINGLE, format_candidates=0)
 METHODS: dict[str, Method] = {
     "default": Distilled("default", "ridge"),
     "default, prompts taught": Distilled("default", "ridge", Tuning(context_weight=0.1)),
+    "default, hidden states": Distilled("default", "ridge", Tuning(mse_weight=1.0)),
     "fresh, rehearsed": Distilled("default", "fresh"),
     "ridge start": Distilled("default", "ridge", PLAIN),
     "paper start": Distilled("default", "paper", PLAIN),
