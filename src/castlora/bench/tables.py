@@ -47,6 +47,9 @@ PARTS: tuple[tuple[str, Regime, str, str], ...] = (
     ("the tokens of the prompts taught too", "general", "default, prompts taught", "default"),
     ("the tokens of the prompts taught too", "format", "default, prompts taught", "default"),
     ("the tokens of the prompts taught too", "prompts", "default, prompts taught", "default"),
+    ("hidden states taught too, inside prompts", "general", "default, hidden states", "default"),
+    ("hidden states taught too, inside prompts", "format", "default, hidden states", "default"),
+    ("hidden states taught too, inside prompts", "prompts", "default, hidden states", "default"),
     ("rehearsal of what the bare target writes", "general", "default", "ridge start"),
     ("rehearsal of what the bare target writes", "format", "default", "ridge start"),
     ("rehearsal of what the bare target writes", "prompts", "default", "ridge start"),
@@ -60,7 +63,8 @@ Measured on held-out test items that no training, transfer or selection has seen
 (retrained − bare target) with a bootstrap 95 % interval over items and seeds; ratio is transferred / retrained. A lift
 is shown where retraining gains at least 5 points. `default` is the default recipe: the closed-form maps are folded, the
 balanced factors trained, and the target rehearses text that it wrote itself before. With `prompts taught` the
-tokens of the prompts count too, a tenth as much as those of the answers. `fresh, rehearsed` is the default with a plain
+tokens of the prompts count too, a tenth as much as those of the answers; with `hidden states` final hidden states are
+taught beside the answers, those inside prompts included. `fresh, rehearsed` is the default with a plain
 LoRA. All other methods rehearse nothing; `ridge start` is the default without it. `maps` trains the
 maps themselves, `paper start` maps that are random at first,
 `fresh` a plain LoRA. General text alone is put into the prompt formats that the adapter listens to, one to three
