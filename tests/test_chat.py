@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,9 @@ import tiny
 import torch
 from transformers import AutoTokenizer
 
-from castlora import UserError, transfer
+from castlora import UserError, teach, transfer
 from castlora.chat import TEMPLATE_FILE, ask, chat_items, chat_passages, read_conversations, without_special_tokens
 from castlora.completions import encode_completion
-from castlora.config import Tuning
 from castlora.evaluation import evaluate
 from castlora.positions import align_passages
 from castlora.tasks import TaskItem
@@ -150,7 +150,7 @@ def test_a_transfer_in_chat_templates(
     result = transfer(
         adapter=str(adapter("llama")), source=str(chat_models["llama"]), target=str(chat_models[target]),
         out=str(tmp_path / "out"), steps=2, batch_size=4, chat=True, task=task_file(file_of),
-        tuning=Tuning(passages=24, filled_passages=24, max_length=80, answer_tokens=6),
+        tuning=replace(tiny.SHORT, max_length=80, answer_tokens=6),
         **({"prompts": prompts} if given == "prompts" else {"text": str(text_file)}),
     )  # fmt: skip
     assert result.manifest["text"]["chat"] is True
@@ -167,6 +167,21 @@ def test_a_transfer_in_chat_templates(
     assert along["scores"]["source + LoRA"]["nll"] == pytest.approx(teacher["nll"], rel=1e-4)
     transferred = evaluate(str(chat_models[target]), task_file(file_of), str(result.folder), chat=True)
     assert along["scores"]["transferred"]["nll"] == pytest.approx(transferred["nll"], rel=1e-3)
+
+
+def test_a_task_is_asked_as_the_taught_messages_are(chat_models, adapter, tmp_path, file_of, checked_in_process):
+    places = {"adapter": str(adapter("llama")), "source": str(chat_models["llama"])}
+    short = replace(tiny.SHORT, max_length=80, answer_tokens=6)
+    prompts = file_of(*({"messages": ask(question)} for question in QUESTIONS))
+    taught = teach(**places, prompts=prompts, chat=True, out=str(tmp_path / "taught.jsonl"), tuning=short)
+    result = transfer(
+        **places, target=str(chat_models["mistral"]), out=str(tmp_path / "out"), taught=str(taught), steps=2,
+        batch_size=4, task=task_file(file_of), tuning=short,
+    )  # fmt: skip
+    (along,) = result.manifest["tasks"]
+    teacher = evaluate(places["source"], task_file(file_of), places["adapter"], chat=True)
+    assert along["chat"] is True
+    assert along["scores"]["source + LoRA"]["nll"] == pytest.approx(teacher["nll"], rel=1e-4)
 
 
 def task_file(file_of) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -24,7 +25,12 @@ def calls(monkeypatch) -> list[dict]:
     """What `castlora transfer` hands to the library, which does nothing."""
     made: list[dict] = []
     signature = inspect.signature(pipeline.transfer)
-    monkeypatch.setattr(pipeline, "transfer", lambda *values: made.append(signature.bind(*values).arguments))
+
+    def record(*values, **options) -> SimpleNamespace:
+        made.append(signature.bind(*values, **options).arguments)
+        return SimpleNamespace(manifest={})
+
+    monkeypatch.setattr(pipeline, "transfer", record)
     return made
 
 
@@ -40,6 +46,7 @@ def settings(base_model, adapter, text_file, tmp_path) -> dict[str, str]:
         "tuning.max-length": "40",
         "tuning.passages": "8",
         "tuning.filled-passages": "8",
+        "tuning.format-candidates": "0",
         "tuning.rehearsal-passages": "8",
     }
 
@@ -263,9 +270,8 @@ def settings_without_dots(settings: dict[str, str]) -> dict[str, object]:
 
 
 def test_the_settings_can_be_printed_and_read_back(settings, calls, capsys, tmp_path):
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit, match=r"^0$"):
         main([*words(settings), "--print_config"])
-    assert caught.value.code == 0
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed)["tuning"]["passages"] == 8
     (tmp_path / "printed.yaml").write_text(printed)
@@ -274,11 +280,9 @@ def test_the_settings_can_be_printed_and_read_back(settings, calls, capsys, tmp_
     assert calls[0] == calls[1]
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["move"], ["transfer"], ["transfer", "--adapter"], ["inspect", "--out", "x"]]
-)
-def test_incomplete_commands_are_explained_in_one_sentence(arguments, capsys):
-    assert complaint(arguments, capsys).startswith("castlora: ")
+@pytest.mark.parametrize("typed", [[], ["move"], ["transfer"], ["transfer", "--adapter"], ["inspect", "--out", "x"]])
+def test_incomplete_commands_are_explained_in_one_sentence(typed, capsys):
+    assert complaint(typed, capsys).startswith("castlora: ")
 
 
 @pytest.mark.parametrize(
@@ -328,22 +332,18 @@ def test_an_unknown_option_in_a_process_of_its_own():
     assert finished.stderr.startswith("castlora: ") and finished.stderr.count("\n") == 1
 
 
-def test_quiet_runs_show_no_progress(settings):
-    finished = run(*words(settings), "-q")
-    assert finished.returncode == 0
-    assert finished.stdout == ""
+def test_runs_say_as_much_as_is_asked_for(settings):
+    said = {}
+    for option in ("", "-q", "-v"):
+        finished = run(*words(settings | {"out": settings["out"] + option}), *option.split())
+        assert (finished.returncode, finished.stdout) == (0, "")
+        said[option] = finished.stderr
     # Libraries may still warn.
-    assert not re.search("it/s|Wrote|Held-out|Text:", finished.stderr)
-    assert (Path(settings["out"]) / "adapter_config.json").exists()
-
-
-def test_verbose_runs_show_what_libraries_say(settings):
-    said = {option: run(*words(settings | {"out": settings["out"] + option}), *option.split()) for option in ("", "-v")}
-    assert "loading configuration file" in said["-v"].stderr
-    assert " castlora: Start ridge: " in said["-v"].stderr
-    assert "loading configuration file" not in said[""].stderr
-    assert re.search(r"^\d{4}-\d\d-\d\d .* castlora: Wrote ", said["-v"].stderr, flags=re.MULTILINE)
-    assert re.search("^Wrote ", said[""].stderr, flags=re.MULTILINE)
+    assert not re.search("it/s|Wrote|Held-out|Text:", said["-q"])
+    assert re.search("^Wrote ", said[""], flags=re.MULTILINE)
+    assert re.search(r"^\d{4}-\d\d-\d\d .* castlora: Wrote ", said["-v"], flags=re.MULTILINE)
+    assert " castlora: Start ridge: " in said["-v"]
+    assert "loading configuration file" in said["-v"] and "loading configuration file" not in said[""]
 
 
 def test_quiet_and_verbose_exclude_each_other(settings, calls, capsys):
@@ -388,8 +388,8 @@ def test_results_are_printed_as_json_for_scripts(settings, capsys, tmp_path):
     manifest = json.loads(capsys.readouterr().out)
     assert manifest == json.loads((tmp_path / "out" / "castlora.json").read_text())
 
-    task = tmp_path / "task.jsonl"
-    task.write_text(json.dumps({"prompt": "The fox is", "completion": " red", "choices": [" red", " blue"]}) + "\n")
+    item = {"prompt": "The fox is", "completion": " red", "choices": [" red", " blue"]}
+    (task := tmp_path / "task.jsonl").write_text(json.dumps(item))
     main(["evaluate", "--model", settings["target"], "--task", str(task), "--json", "true"])
     result = json.loads(capsys.readouterr().out)
     assert result["metric"] == "accuracy" and result["n"] == 1

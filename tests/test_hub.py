@@ -111,8 +111,8 @@ class TestTransferAndPush:
         """The command with a transfer that is done at once; the folders that it was to write."""
         written = []
 
-        def transfer(*arguments):
-            written.append(arguments[2])
+        def transfer(_adapter, _target, out, **_settings):
+            written.append(out)
             return SimpleNamespace(manifest={})
 
         monkeypatch.setattr(pipeline, "transfer", transfer)

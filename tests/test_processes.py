@@ -206,7 +206,7 @@ def test_an_unknown_option_is_complained_of_by_turns(as_process, capsys):
 
 def test_a_defect_is_shown_when_others_have_had_their_say(as_process, monkeypatch):
     waited = as_process(0)
-    monkeypatch.setattr(pipeline, "transfer", lambda *_arguments: 1 / 0)
+    monkeypatch.setattr(pipeline, "transfer", lambda *_arguments, **_settings: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["transfer", "--adapter", "any", "--target", "any", "--out", "any"])
     assert waited == [2 * launcher._TURN]

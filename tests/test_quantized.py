@@ -4,6 +4,7 @@ import functools
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import tiny
@@ -187,11 +188,12 @@ def test_an_adapter_that_merges_into_weights_is_refused(base, save_adapter, prom
 
 
 def test_the_command_line_takes_four_and_eight_alone(monkeypatch, capsys):
-    given: list[tuple[object, ...]] = []
-    monkeypatch.setattr(pipeline, "transfer", lambda *values: given.append(values))
+    transferred = MagicMock()
+    monkeypatch.setattr(pipeline, "transfer", transferred)
     words = ["transfer", "--adapter", "a", "--target", "t", "--out", "o", "--source-bits", "8"]
     main([*words, "--target-bits", "4"])
-    assert given[0][-2:] == (8, 4)
+    given = transferred.call_args.kwargs
+    assert (given["source_bits"], given["target_bits"]) == (8, 4)
     with pytest.raises(SystemExit) as caught:
         main([*words, "--target-bits", "5"])
     assert caught.value.code == 2 and "--target-bits does not accept '5'" in capsys.readouterr().err

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from castlora.pipeline import transfer
     from castlora.portable import check_portable
     from castlora.runs import report_runs
+    from castlora.several import transfer_to_each
     from castlora.steering import steer
     from castlora.teaching import teach
 
 __all__ = [
     "CastLayer", "UserError", "__version__", "check_portable", "convert", "evaluate", "inspect", "push",
-    "report_runs", "steer", "teach", "transfer",
+    "report_runs", "steer", "teach", "transfer", "transfer_to_each",
 ]  # fmt: skip
 
 _HOMES = {
@@ -37,6 +38,7 @@ _HOMES = {
     "steer": "castlora.steering",
     "teach": "castlora.teaching",
     "transfer": "castlora.pipeline",
+    "transfer_to_each": "castlora.several",
 }
 
 

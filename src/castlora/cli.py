@@ -6,7 +6,7 @@ import re
 import sys
 import warnings
 from argparse import Action
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any, NoReturn
 
@@ -115,7 +115,8 @@ def _add_verbosity(place: ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command; bad input ends with one sentence and exit code 2."""
     whole = parser()
-    parsed = whole.parse_args([_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)])
+    words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    parsed = whole.parse_args(_gathered(words))
     chosen: str = parsed.command
     settings: Namespace = whole.instantiate(parsed)[chosen]
     run = COMMANDS.get(chosen)
@@ -199,3 +200,11 @@ def _underscored(word: str) -> str:
         return word
     option, equals, value = word.partition("=")
     return "--" + option[2:].replace("-", "_") + equals + value
+
+
+def _gathered(words: Sequence[str]) -> list[str]:
+    """The words of a command; of transfer the targets after the first are added to it, and do not replace it."""
+    command = next((word for word in words if not word.startswith("-")), None)
+    targets = [index for index, word in enumerate(words) if word.partition("=")[0] == "--target"]
+    added = targets[1:] if command == "transfer" else []
+    return [word.replace("--target", "--target+", 1) if index in added else word for index, word in enumerate(words)]

@@ -13,7 +13,7 @@ NOT_PORTABLE = 1
 
 def _transfer(
     adapter: str,
-    target: str,
+    target: list[str] | str,
     out: str,
     source: str | None = None,
     text: str | None = None,
@@ -43,7 +43,8 @@ def _transfer(
 
     Args:
         adapter: folder or hub id of a PEFT LoRA
-        target: folder or hub id of the new base model
+        target: folder or hub id of the new base model; given several times, each one gets a folder in out, and source +
+            LoRA is asked once for all of them
         out: folder to write, new or empty
         source: base model of the adapter, if not the one that its configuration names
         text: general text: .txt or .jsonl, gzipped or not, or a hub data set; by default allenai/c4
@@ -66,25 +67,33 @@ def _transfer(
         target_bits: the same for the target, if it is to be served so
         push_to_hub: OWNER/NAME of a repository on the hub that the adapter is uploaded to, as castlora push does
         private: whether a new repository is private
-        json: whether the manifest is printed when all is done
+        json: whether the manifest is printed when all is done; of several targets, the manifest of each
     """
     from transformers.utils.logging import disable_progress_bar
 
     from castlora.hub import check_push, push
     from castlora.pipeline import transfer as run
     from castlora.processes import from_main
+    from castlora.several import transfer_to_each
 
     disable_progress_bar()
+    settings: dict[str, Any] = {
+        "source": source, "text": text, "prompt_format": _prompt_format(prompt_format), "prompts": prompts,
+        "chat": chat, "taught": taught, "recipe": recipe, "start": start, "steps": steps, "batch_size": batch_size,
+        "seed": seed, "rank": rank, "tuning": tuning, "task": task, "report_to": report_to, "low_memory": low_memory,
+        "source_bits": source_bits, "target_bits": target_bits,
+    }  # fmt: skip
+    targets = [target] if isinstance(target, str) else target
     if push_to_hub:
-        from_main(partial(check_push, push_to_hub, target))
-    result = run(
-        adapter, target, out, source, text, _prompt_format(prompt_format), prompts, chat, taught, recipe, start, steps,
-        batch_size, seed, rank, tuning, task, report_to, low_memory, source_bits, target_bits,
-    )  # fmt: skip
+        from_main(partial(check_push, push_to_hub, targets))
+    if len(targets) == 1:
+        manifest: Any = run(adapter, targets[0], out, **settings).manifest
+    else:
+        manifest = transfer_to_each(adapter, targets, out, **settings)
     if push_to_hub:
         from_main(partial(push, out, push_to_hub, private))
     if json and is_main():
-        _print_json(result.manifest)
+        _print_json(manifest)
 
 
 def _teach(

@@ -1,6 +1,7 @@
 """Publishing: an adapter goes to the hub with its card and manifest, and nothing that was not asked for."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -23,16 +24,20 @@ PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, MANIFEST_FILE, TEMPLATE_FILE)
 _REFUSALS = (HTTPError, HFValidationError, OSError)
 
 
-def check_push(repo: str, target: str) -> None:
+def check_push(repo: str, targets: Sequence[str]) -> None:
     """Finds what would keep `push` from uploading an adapter, before a transfer has made it.
 
     Args:
         repo: OWNER/NAME
-        target: folder or hub id of the base model that the adapter will be for
+        targets: folder or hub id of each base model that there will be an adapter for
 
     Raises:
-        UserError: nobody is logged in, the hub does not answer, or others could not load the adapter.
+        UserError: nobody is logged in, the hub does not answer, there would be several adapters, or others could not
+            load it.
     """
+    if len(targets) != 1:
+        raise UserError("--push-to-hub names one repository for several adapters; give each to castlora push.")
+    [target] = targets
     if Path(target).exists():
         raise UserError(
             f"--push-to-hub: others could not load an adapter for the folder {target!r}; give --target by its hub id."

@@ -51,7 +51,7 @@ from castlora.stages import (
     start_student,
 )
 from castlora.starts import student_factors
-from castlora.taught import check_teacher
+from castlora.taught import check_teacher, holds_messages
 from castlora.teaching import TextSource
 from castlora.tracking import check_tracker, tracking
 from castlora.training import train_student
@@ -165,7 +165,8 @@ def transfer(
     from_main(text_source.check)
     if taught is not None:
         from_main(partial(check_teacher, taught, plan.adapter.weights_sha256))
-    scored = from_main(partial(ScoredTask.read, task, chat)) if task else None
+    in_template = chat or (taught is not None and from_main(partial(holds_messages, taught)))
+    scored = from_main(partial(ScoredTask.read, task, in_template)) if task else None
     licences = from_main(partial(read_licences, plan, text_source.general))
     models = load_models(plan, loading)
     check_objective(models.shared, resolved)

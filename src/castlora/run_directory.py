@@ -148,6 +148,11 @@ def _file_exists(out: str) -> UserError:
     return UserError(f"--out {out!r} exists; give a new file, nothing is ever overwritten.")
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds the result of a run, and nothing of its state any more."""
+    return (folder / _LAST_FILE).exists() and not (folder / STATE_FOLDER).exists()
+
+
 def check_finished(folder: Path) -> None:
     """Raises a UserError if a folder holds a run that was begun and has no result yet."""
     if (folder / STATE_FOLDER).is_dir() and not (folder / _LAST_FILE).exists():

@@ -36,6 +36,11 @@ def check_taught(path: str) -> None:
     _read_records(path)
 
 
+def holds_messages(path: str) -> bool:
+    """Whether the prompts of a file of taught text are messages, which models read in chat templates."""
+    return "messages" in _read_records(path)[0]
+
+
 def check_teacher(path: str, adapter_sha256: str) -> None:
     """Raises a UserError if a file of taught text says that another adapter gave its answers."""
     lines = enumerate(read_lines(Path(path)), 1)

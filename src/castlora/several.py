@@ -1,0 +1,129 @@
+"""One adapter onto several targets: source + LoRA is asked once, and each target learns from what it said."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, fields
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from castlora import __version__
+from castlora.config import Recipe, TextTuning, Tuning, resolve_recipe
+from castlora.errors import UserError
+from castlora.pipeline import transfer
+from castlora.plan import plan_transfer
+from castlora.processes import from_main, share_of_batch
+from castlora.run_directory import RunDirectory, file_state, is_finished, open_run
+from castlora.runs import MANIFEST_FILE, report_runs
+from castlora.scored_task import ScoredTask
+from castlora.stages import Loading
+from castlora.teaching import teach
+from castlora.tracking import check_tracker
+
+TAUGHT_FILE = "taught.jsonl"
+COMPARISON_FILE = "comparison.html"
+_TEACHING = ("text", "prompt_format", "prompts", "chat", "source", "seed", "source_bits")
+
+
+def transfer_to_each(adapter: str, targets: Sequence[str], out: str, **settings: Any) -> dict[str, dict[str, Any]]:
+    """Moves an adapter to several base models; source + LoRA answers the prompts once, for all of them.
+
+    Each adapter is, byte for byte, the one that `castlora.transfer` with the same settings writes for its target alone.
+    Called again with the same arguments after an interruption, it continues where it was.
+
+    Args:
+        adapter: folder or hub id of a PEFT LoRA
+        targets: folders or hub ids of the new base models; their last components name the folders inside `out`
+        out: folder to write; it must not hold anything else. Beside the adapters it gets the prompts with the answers
+            of source + LoRA, where the recipe has them written, and a page that compares the transfers
+        settings: of every transfer, as `castlora.transfer` takes them
+
+    Returns:
+        target → manifest of its adapter
+
+    Raises:
+        UserError: bad input. What no target can be moved with is found before anything is written; what ends a later
+            transfer leaves the finished ones as they are.
+        RuntimeError: a written adapter does not compute what was trained.
+    """
+    names = _folder_names(targets)
+    given = signature(transfer).bind(adapter, targets[0], out, **settings)
+    given.apply_defaults()
+    chosen = {name: value for name, value in given.arguments.items() if name not in ("adapter", "target", "out")}
+    tuning = chosen["tuning"] or Tuning()
+    recipe = resolve_recipe(chosen["recipe"], chosen["start"], chosen["steps"], chosen["batch_size"], tuning)
+    share_of_batch(recipe.batch_size)
+    from_main(partial(_check, adapter, targets, recipe, chosen))
+    request = {"adapter": adapter, "targets": list(targets), **chosen, "tuning": asdict(tuning)}
+    with ExitStack() as held:
+        # The main process holds the folder, until all are done.
+        run = from_main(lambda: held.enter_context(open_run(out, {**request, "castlora_version": __version__}, 0)))
+        try:
+            from_text = from_main(partial(_teach, run, adapter, recipe, chosen))
+            for target, name in names.items():
+                if not from_main(partial(is_finished, run.out / name)):
+                    transfer(adapter, target, str(run.out / name), **{**chosen, **from_text})
+        except UserError:
+            from_main(partial(_take_back, run))
+            raise
+        from_main(partial(_finish, run, list(names.values())))
+    manifests = (json.loads((Path(out) / name / MANIFEST_FILE).read_text("utf-8")) for name in names.values())
+    return dict(zip(names, manifests, strict=True))
+
+
+def _folder_names(targets: Sequence[str]) -> dict[str, str]:
+    """Target → name of its folder.
+
+    Raises:
+        UserError: there are no targets, or two would share a folder.
+    """
+    if not targets:
+        raise UserError("--target names no model; give at least one.")
+    names = [(Path(target).resolve() if Path(target).is_dir() else Path(target)).name for target in targets]
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"--target names {count} models {name!r}, which would share a folder; move to one at a time.")
+    return dict(zip(targets, names, strict=True))
+
+
+def _check(adapter: str, targets: Sequence[str], recipe: Recipe, chosen: Mapping[str, Any]) -> None:
+    """Raises a UserError for what would end one of the transfers before its work begins."""
+    loading = Loading(chosen["low_memory"], chosen["source_bits"], chosen["target_bits"])
+    for target in targets:
+        plan = plan_transfer(adapter, target, chosen["source"])
+        plan.rank(recipe, chosen["rank"])
+        plan.check_length(recipe)
+        loading.check(plan.adapter.is_plain)
+    check_tracker(chosen["report_to"])
+    if chosen["task"]:
+        ScoredTask.read(chosen["task"], chosen["chat"])
+
+
+def _teach(run: RunDirectory, adapter: str, recipe: Recipe, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Asks source + LoRA, unless it was; the settings with which each transfer reads its answers.
+
+    Text that is read as it runs, or has answers already, leaves nothing to ask beforehand.
+    """
+    if chosen["taught"] is not None or not recipe.write_answers:
+        return {}
+    taught = run.out / TAUGHT_FILE
+    if file_state(taught).exists() or not taught.exists():
+        of_text = TextTuning(**{field.name: getattr(recipe, field.name) for field in fields(TextTuning)})
+        teach(adapter, str(taught), tuning=of_text, **{name: chosen[name] for name in _TEACHING})
+    return {"text": None, "prompt_format": None, "prompts": None, "chat": False, "taught": str(taught)}
+
+
+def _take_back(run: RunDirectory) -> None:
+    """Leaves no folder behind in which nothing was made."""
+    if [path for path in run.out.iterdir() if path != run.state] == []:
+        run.discard()
+
+
+def _finish(run: RunDirectory, names: Sequence[str]) -> None:
+    """Puts a page that compares the transfers beside them, and drops the state."""
+    run.finished.mkdir()
+    report_runs([str(run.out / name) for name in names], str(run.finished / COMPARISON_FILE))
+    run.publish()
