@@ -8,17 +8,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads only cost time on models this small, in processes that tests start too, and sums in a fixed order repeat.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Models are loaded in 16 bits on an accelerator, and most tests state what holds in 32.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CASTLORA_TEST_ACCELERATOR", "")
 
 import pytest
 import tiny
-import torch
 from hypothesis import settings
 
 from castlora import pipeline, transfer, verification
 from castlora.adapter_files import open_adapter
 from castlora.adapters import read_factors
+from castlora.demonstration.bundle import demo_skill
 from castlora.models import linear_slots, load_config
 from castlora.pairing import pair_modules
 
@@ -39,12 +41,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if ("accelerator" in item.keywords) != given:
             item.add_marker(left_out)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Threads only cost time on models this small, and sums in a fixed order repeat to the bit."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +109,18 @@ def paired(base_model, adapter):
         return *models, pair_modules(*slots, factors), factors
 
     return load
+
+
+@pytest.fixture
+def short_demo_skill(tmp_path: Path) -> SimpleNamespace:
+    """The skill of the demo with fewer prompts and test items."""
+    skill = demo_skill()
+    shortened = {}
+    for name, lines in (("task", 60), ("prompts", 120)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(getattr(skill, name).read_text().splitlines(keepends=True)[:lines]))
+        shortened[name] = path
+    return SimpleNamespace(**vars(skill), **shortened, adapter=skill.adapter)
 
 
 @pytest.fixture

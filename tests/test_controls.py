@@ -1,11 +1,12 @@
 """What a run measures beside its result: the bare target, answers to other prompts, and how alike the models are."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import tiny
 
 from castlora import transfer
-from castlora.config import Tuning
 from castlora.runs import read_run
 
 
@@ -17,7 +18,7 @@ def moved(base_model, adapter, prompts_file, tmp_path, checked_in_process):
         return transfer(
             str(adapter("llama")), str(base_model("mistral")), str(tmp_path / out), str(base_model("llama")),
             prompts=str(prompts_file), steps=3, batch_size=4,
-            tuning=Tuning(passages=24, max_length=60, answer_tokens=6), **options,
+            tuning=replace(tiny.SHORT, max_length=60, answer_tokens=6), **options,
         )  # fmt: skip
 
     return run

@@ -27,10 +27,11 @@ def test_an_adapter_answers_the_same_attached_and_merged(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_transfer_is_measured(tmp_path, capsys):
+def test_a_transfer_is_measured(tmp_path, capsys, monkeypatch, short_demo_skill, checked_in_process):
+    monkeypatch.setattr(transfer_and_measure, "demo_skill", lambda: short_demo_skill)
     transfer_and_measure.main(str(tmp_path / "out"), steps=30)
     printed = capsys.readouterr().out
-    assert "retrained 0.990" in printed
+    assert float(printed.split("retrained ")[1].split()[0]) > 0.9
     assert float(printed.split("lift ")[1].split()[0]) > 0.05
     assert (tmp_path / "out" / "report.html").is_file()
 

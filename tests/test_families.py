@@ -48,8 +48,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
 }
 NAMES = tuple(FAMILIES)
-# Each family is once a source and once a target of two others, near and far in the list.
-PAIRS = [(source, NAMES[(index + step) % len(NAMES)]) for step in (1, 9) for index, source in enumerate(NAMES)]
+# Each family is once a source and once a target, of another type of tokenizer.
+PAIRS = [(source, NAMES[(index + 9) % len(NAMES)]) for index, source in enumerate(NAMES)]
 every_family = pytest.mark.parametrize("name", NAMES)
 
 

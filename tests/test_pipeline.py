@@ -10,12 +10,11 @@ from peft import PeftModel
 from castlora import UserError, check_portable, pipeline, reading, report_runs
 from castlora.adapter_files import open_adapter
 from castlora.adapters import LowRank, read_factors, write_portable
-from castlora.config import Tuning
 from castlora.models import load_config
 from castlora.text import Passage
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "castlora.json", "report.html", "report.json"]
-ANSWERED = Tuning(passages=24, filled_passages=24, max_length=60, answer_tokens=6)
+ANSWERED = replace(tiny.SHORT, max_length=60, answer_tokens=6)
 
 
 def weights(out: Path) -> bytes:
@@ -33,17 +32,13 @@ def weights(out: Path) -> bytes:
         (
             "gpt2-deep",
             "gpt2",
-            {"tuning": Tuning(passages=24, filled_passages=24, max_length=88, answer_tokens=8, chunk_weight=1.0)},
+            {"tuning": replace(tiny.SHORT, format_candidates=6)},
             8,
         ),
         (
             "mistral",
             "llama",
-            {
-                "tuning": Tuning(
-                    passages=24, filled_passages=24, max_length=88, answer_tokens=8, chunk_weight=1.0, sentences=1
-                )
-            },
+            {"tuning": replace(tiny.SHORT, sentences=1)},
             8,
         ),
     ],
@@ -70,7 +65,7 @@ def test_a_transfer_between_every_two_families(base_model, quick_transfer, sourc
 
 
 def test_training_brings_the_student_nearer_to_the_teacher(quick_transfer):
-    tuning = Tuning(passages=24, filled_passages=24, max_length=88, answer_tokens=8, learning_rate_scale=2.0)
+    tuning = replace(tiny.SHORT, learning_rate_scale=2.0)
     losses = quick_transfer("llama", "mistral", steps=40, tuning=tuning).manifest["losses"]
     assert losses["kl_after"] < 0.9 * losses["kl_before"]
     assert losses["held_out_after"] < losses["held_out_before"]
@@ -224,7 +219,7 @@ def test_prompts_are_answered(quick_transfer, taught, prompts_file):
 
 
 def test_prompts_need_no_answers(quick_transfer, taught, prompts_file):
-    tuning = Tuning(passages=24, filled_passages=24, max_length=60, write_answers=False, context_weight=0.0)
+    tuning = replace(tiny.SHORT, max_length=60, write_answers=False, context_weight=0.0)
     quick_transfer("llama", "gpt2", prompts=str(prompts_file), tuning=tuning)
     assert {len(passage.text.encode()) - passage.answer_start for passage in taught} == {0}
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from markupsafe import escape
 from castlora import UserError, evaluate, report_runs, transfer
 from castlora.card import make_card
 from castlora.cli import main
-from castlora.config import Tuning
 from castlora.formatting import number, percent
 from castlora.manifest import MANIFEST_FILE
 from castlora.runs import read_run
@@ -24,7 +24,7 @@ def run(base_model, adapter, prompts_file, tmp_path, checked_in_process) -> Path
     """A finished run from a tiny Llama to a tiny Mistral."""
     return transfer(
         str(adapter("llama")), str(base_model("mistral")), str(tmp_path / "run"), str(base_model("llama")),
-        prompts=str(prompts_file), steps=2, batch_size=4, tuning=Tuning(passages=24, max_length=60, answer_tokens=4),
+        prompts=str(prompts_file), steps=2, batch_size=4, tuning=replace(tiny.SHORT, max_length=60, answer_tokens=4),
     ).folder  # fmt: skip
 
 

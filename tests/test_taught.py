@@ -13,7 +13,6 @@ from castlora.manifest import MANIFEST_FILE
 from castlora.taught import read_taught, write_taught
 from castlora.text import Passage
 
-SHORT = Tuning(passages=24, filled_passages=24, candidates=2, max_length=88, answer_tokens=8)
 TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}[assistant]"
 
 
@@ -29,7 +28,7 @@ def run(places, base_model, tmp_path, out: str, **options) -> bytes:
         out=str(tmp_path / out),
         steps=3,
         batch_size=4,
-        tuning=SHORT,
+        tuning=tiny.SHORT,
         **options,
     )
     return (result.folder / "adapter_model.safetensors").read_bytes()
@@ -42,7 +41,7 @@ def test_taught_text_gives_the_bytes_of_a_transfer_that_teaches_by_itself(
     places, base_model, text_file, prompts_file, tmp_path, known, checked_in_process, monkeypatch
 ):
     text = {"prompts": str(prompts_file)} if "prompts" in known else {"text": str(text_file), **known}
-    taught = teach(**places, **text, out=str(tmp_path / "taught.jsonl"), tuning=SHORT)
+    taught = teach(**places, **text, out=str(tmp_path / "taught.jsonl"), tuning=tiny.SHORT)
     lines = [json.loads(line) for line in taught.read_text().splitlines()]
     assert all(
         line.keys() == {"prompt", "answer", "adapter_sha256"} and line["prompt"].endswith("Answer:") for line in lines
@@ -58,7 +57,7 @@ def test_taught_text_gives_the_bytes_of_a_transfer_that_teaches_by_itself(
 
 
 def test_the_answers_of_another_adapter_are_refused(places, base_model, adapter, prompts_file, tmp_path):
-    taught = teach(**places, prompts=str(prompts_file), out=str(tmp_path / "taught.jsonl"), tuning=SHORT)
+    taught = teach(**places, prompts=str(prompts_file), out=str(tmp_path / "taught.jsonl"), tuning=tiny.SHORT)
     other = places | {"adapter": str(adapter("llama", ("q_proj",)))}
     with pytest.raises(UserError, match="holds the answers of another adapter; give its file, or teach anew"):
         run(other, base_model, tmp_path, "out", taught=str(taught))
@@ -66,7 +65,7 @@ def test_the_answers_of_another_adapter_are_refused(places, base_model, adapter,
 
 
 def test_the_manifest_and_the_card_name_the_file(places, base_model, text_file, tmp_path, checked_in_process):
-    teach(**places, text=str(text_file), prompt_format="{text}:", out=str(tmp_path / "taught.jsonl"), tuning=SHORT)
+    teach(**places, text=str(text_file), prompt_format="{text}:", out=str(tmp_path / "taught.jsonl"), tuning=tiny.SHORT)
     run(places, base_model, tmp_path, "out", taught=str(tmp_path / "taught.jsonl"))
     manifest = json.loads((tmp_path / "out" / MANIFEST_FILE).read_text())
     assert (manifest["text"]["regime"], manifest["text"]["taught"]) == ("taught text", "taught.jsonl")

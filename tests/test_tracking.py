@@ -1,10 +1,11 @@
 from pathlib import Path
 
 import pytest
+import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from castlora import transfer
-from castlora.config import Tracker, Tuning
+from castlora.config import Tracker
 
 
 @pytest.fixture
@@ -13,7 +14,7 @@ def move(base_model, adapter, text_file, tmp_path, checked_in_process, monkeypat
     monkeypatch.chdir(tmp_path)
 
     def run(out: str, report_to: Tracker | None):
-        tuning = Tuning(passages=24, filled_passages=24, max_length=88, answer_tokens=8)
+        tuning = tiny.SHORT
         places = str(adapter("llama")), str(base_model("gpt2")), out
         return transfer(*places, text=str(text_file), steps=3, batch_size=4, tuning=tuning, report_to=report_to)
 

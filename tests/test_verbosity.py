@@ -70,8 +70,9 @@ def test_a_file_of_settings_may_ask_for_quiet(said, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_prints_what_it_wrote(monkeypatch, capsys, tmp_path, checked_in_process):
+def test_the_demo_prints_what_it_wrote(monkeypatch, capsys, tmp_path, checked_in_process, short_demo_skill):
     monkeypatch.setattr(story, "_STEPS", 2)
+    monkeypatch.setattr(story, "demo_skill", lambda: short_demo_skill)
     main(["demo", "--out", str(tmp_path / "demo"), "--json", "true"])
     record = json.loads(capsys.readouterr().out)
     assert record == json.loads((tmp_path / "demo" / "results.json").read_text())

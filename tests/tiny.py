@@ -35,9 +35,10 @@ CONTEXT = 96
 """Positions that every tiny model has."""
 
 SHORT = Tuning(
-    passages=24, filled_passages=24, max_length=88, answer_tokens=8, rehearsal_passages=8, rehearsal_tokens=12
-)
-"""Text of a transfer that takes a second."""
+    passages=24, filled_passages=24, candidates=4, format_candidates=0, max_length=88, answer_tokens=8,
+    rehearsal_passages=8, rehearsal_tokens=12,
+)  # fmt: skip
+"""Text of a transfer that takes a second; to look for prompt formats takes longer than all else together."""
 
 FAMILIES = ("llama", "mistral", "phi3", "gpt2", "gpt2-deep")
 LINEAR_MODULES = {
