@@ -91,18 +91,26 @@ def report_runs(runs: Sequence[str], out: str) -> dict[str, Any]:
     if path.exists() or not path.parent.is_dir():
         state = "exists" if path.exists() else "lies in no folder that exists"
         raise UserError(f"--out {out!r} {state}; give a new file, nothing is ever overwritten.")
-    read = [read_run(run) for run in runs]
-    if len(read) == 1:
-        page, described = render_report(read[0].report), dict(read[0].report.manifest)
-    else:
-        comparison = compare_runs(read)
-        page, described = render_comparison(comparison), describe_comparison(comparison)
+    page, described = runs_page(runs)
     try:
         write_whole(path, page)
     except OSError as error:
         raise UserError(f"--out {out!r} cannot be written ({error.strerror}); give another file.") from error
     logger.info("Wrote %s", out)
     return described
+
+
+def runs_page(runs: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The page of `report_runs` as HTML, and what it shows as JSON takes it.
+
+    Raises:
+        UserError: a folder is not one of a finished run.
+    """
+    read = [read_run(run) for run in runs]
+    if len(read) == 1:
+        return render_report(read[0].report), dict(read[0].report.manifest)
+    comparison = compare_runs(read)
+    return render_comparison(comparison), describe_comparison(comparison)
 
 
 def read_run(folder: str) -> ComparedRun:

@@ -1,6 +1,7 @@
 """One adapter onto several targets: source + LoRA is asked once, and each target learns from what it said."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -16,12 +17,14 @@ from castlora.errors import UserError
 from castlora.pipeline import transfer
 from castlora.plan import plan_transfer
 from castlora.processes import from_main, share_of_batch
-from castlora.run_directory import RunDirectory, file_state, is_finished, open_run
-from castlora.runs import MANIFEST_FILE, report_runs
+from castlora.run_directory import RunDirectory, file_state, is_finished, open_run, write_whole
+from castlora.runs import MANIFEST_FILE, runs_page
 from castlora.scored_task import ScoredTask
 from castlora.stages import Loading
 from castlora.teaching import teach
 from castlora.tracking import check_tracker
+
+logger = logging.getLogger("castlora")
 
 TAUGHT_FILE = "taught.jsonl"
 COMPARISON_FILE = "comparison.html"
@@ -45,8 +48,8 @@ def transfer_to_each(adapter: str, targets: Sequence[str], out: str, **settings:
         target → manifest of its adapter
 
     Raises:
-        UserError: bad input. What no target can be moved with is found before anything is written; what ends a later
-            transfer leaves the finished ones as they are.
+        UserError: bad input. What would end one of the transfers before its work begins is found before anything is
+            written; what ends one later leaves the finished ones as they are.
         RuntimeError: a written adapter does not compute what was trained.
     """
     names = _folder_names(targets)
@@ -63,7 +66,8 @@ def transfer_to_each(adapter: str, targets: Sequence[str], out: str, **settings:
         run = from_main(lambda: held.enter_context(open_run(out, {**request, "castlora_version": __version__}, 0)))
         try:
             from_text = from_main(partial(_teach, run, adapter, recipe, chosen))
-            for target, name in names.items():
+            for number, (target, name) in enumerate(names.items(), 1):
+                logger.info("Target %d of %d: %s", number, len(names), target)
                 if not from_main(partial(is_finished, run.out / name)):
                     transfer(adapter, target, str(run.out / name), **{**chosen, **from_text})
         except UserError:
@@ -124,6 +128,8 @@ def _take_back(run: RunDirectory) -> None:
 
 def _finish(run: RunDirectory, names: Sequence[str]) -> None:
     """Puts a page that compares the transfers beside them, and drops the state."""
+    page, _ = runs_page([str(run.out / name) for name in names])
     run.finished.mkdir()
-    report_runs([str(run.out / name) for name in names], str(run.finished / COMPARISON_FILE))
+    write_whole(run.finished / COMPARISON_FILE, page)
     run.publish()
+    logger.info("Wrote %s", run.out / COMPARISON_FILE)
