@@ -43,9 +43,9 @@ metric_list: [{{metric: {metric}}}]
 """
 
 
-@pytest.fixture
-def items(tmp_path) -> Path:
-    path = tmp_path / "items.jsonl"
+@pytest.fixture(scope="module")
+def items(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("items") / "items.jsonl"
     lines = (
         {"prompt": f"Who? {sentence} Answer:", "completion": CHOICES[number % 3], "choices": CHOICES}
         for number, sentence in enumerate(tiny.sentences(12))
@@ -54,10 +54,10 @@ def items(tmp_path) -> Path:
     return path
 
 
-@pytest.fixture
-def tasks(items, tmp_path) -> str:
-    folder = tmp_path / "harness"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def tasks(items, tmp_path_factory) -> str:
+    """Folder of task files; the harness takes seconds to look at one, and does so once."""
+    folder = tmp_path_factory.mktemp("harness")
     (folder / "animals.yaml").write_text(CHOOSE.format(items=items))
     (folder / "spelling.yaml").write_text(WRITE.format(items=items, metric="exact_match"))
     (folder / "away.yaml").write_text(CHOOSE.format(items="/nowhere.jsonl").replace("task: animals", "task: away"))

@@ -1,5 +1,7 @@
 """Transfers with one of the two models on the accelerator at a time."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -65,8 +67,9 @@ def test_the_adapter_is_that_of_both_models_together(quick_transfer, prompts_fil
 
 
 def test_general_text_is_read_in_turns_too(quick_transfer, watched):
+    settings = {"steps": 24, "tuning": replace(tiny.SHORT, format_candidates=6)}
     together, in_turns = (
-        quick_transfer("llama", "mistral", f"out {one}", low_memory=one, steps=24) for one in (False, True)
+        quick_transfer("llama", "mistral", f"out {one}", low_memory=one, **settings) for one in (False, True)
     )
     assert in_turns.manifest["losses"] == together.manifest["losses"]
 
