@@ -40,6 +40,7 @@ METHODS: dict[str, Method] = {
     "paper start, nonlinear, distilled": DistilledNetworks("default", "paper", PLAIN),
     "synthetic data": Labelled(),
     "closed form": Solved("ridge"),
+    "closed form, last layer solved": Solved("ridge", with_readout=True),
     "Theseus": Solved("theseus"),
     "direct copy": Weighed(direct_copy),
     "Cross-LoRA": Weighed(partial(cross_lora, form="aligned")),

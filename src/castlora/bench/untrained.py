@@ -1,6 +1,6 @@
 """Methods of the benchmark that solve or carry without training on the target, and the oracle."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -21,23 +21,26 @@ from castlora.bench.reading import cell_recipe, read_text
 from castlora.bench.trained import WITH_TEXT
 from castlora.completions import encode_completion
 from castlora.config import Recipe, Regime, Tuning
-from castlora.distill import Student, measure_held_out
+from castlora.distill import HeldOut, Student, measure_held_out
 from castlora.evaluation import evaluate_model
 from castlora.fitting import collect_moments, ridge_factors
+from castlora.last_layer import LastLayer, collect_places, find_last_layer
 from castlora.models import best_device, context_length, linear_slots, load_model
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage
+from castlora.readout import READOUT_RIDGE, READOUT_ROUNDS, solve_readout
 from castlora.scaling import SOLVED_SCALES, keep_best_scale
 from castlora.stages import Models, load_models
 from castlora.starts import (
     attach_lora,
     fold_maps,
+    lora_maps,
     random_maps,
     start_from_factors,
     student_factors,
 )
 from castlora.tasks import TaskItem
-from castlora.teacher import RecordedTeacher
+from castlora.teacher import LiveTeacher, RecordedTeacher
 
 _LABELLED_STEPS, _LABELLED_BATCH, _LABELLED_RATE = 400, 32, 4e-3
 """How the constrained adapter is trained on a task's labels: as the zoo's adapters are."""
@@ -49,6 +52,8 @@ class Solved:
 
     solve: Literal["ridge", "theseus", "permuted", "random"]
     """`permuted` and `random` are controls: the closed form of positions paired at random, and random rotations."""
+    with_readout: bool = False
+    """Whether the last layer is then solved for what source + LoRA predicts."""
     regimes: tuple[Regime, ...] = WITH_TEXT
 
     def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
@@ -58,9 +63,14 @@ class Solved:
         reading = read_text(settings, cell, recipe)
         plan, models, training, held_out = reading.plan, reading.models, reading.training, reading.held_out
         update = self._solve(plan, models, training, recipe, cell.seed)
+        site = find_last_layer(models.target, plan.target_slots) if self.with_readout else None
+        if site:
+            update = {**update, site.module: _nothing(plan, site.module)}
         student = _attach_update(models.target, update)
         teacher = RecordedTeacher(models.teacher, held_out, with_hidden=False)
         measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
+        if site:
+            _solve_last_layer(student, site, models, training, measure)
         scale = keep_best_scale(student, measure, SOLVED_SCALES)
         return {
             "training_passages": len(training),
@@ -79,6 +89,34 @@ class Solved:
         if self.solve == "theseus":
             return theseus(plan.pairing, plan.factors, moments)
         return ridge_factors(moments, plan.pairing, plan.factors, recipe.ridge)
+
+
+def _nothing(plan: Plan, module: str) -> LowRank:
+    """No update of a module, of the adapter's rank."""
+    slot, rank = plan.target_slots[module], plan.adapter_rank
+    return LowRank(torch.zeros(rank, slot.d_in), torch.zeros(slot.d_out, rank))
+
+
+def _solve_last_layer(
+    student: Student,
+    site: LastLayer,
+    models: Models,
+    training: list[AlignedPassage],
+    measure: Callable[[Student], HeldOut],
+) -> None:
+    """Replaces the update of the last layer by the one that fits held-out text best of those that are solved for."""
+    lora_a, lora_b = lora_maps(student.model, site.module)
+    nothing = LowRank(torch.zeros_like(lora_a.weight), torch.zeros_like(lora_b.weight))
+    teacher = LiveTeacher(models.teacher, with_hidden=False)
+    places = collect_places(student.model, teacher, site, training, models.shared)
+    solved = solve_readout(places, site.tail, models.shared.target_classes, nothing.rank, READOUT_RIDGE, READOUT_ROUNDS)
+    candidates = [nothing, *solved]
+
+    def loss(update: LowRank) -> float:
+        start_from_factors(student.model, {site.module: update})
+        return measure(student).loss
+
+    start_from_factors(student.model, {site.module: min(candidates, key=loss)})
 
 
 @dataclass(frozen=True)

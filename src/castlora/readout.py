@@ -1,0 +1,174 @@
+"""The closed form of the last layer: pure functions from activations to the update that predicts like the teacher.
+
+What the last module of a decoder-only model adds to the residual stream is read by the final norm and the output head
+alone. So the update of it with which the target predicts what source + LoRA predicts can be solved for from activations
+that were read once, by least squares that are repeated (Gauss-Newton) without running the model again.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from castlora.adapters import LowRank
+from castlora.objective import class_log_probabilities
+
+READOUT_RIDGE, READOUT_ROUNDS = 0.001, 6
+_LARGEST_CHANGE = 10.0
+"""Nats by which one round changes the logarithm of a probability at most."""
+_OTHERS = 0.01
+"""Probability left to all other tokens where the answer says which one follows."""
+_IMPOSSIBLE = -14.0
+
+
+@dataclass(frozen=True)
+class Places:
+    """What is known at the positions of answers, a row each."""
+
+    features: Tensor
+    """What the solved module reads, shape (places, d_in)."""
+    hidden: Tensor
+    """Final hidden states before the norm, without an update of the solved module, shape (places, width)."""
+    taught: Tensor
+    """Log-probabilities that the teacher gives to classes of tokens, shape (places, classes); any where not aligned."""
+    next_tokens: Tensor
+    """The target's token that follows, shape (places,); -1 for none."""
+    is_aligned: Tensor
+    """Whether the teacher has read the same text, shape (places,)."""
+
+    def that_teach(self) -> "Places":
+        """Those that are aligned or have a token that follows."""
+        kept = self.is_aligned | (self.next_tokens >= 0)
+        return Places(**{name: tensor[kept] for name, tensor in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What follows the solved module: the final norm and the output head."""
+
+    norm: Callable[[Tensor], Tensor]
+    head: Tensor
+    """Shape (vocabulary, width)."""
+    is_centred: bool
+    """Whether the norm takes the mean away, as LayerNorm does and RMSNorm does not."""
+
+    def sizes(self, hidden: Tensor) -> Tensor:
+        """What the norm divides each hidden state by, shape (places, 1)."""
+        return self._centred(hidden).square().mean(-1, keepdim=True).sqrt()
+
+    def gain(self, hidden: Tensor) -> Tensor:
+        """What the norm multiplies each dimension with, shape (width,), as its outputs show it."""
+        unit = self._centred(hidden) / self.sizes(hidden)
+        unit = unit - unit.mean(0)
+        normed = self.norm(hidden)
+        return (unit * (normed - normed.mean(0))).sum(0) / unit.square().sum(0)
+
+    def _centred(self, hidden: Tensor) -> Tensor:
+        return hidden - hidden.mean(-1, keepdim=True) if self.is_centred else hidden
+
+
+def taught_log_probabilities(logits: Tensor, places: Places, classes: Tensor) -> Tensor:
+    """What the target should predict: log-probabilities of its tokens, shape (places, vocabulary).
+
+    Where both models have read the same text, each class of tokens gets the probability that the teacher gives it, and
+    its tokens share it as the target has it. Which of several tokens of a class, and which token inside a stretch that
+    only the target cuts there, the answer says.
+
+    Args:
+        logits: of the target as it is, shape (places, vocabulary)
+        places: where they are
+        classes: class of each token of the target, shape (vocabulary,)
+    """
+    bare = logits.log_softmax(-1)
+    own = class_log_probabilities(logits, classes, places.taught.shape[1])
+    wanted = bare + (places.taught - own)[:, classes]
+    follows, token = places.next_tokens >= 0, places.next_tokens.clamp_min(0)
+    of_class = classes[token]
+    is_open = places.is_aligned & follows & (classes.bincount()[of_class] > 1)
+    among = classes == of_class[is_open].unsqueeze(-1)
+    rows = wanted[is_open].masked_fill(among, _IMPOSSIBLE)
+    wanted[is_open] = rows.scatter(1, token[is_open].unsqueeze(-1), _chosen(places.taught, of_class)[is_open])
+    is_said = ~places.is_aligned & follows
+    rows = bare[is_said] + torch.log(torch.tensor(_OTHERS))
+    certain = torch.full((len(rows), 1), 1 - _OTHERS).log()
+    wanted[is_said] = rows.scatter(1, token[is_said].unsqueeze(-1), certain)
+    return wanted.log_softmax(-1)
+
+
+def solve_readout(
+    places: Places, tail: Tail, classes: Tensor, rank: int, ridge: float, rounds: int
+) -> Iterator[LowRank]:
+    """The update of the last module with which the target predicts like the teacher, better with each round.
+
+    A round looks at the predictions with the update so far, finds the change of every final hidden state that brings
+    the logarithms of the probabilities nearest to those that are taught, tokens weighted by how probable they are on
+    average to the target or the teacher, and predicts these changes from the features by ridge regression of reduced
+    rank, in the metric of the logits.
+
+    Args:
+        places: what is known at each position
+        tail: the norm and the head of the target
+        classes: class of each token of the target, shape (vocabulary,)
+        rank: largest rank of the update
+        ridge: strength of the penalties relative to the mean square of the features
+        rounds: how many updates there will be
+
+    Yields:
+        A (rank, d_in) and B (width, rank)
+    """
+    places = places.that_teach()
+    scale = places.features.square().mean().sqrt()
+    features = (places.features / scale).double()
+    shift = torch.zeros_like(places.hidden, dtype=torch.float64)
+    gain = tail.gain(places.hidden)
+    for _ in range(rounds):
+        hidden = places.hidden + shift.float()
+        change, metric = _wanted_change(hidden, places, tail, gain, classes)
+        sizes = tail.sizes(hidden)
+        weights = sizes.squeeze(-1).double() ** -2
+        weighted = features * (weights / weights.mean()).unsqueeze(-1)
+        moments = weighted.T @ features
+        moments.diagonal().add_(ridge * moments.diagonal().mean())
+        wanted = shift + (sizes * change).double()
+        whole = torch.linalg.solve(moments, weighted.T @ wanted).T
+        a, b = _of_rank(whole, torch.linalg.cholesky(metric.double()), torch.linalg.cholesky(moments), rank)
+        shift = features @ a.T @ b.T
+        yield LowRank((a / scale).float(), b.float())
+
+
+def _wanted_change(hidden: Tensor, places: Places, tail: Tail, gain: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """The change of each hidden state, in units of its size, and the metric of the logits in which it counts."""
+    logits = tail.norm(hidden) @ tail.head.T
+    now, wanted = logits.log_softmax(-1), taught_log_probabilities(logits, places, classes)
+    probable = (now.exp().mean(0) + wanted.exp().mean(0)) / 2
+    head = tail.head * gain
+    head = head - probable @ head
+    change = (wanted - now).clamp(-_LARGEST_CHANGE, _LARGEST_CHANGE)
+    change = change - (change @ probable).unsqueeze(-1)
+    metric = head.T @ (probable.unsqueeze(-1) * head)
+    metric.diagonal().add_(0.01 * metric.diagonal().mean())
+    return torch.linalg.solve(metric, head.T @ (probable * change).T).T, metric
+
+
+def _of_rank(whole: Tensor, metric_root: Tensor, moments_root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The nearest B·A of that rank to an update, where outputs and features count as two metrics say.
+
+    Args:
+        whole: shape (width, d_in)
+        metric_root: Cholesky factor of the metric of the outputs, shape (width, width)
+        moments_root: Cholesky factor of the second moments of the features, shape (d_in, d_in)
+        rank: largest rank
+
+    Returns:
+        A (rank, d_in) and B (width, rank)
+    """
+    u, singular_values, v_t = torch.linalg.svd(metric_root.T @ whole @ moments_root, full_matrices=False)
+    root = singular_values[:rank].sqrt()
+    b = torch.linalg.solve_triangular(metric_root.T, u[:, :rank] * root, upper=True)
+    a = torch.linalg.solve_triangular(moments_root, root.unsqueeze(-1) * v_t[:rank], upper=False, left=False)
+    return a, b
+
+
+def _chosen(taught: Tensor, of_class: Tensor) -> Tensor:
+    return taught.gather(1, of_class.unsqueeze(-1))

@@ -1,0 +1,114 @@
+"""The last layer, solved for what a teacher predicts."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+from castlora.adapters import LowRank
+from castlora.last_layer import collect_places, find_last_layer
+from castlora.models import linear_slots
+from castlora.objective import kl_divergence
+from castlora.readout import Places, Tail, solve_readout, taught_log_probabilities
+from castlora.starts import attach_lora, lora_maps, start_from_factors
+from castlora.teacher import LiveTeacher
+from castlora.tokens import ByteTokenizer
+from castlora.vocabulary import SharedVocabulary
+
+REST, FOX, RUN, HEN = range(4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "phi3", "gpt2"])
+def test_the_last_map_before_norm_and_head_is_found(base_model, name):
+    model = tiny.load(base_model(name))
+    site = find_last_layer(model, linear_slots(model, model.config))
+    last = "c_proj" if name == "gpt2" else "down_proj"
+    assert site is not None and site.module.endswith(f".{model.config.num_hidden_layers - 1}.mlp.{last}")
+    assert site.norm in ("model.norm", "transformer.ln_f") and site.tail.is_centred == (name == "gpt2")
+
+
+def test_a_model_whose_last_map_is_scaled_on_its_way_is_left_alone(base_model):
+    model = tiny.load(base_model("llama"))
+    slots = linear_slots(model, model.config)
+    last = model.get_submodule(f"model.layers.{model.config.num_hidden_layers - 1}.mlp")
+    last.register_forward_hook(lambda _module, _inputs, output: output / 2)
+    assert find_last_layer(model, slots) is None
+
+
+def test_a_model_whose_logits_are_squashed_is_left_alone(base_model):
+    model = tiny.load(base_model("llama"))
+    model.get_output_embeddings().register_forward_hook(lambda _module, _inputs, output: 2 * (output / 2).tanh())
+    assert find_last_layer(model, linear_slots(model, model.config)) is None
+
+
+@pytest.fixture
+def tail() -> Tail:
+    random = torch.Generator().manual_seed(0)
+    norm = torch.nn.RMSNorm(12)
+    norm.weight.data = 1 + 0.3 * torch.randn(12, generator=random)
+    return Tail(norm, torch.randn(30, 12, generator=random), is_centred=False)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.RMSNorm(12), torch.nn.LayerNorm(12)], ids=["rms", "layer"])
+def test_the_gain_of_a_norm_shows_in_what_it_does(norm):
+    random = torch.Generator().manual_seed(0)
+    norm.weight.data = 1 + 0.3 * torch.randn(12, generator=random)
+    seen = Tail(norm, torch.eye(12), isinstance(norm, torch.nn.LayerNorm)).gain(torch.randn(50, 12, generator=random))
+    torch.testing.assert_close(seen, norm.weight, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_update_of_the_last_layer_is_found_again(tail):
+    random = torch.Generator().manual_seed(1)
+    features, hidden = torch.randn(600, 20, generator=random), torch.randn(600, 12, generator=random)
+    update = 0.3 * torch.randn(12, 2, generator=random) @ torch.randn(2, 20, generator=random)
+    taught = (tail.norm(hidden + features @ update.T) @ tail.head.T).log_softmax(-1)
+    none, everywhere = torch.full((600,), -1), torch.ones(600, dtype=torch.bool)
+    places = Places(features, hidden, taught, none, everywhere)
+    bare = (tail.norm(hidden) @ tail.head.T).log_softmax(-1)
+    left = []
+    for solved in solve_readout(places, tail, torch.arange(30), rank=2, ridge=1e-6, rounds=8):
+        assert solved.a.shape == (2, 20) and solved.b.shape == (12, 2)
+        learned = (tail.norm(hidden + features @ solved.a.T @ solved.b.T) @ tail.head.T).log_softmax(-1)
+        left.append(kl_divergence(taught, learned).mean() / kl_divergence(taught, bare).mean())
+    assert left[0] > left[-1] and left[-1] < 0.01
+
+
+def test_each_class_gets_what_the_teacher_gives_it_and_the_answer_says_the_rest():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 0.5]]).expand(3, -1).contiguous()
+    classes = torch.tensor([REST, FOX, FOX, HEN, RUN])
+    taught = torch.tensor([0.1, 0.6, 0.1, 0.2]).log().expand(3, -1)
+    places = Places(
+        torch.zeros(3, 1), torch.zeros(3, 1), taught, torch.tensor([-1, 2, 4]), torch.tensor([True, True, False])
+    )
+    free, spelled, between = taught_log_probabilities(logits, places, classes).exp()
+    share = torch.tensor([1.0, 2.0]).softmax(-1)
+    torch.testing.assert_close(free, torch.tensor([0.1, 0.6 * share[0], 0.6 * share[1], 0.2, 0.1]))
+    torch.testing.assert_close(spelled, torch.tensor([0.1, 0.0, 0.6, 0.2, 0.1]), atol=1e-4, rtol=1e-4)
+    assert between[4] == pytest.approx(0.99, abs=1e-3) and between.sum() == pytest.approx(1)
+
+
+@torch.no_grad()
+def test_a_student_predicts_like_a_teacher_that_differs_in_its_last_layer(base_model):
+    bare = tiny.load(base_model("mistral"))
+    site = find_last_layer(bare, linear_slots(bare, bare.config))
+    random = torch.Generator().manual_seed(2)
+    module = bare.get_submodule(site.module)
+    planted = LowRank(
+        torch.randn(2, module.in_features, generator=random), torch.randn(module.out_features, 2, generator=random)
+    )
+    teacher = attach_lora(copy.deepcopy(bare), [site.module], 2)
+    start_from_factors(teacher, {site.module: planted})
+    student = attach_lora(bare, [site.module], 2)
+    spelled = ByteTokenizer.from_tokenizer(tiny.tokenizer_of(base_model("mistral")))
+    shared = SharedVocabulary.of(spelled, spelled, bare.config.vocab_size, bare.config.vocab_size)
+    passages = tiny.aligned("mistral", "mistral", 60)
+    places = collect_places(student, LiveTeacher(teacher, with_hidden=False), site, passages[:50], shared)
+    *_, solved = solve_readout(places, site.tail, shared.target_classes, rank=2, ridge=1e-4, rounds=8)
+    ids = torch.tensor(passages[-1].target_ids[:20]).unsqueeze(0)
+    expected, before = tiny.logits(teacher, ids).log_softmax(-1), tiny.logits(student, ids).log_softmax(-1)
+    start_from_factors(student, {site.module: solved})
+    after = tiny.logits(student, ids).log_softmax(-1)
+    assert lora_maps(student, site.module)[1].weight.abs().max() > 0
+    assert kl_divergence(expected, after).mean() < 0.05 * kl_divergence(expected, before).mean()
