@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from castlora import check_portable, transfer
 from castlora.capture import capture
+from castlora.last_layer import find_last_layer
 from castlora.models import MODULE_ROLES, linear_slots, load_config, role_rows, row_numbers
 
 SHAPE = {
@@ -139,6 +140,17 @@ def test_a_transfer_of_five_steps(base, tmp_path, text_file, checked_in_process,
     model, ids = tiny.load(base(target)), torch.tensor([[5, 6, 7, 8]])
     bare = tiny.logits(model, ids)
     assert (tiny.logits(PeftModel.from_pretrained(model, result.folder), ids) - bare).abs().max() > 1e-3
+
+
+@every_family
+def test_the_last_layer_is_solved_for_where_norm_and_head_follow_at_once(base, name):
+    """Gemma norms the output of the MLP again, Phi and GPT-J add biases to the logits, Mixtral has experts."""
+    model = tiny.load(base(name))
+    found = find_last_layer(model, linear_slots(model, load_config(str(base(name)))))
+    assert (found is None) == (name in ("gemma2", "gemma3", "phi", "gptj", "mixtral"))
+    if found:
+        with_layer_norm = name.startswith(("gpt", "opt", "falcon", "stablelm", "olmo", "starcoder2"))
+        assert found.tail.is_centred == with_layer_norm
 
 
 def test_a_family_with_other_names_needs_lines_in_the_table_alone(monkeypatch):

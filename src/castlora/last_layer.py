@@ -58,8 +58,9 @@ def find_last_layer(model: PreTrainedModel, slots: Mapping[str, LinearSlot]) -> 
     is_linear = _is_near(kept[norm].outputs.float() @ head.weight.float().T, logits)
     if not (is_added and is_linear):
         return None
-    module = model.get_submodule(norm)
-    return LastLayer(names[0], norm, Tail(module, head.weight.detach().float(), isinstance(module, nn.LayerNorm)))
+    module, hidden = model.get_submodule(norm), kept[norm].inputs
+    is_centred = _is_near(module(hidden + hidden.std()), kept[norm].outputs)
+    return LastLayer(names[0], norm, Tail(module, head.weight.detach().float(), is_centred))
 
 
 @torch.no_grad()
@@ -89,7 +90,9 @@ def collect_places(
         said = class_log_probabilities(logits, shared.source_classes.to(device), shared.classes)
         taught = said.new_zeros(*in_answer.shape, shared.classes)
         taught[counted_places(batch["target_positions"], counts)] = said
-        rows = captured[module].inputs, captured[norm].inputs, taught, next_tokens, is_aligned
+        # OPT's MLP reads the tokens of all passages as one long row.
+        features = captured[module].inputs.reshape(*in_answer.shape, -1)
+        rows = features, captured[norm].inputs, taught, next_tokens, is_aligned
         found.append(Places(*(tensor[in_answer].float() for tensor in rows[:3]), *(row[in_answer] for row in rows[3:])))
     return Places(**{name: torch.cat([vars(one)[name] for one in found]) for name in vars(found[0])})
 
