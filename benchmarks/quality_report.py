@@ -31,6 +31,7 @@ COMPARED = {
     "fresh": "a fresh LoRA",
     "paper start": "random maps",
     "paper": "the paper's recipe",
+    "closed form, last layer solved": "untrained, last layer solved",
     "closed form": "closed form, untrained",
 }
 """Rows of the README's table: methods of the benchmark, and what they are called there."""
