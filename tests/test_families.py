@@ -146,11 +146,13 @@ def test_a_transfer_of_five_steps(base, tmp_path, text_file, checked_in_process,
 def test_the_last_layer_is_solved_for_where_norm_and_head_follow_at_once(base, name):
     """Gemma norms the output of the MLP again, Phi and GPT-J add biases to the logits, Mixtral has experts."""
     model = tiny.load(base(name))
-    found = find_last_layer(model, linear_slots(model, load_config(str(base(name)))))
+    slots = linear_slots(model, load_config(str(base(name))))
+    found = find_last_layer(model, slots)
     assert (found is None) == (name in ("gemma2", "gemma3", "phi", "gptj", "mixtral"))
     if found:
         with_layer_norm = name.startswith(("gpt", "opt", "falcon", "stablelm", "olmo", "starcoder2"))
         assert found.tail.is_centred == with_layer_norm
+        assert (slots[found.module].layer, slots[found.module].roles) == (2, ("down",))
 
 
 def test_a_family_with_other_names_needs_lines_in_the_table_alone(monkeypatch):

@@ -1,7 +1,6 @@
 """Runs that are interrupted go on to the same bytes; the commands of `benchmarks.faults` disturb many more."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -99,9 +98,7 @@ def test_a_killed_run_continues_to_the_same_bytes(base_model, adapter, prompts_f
         return ["transfer", *(word for key, value in (places | numbers).items() for word in (f"--{key}", str(value)))]
 
     out = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "castlora", *words(out)], env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    process = subprocess.Popen([sys.executable, "-m", "castlora", *words(out)])
     while process.poll() is None and not list(out.glob(".castlora/checkpoints/checkpoint-*/sealed.json")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

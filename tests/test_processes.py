@@ -30,7 +30,7 @@ def torchrun(count: int, *words: object) -> list[str]:
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -114,7 +114,7 @@ def test_one_process_speaks_and_writes_for_all(undisturbed):
 def test_a_run_of_which_one_process_was_killed_goes_on_to_the_same_bytes(undisturbed, request_words, tmp_path):
     out = tmp_path / "out"
     command = torchrun(3, "-m", "castlora", *request_words(out))
-    launched = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    launched = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while launched.poll() is None and not list(out.glob(f"{STATE}/checkpoints/checkpoint-*/sealed.json")):
         time.sleep(0.01)
     (victim,) = [child for child in psutil.Process(launched.pid).children() if child.environ().get("RANK") == "1"]

@@ -11,21 +11,12 @@ from castlora.last_layer import collect_places, find_last_layer
 from castlora.models import linear_slots
 from castlora.objective import kl_divergence
 from castlora.readout import Places, Tail, solve_readout, taught_log_probabilities
-from castlora.starts import attach_lora, lora_maps, start_from_factors
+from castlora.starts import attach_lora, start_from_factors
 from castlora.teacher import LiveTeacher
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
 
 REST, FOX, RUN, HEN = range(4)
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "phi3", "gpt2"])
-def test_the_last_map_before_norm_and_head_is_found(base_model, name):
-    model = tiny.load(base_model(name))
-    site = find_last_layer(model, linear_slots(model, model.config))
-    last = "c_proj" if name == "gpt2" else "down_proj"
-    assert site is not None and site.module.endswith(f".{model.config.num_hidden_layers - 1}.mlp.{last}")
-    assert site.norm in ("model.norm", "transformer.ln_f") and site.tail.is_centred == (name == "gpt2")
 
 
 def test_a_model_whose_last_map_is_scaled_on_its_way_is_left_alone(base_model):
@@ -110,5 +101,4 @@ def test_a_student_predicts_like_a_teacher_that_differs_in_its_last_layer(base_m
     expected, before = tiny.logits(teacher, ids).log_softmax(-1), tiny.logits(student, ids).log_softmax(-1)
     start_from_factors(student, {site.module: solved})
     after = tiny.logits(student, ids).log_softmax(-1)
-    assert lora_maps(student, site.module)[1].weight.abs().max() > 0
     assert kl_divergence(expected, after).mean() < 0.05 * kl_divergence(expected, before).mean()

@@ -5,6 +5,7 @@ alone. So the update of it with which the target predicts what source + LoRA pre
 that were read once, by least squares that are repeated (Gauss-Newton) without running the model again.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -85,14 +86,12 @@ def taught_log_probabilities(logits: Tensor, places: Places, classes: Tensor) ->
     wanted = bare + (places.taught - own)[:, classes]
     follows, token = places.next_tokens >= 0, places.next_tokens.clamp_min(0)
     of_class = classes[token]
-    is_open = places.is_aligned & follows & (classes.bincount()[of_class] > 1)
-    among = classes == of_class[is_open].unsqueeze(-1)
-    rows = wanted[is_open].masked_fill(among, _IMPOSSIBLE)
-    wanted[is_open] = rows.scatter(1, token[is_open].unsqueeze(-1), _chosen(places.taught, of_class)[is_open])
+    token, of_class = token.unsqueeze(-1), of_class.unsqueeze(-1)
+    is_open = places.is_aligned & follows & (classes.bincount()[of_class.squeeze(-1)] > 1)
+    rows = wanted[is_open].masked_fill(classes == of_class[is_open], _IMPOSSIBLE)
+    wanted[is_open] = rows.scatter(1, token[is_open], places.taught[is_open].gather(1, of_class[is_open]))
     is_said = ~places.is_aligned & follows
-    rows = bare[is_said] + torch.log(torch.tensor(_OTHERS))
-    certain = torch.full((len(rows), 1), 1 - _OTHERS).log()
-    wanted[is_said] = rows.scatter(1, token[is_said].unsqueeze(-1), certain)
+    wanted[is_said] = (bare[is_said] + math.log(_OTHERS)).scatter(1, token[is_said], math.log(1 - _OTHERS))
     return wanted.log_softmax(-1)
 
 
@@ -168,7 +167,3 @@ def _of_rank(whole: Tensor, metric_root: Tensor, moments_root: Tensor, rank: int
     b = torch.linalg.solve_triangular(metric_root.T, u[:, :rank] * root, upper=True)
     a = torch.linalg.solve_triangular(moments_root, root.unsqueeze(-1) * v_t[:rank], upper=False, left=False)
     return a, b
-
-
-def _chosen(taught: Tensor, of_class: Tensor) -> Tensor:
-    return taught.gather(1, of_class.unsqueeze(-1))

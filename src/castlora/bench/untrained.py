@@ -109,7 +109,8 @@ def _solve_last_layer(
     nothing = LowRank(torch.zeros_like(lora_a.weight), torch.zeros_like(lora_b.weight))
     teacher = LiveTeacher(models.teacher, with_hidden=False)
     places = collect_places(student.model, teacher, site, training, models.shared)
-    solved = solve_readout(places, site.tail, models.shared.target_classes, nothing.rank, READOUT_RIDGE, READOUT_ROUNDS)
+    classes = models.shared.target_classes.to(places.hidden.device)
+    solved = solve_readout(places, site.tail, classes, nothing.rank, READOUT_RIDGE, READOUT_ROUNDS)
     candidates = [nothing, *solved]
 
     def loss(update: LowRank) -> float:
