@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from castlora.errors import UserError
 
-Start = Literal["paper", "ridge", "fresh"]
+Start = Literal["paper", "ridge", "readout", "fresh"]
 Trained = Literal["maps", "factors"]
 RecipeName = Literal["default", "paper"]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
@@ -27,7 +27,8 @@ class Recipe:
     """All numbers of a transfer that are not its inputs."""
 
     start: Start
-    """`paper`: random maps; `ridge`: closed-form maps; `fresh`: a plain LoRA without maps."""
+    """`paper`: random maps; `ridge`: closed-form maps; `readout`: these, and the target's last layer is then solved for
+    what source + LoRA predicts; `fresh`: a plain LoRA without maps."""
     trained: Trained
     """`maps`: the maps, as in the paper; `factors`: the balanced factors of the LoRA that the maps fold into."""
     steps: int
@@ -127,7 +128,7 @@ DEFAULT = replace(
 
 RECIPES: dict[RecipeName, Recipe] = {"default": DEFAULT, "paper": PAPER}
 
-
+_TRAINED_BY_START: dict[Start, Trained] = {"paper": "maps", "readout": "factors"}
 _ABOVE_ZERO = (
     "steps", "batch_size", "temperature", "learning_rate_scale", "passages", "filled_passages", "candidates",
     "sentences", "max_length", "answer_tokens", "rehearsal_passages", "rehearsal_tokens",
@@ -193,14 +194,16 @@ class Tuning(TextTuning):
 def resolve_recipe(
     name: RecipeName, start: Start | None, steps: int | None, batch_size: int | None, tuning: TextTuning
 ) -> Recipe:
-    """The named recipe with the given departures; with the paper's start its maps are trained unless told otherwise.
+    """The named recipe with the given departures.
+
+    Unless told otherwise, maps are trained where the start is the paper's, and factors where it is `readout`.
 
     Raises:
         UserError: a number is out of range.
     """
     departures: dict[str, Any] = {"start": start, "steps": steps, "batch_size": batch_size, **asdict(tuning)}
-    if start == "paper" and departures.get("trained") is None:
-        departures["trained"] = "maps"
+    if departures.get("trained") is None and start in _TRAINED_BY_START:
+        departures["trained"] = _TRAINED_BY_START[start]
     recipe = replace(RECIPES[name], **{field: value for field, value in departures.items() if value is not None})
     for field in _ABOVE_ZERO:
         if not 0 < getattr(recipe, field) < math.inf:
@@ -212,6 +215,8 @@ def resolve_recipe(
         raise UserError("rehearsal_tokens is 1, and the first token of a text is given; give 2 or more.")
     if recipe.start == "paper" and recipe.trained == "factors":
         raise UserError("trained is 'factors', but the maps of the paper start fold into nothing; give 'maps'.")
+    if recipe.start == "readout" and recipe.trained == "maps":
+        raise UserError("trained is 'maps', but the solved last layer of the readout start is no map; give 'factors'.")
     if recipe.kl_weight + recipe.mse_weight + recipe.chunk_weight == 0:
         raise UserError("kl_weight, mse_weight and chunk_weight are all 0; give at least one of them a weight.")
     return recipe

@@ -1,6 +1,7 @@
-"""The last module of the target whose output nothing but the final norm and the output head reads."""
+"""The last module of the target, whose output only the final norm and the output head read, and its solution."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,18 +9,24 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from castlora.adapters import KEY_PREFIX
+from castlora.adapters import KEY_PREFIX, LowRank
 from castlora.capture import capture, change_output
+from castlora.distill import HeldOut, Student
 from castlora.models import LinearSlot
 from castlora.objective import class_log_probabilities
 from castlora.positions import AlignedPassage, Batch, batches, counted_places
-from castlora.readout import Places, Tail
+from castlora.readout import READOUT_RIDGE, READOUT_ROUNDS, Places, Tail, solve_readout
+from castlora.starts import lora_maps, start_from_factors
 from castlora.teacher import Teacher
 from castlora.vocabulary import SharedVocabulary
 
+logger = logging.getLogger("castlora")
+
 _BATCH = 16
-_TOLERANCE = 1e-3
+_TOLERANCE, _ROUNDINGS = 1e-3, 4.0
 _EXAMPLE = [[5, 6, 7]]
+_MOST_BYTES = 2 << 30
+"""Of what is known at places; most of it are the teacher's predictions, which are as wide as its vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,51 @@ class LastLayer:
     tail: Tail
 
 
+@dataclass(frozen=True)
+class Solution:
+    """How the last layer was solved for."""
+
+    module: str
+    losses: list[float]
+    """Objective on held-out text with what the module had before, and after each round; the least was taken."""
+
+
+@torch.no_grad()
+def solve_last_layer(
+    student: Student,
+    site: LastLayer,
+    teacher: Teacher,
+    passages: Sequence[AlignedPassage],
+    shared: SharedVocabulary,
+    measure: Callable[[Student], HeldOut],
+) -> Solution:
+    """Has the last module predict what the teacher does, as far as its update can; `castlora.readout` has the maths.
+
+    Args:
+        student: the target with a LoRA on that module and perhaps on others; changed in place
+        site: where that is
+        teacher: whose predictions are taken
+        passages: the text, aligned
+        shared: how the vocabularies correspond
+        measure: compares the student as it stands with its teacher on held-out text
+    """
+    lora_a, lora_b = lora_maps(student.model, site.module)
+    as_it_was = LowRank(lora_a.weight.clone(), lora_b.weight.clone())
+    lora_b.weight.zero_()
+    places = collect_places(student.model, teacher, site, passages, shared)
+    classes = shared.target_classes.to(places.hidden.device)
+    solved = solve_readout(places, site.tail, classes, as_it_was.rank, READOUT_RIDGE, READOUT_ROUNDS)
+    candidates = [as_it_was, *solved]
+    losses = []
+    for update in candidates:
+        start_from_factors(student.model, {site.module: update})
+        losses.append(measure(student).loss)
+    best = losses.index(min(losses))
+    start_from_factors(student.model, {site.module: candidates[best]})
+    logger.info("Last layer solved: held-out objective %.4f before, %.4f after", losses[0], losses[best])
+    return Solution(site.module, losses)
+
+
 @torch.no_grad()
 def find_last_layer(model: PreTrainedModel, slots: Mapping[str, LinearSlot]) -> LastLayer | None:
     """The last `down` map of a model, if its output is added to what the final norm and a linear head read.
@@ -38,36 +90,43 @@ def find_last_layer(model: PreTrainedModel, slots: Mapping[str, LinearSlot]) -> 
     Whether it is is tried, since some families scale it, norm it again or squash the logits: None for those.
 
     Args:
-        model: the bare target
+        model: the target, with or without an adapter
         slots: its linear modules
     """
     last = max(slot.layer for slot in slots.values())
     names = [slot.name for slot in slots.values() if slot.layer == last and slot.roles == ("down",)]
     norm = _final_norm(model)
     head = model.get_output_embeddings()
-    if len(names) != 1 or norm is None or not isinstance(head, nn.Linear):
+    # Quantized weights cannot be multiplied as they are.
+    if len(names) != 1 or norm is None or not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         return None
     ids = torch.tensor(_EXAMPLE, device=model.device)
     with capture(model, [norm]) as before:
         logits = model(input_ids=ids, use_cache=False).logits
-    kept = dict(before)
-    noise = torch.randn_like(kept[norm].inputs)
+    hidden, normed = before[norm].inputs, before[norm].outputs
+    # As large as what it is added to, so that a model of 16 bits does not round it away.
+    noise = torch.randn_like(hidden) * hidden.float().std().to(hidden.dtype)
     with capture(model, [norm]) as after, change_output(model, names[0], lambda output: output + noise):
         model(input_ids=ids, use_cache=False)
-    is_added = _is_near(after[norm].inputs - kept[norm].inputs, noise)
-    is_linear = _is_near(kept[norm].outputs.float() @ head.weight.float().T, logits)
+    is_added = _is_near(after[norm].inputs.float() - hidden.float(), noise)
+    is_linear = _is_near(normed.to(head.weight.dtype) @ head.weight.T, logits)
     if not (is_added and is_linear):
         return None
-    module, hidden = model.get_submodule(norm), kept[norm].inputs
-    is_centred = _is_near(module(hidden + hidden.std()), kept[norm].outputs)
-    return LastLayer(names[0], norm, Tail(module, head.weight.detach().float(), is_centred))
+    module = model.get_submodule(norm)
+    is_centred = _is_near(module(hidden + hidden.std()), normed)
+
+    def norm_of(hidden_states: Tensor) -> Tensor:
+        normed_states: Tensor = module(hidden_states.to(hidden.dtype))
+        return normed_states.float()
+
+    return LastLayer(names[0], norm, Tail(norm_of, head.weight.detach(), is_centred))
 
 
 @torch.no_grad()
 def collect_places(
     student: PeftModel, teacher: Teacher, site: LastLayer, passages: Sequence[AlignedPassage], shared: SharedVocabulary
 ) -> Places:
-    """Reads answered prompts with the student and the teacher.
+    """Reads answered prompts with the student and the teacher, as many as there is room for.
 
     Args:
         student: the target with a LoRA that leaves the module of the site as it is
@@ -79,13 +138,14 @@ def collect_places(
     module, norm = KEY_PREFIX + site.module, KEY_PREFIX + site.norm
     device = next(student.parameters()).device
     found: list[Places] = []
+    taken = 0
     for batch in batches(passages, _BATCH, device):
         in_answer, is_aligned, next_tokens = _answer_tokens(batch)
         with capture(student, [module, norm]) as captured:
             student(
                 input_ids=batch["target_ids"], attention_mask=batch["target_mask"], use_cache=False, logits_to_keep=1
             )
-        counts = batch["weights"] > 0
+        counts = _is_answered(batch)
         logits = teacher.predict(batch).aligned(counts)
         said = class_log_probabilities(logits, shared.source_classes.to(device), shared.classes)
         taught = said.new_zeros(*in_answer.shape, shared.classes)
@@ -94,6 +154,9 @@ def collect_places(
         features = captured[module].inputs.reshape(*in_answer.shape, -1)
         rows = features, captured[norm].inputs, taught, next_tokens, is_aligned
         found.append(Places(*(tensor[in_answer].float() for tensor in rows[:3]), *(row[in_answer] for row in rows[3:])))
+        taken += sum(tensor.nbytes for tensor in vars(found[-1]).values())
+        if taken > _MOST_BYTES:
+            break
     return Places(**{name: torch.cat([vars(one)[name] for one in found]) for name in vars(found[0])})
 
 
@@ -103,7 +166,7 @@ def _answer_tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         shape (batch, tokens) each; the token after the last one is -1
     """
-    counts, positions, ids = batch["weights"] > 0, batch["target_positions"], batch["target_ids"]
+    counts, positions, ids = _is_answered(batch), batch["target_positions"], batch["target_ids"]
     first = positions.masked_fill(~counts, ids.shape[1]).amin(1, keepdim=True)
     last = positions.masked_fill(~counts, -1).amax(1, keepdim=True)
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -112,6 +175,11 @@ def _answer_tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     length = batch["target_mask"].sum(1, keepdim=True)
     next_tokens = ids.roll(-1, dims=1).masked_fill(place + 1 >= length, -1)
     return (first <= place) & (place <= last), is_aligned, next_tokens
+
+
+def _is_answered(batch: Batch) -> Tensor:
+    """Aligned positions of answers, shape (batch, aligned); those inside prompts may weigh less than 1."""
+    return batch["weights"] == 1
 
 
 def _final_norm(model: PreTrainedModel) -> str | None:
@@ -137,5 +205,6 @@ def _final_norm(model: PreTrainedModel) -> str | None:
 
 
 def _is_near(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors differ by little more than roundings."""
-    return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+    """Whether two tensors differ by little more than the roundings of the second one's dtype."""
+    allowed = max(_TOLERANCE, _ROUNDINGS * torch.finfo(expected.dtype).eps)
+    return bool((found.float() - expected.float()).norm() <= allowed * expected.float().norm())

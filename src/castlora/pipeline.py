@@ -18,6 +18,7 @@ from castlora.chat import TEMPLATE_FILE, target_template
 from castlora.config import Bits, Recipe, RecipeName, Start, Tracker, Tuning, check_seed, resolve_recipe
 from castlora.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
 from castlora.imitation import compare_answers
+from castlora.last_layer import Solution
 from castlora.licences import read_licences
 from castlora.manifest import (
     command_line,
@@ -48,6 +49,7 @@ from castlora.stages import (
     hold_bare_target,
     hold_teacher,
     load_models,
+    start_last_layer,
     start_student,
 )
 from castlora.starts import student_factors
@@ -117,7 +119,7 @@ def transfer(
         taught: file of `castlora.teach`, instead of all other text: prompts with answers, in which source + LoRA has
             no more to write
         recipe: `default`, or `paper`, the paper as far as it is stated
-        start: `paper`, `ridge` or `fresh`, instead of the recipe's
+        start: `paper`, `ridge`, `readout` or `fresh`, instead of the recipe's
         steps: optimizer steps, instead of the recipe's
         batch_size: passages per step, instead of the recipe's
         seed: of everything random; the same seed gives the same bytes on the same machine
@@ -178,7 +180,7 @@ def transfer(
         masses = from_main(partial(_report_shared_mass, models, held_out))
         student, start_loss = start_student(models, plan, resolved, training, output_rank, seed)
         passages = training, held_out, reading.rehearsed
-        trained = _train(run, models, student, *passages, scored, resolved, seed, report_to)
+        trained = _train(run, plan, models, student, *passages, scored, resolved, seed, report_to)
 
         known = {
             **describe_inputs(plan, models, text_source, reading.formats),
@@ -216,10 +218,12 @@ class _Trained:
     losses: dict[str, float]
     scale: ScaleChoice
     log: list[dict[str, float]]
+    last_layer: Solution | None
 
 
 def _train(
     run: RunDirectory,
+    plan: Plan,
     models: Models,
     student: Student,
     training: list[AlignedPassage],
@@ -236,6 +240,8 @@ def _train(
     """
     teacher = hold_teacher(models, training, held_out, recipe)
     measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
+    # The other processes get what the main one solves when the training begins.
+    last_layer = from_main(partial(start_last_layer, student, models, plan, recipe, teacher, training, measure))
     before = from_main(partial(measure, student))
     with student.model.disable_adapter():
         bare = from_main(partial(measure, student))
@@ -265,7 +271,7 @@ def _train(
     )  # fmt: skip
     losses = {**_losses({"bare": bare, "before": before, "after": after}), "drift_after": from_main(drift)}
     logger.info("Drift from the bare target on its own text: %.4f nats per position", losses["drift_after"])
-    return _Trained(losses, scale, [at_start, *log])
+    return _Trained(losses, scale, [at_start, *log], last_layer)
 
 
 def _finish(
@@ -309,6 +315,7 @@ def _finish(
         **known,
         "losses": trained.losses,
         "scale": asdict(trained.scale),
+        "last_layer": asdict(trained.last_layer) if trained.last_layer else None,
         "answers": describe_imitation(imitation),
         TASKS: tasks,
         "scored_along": scored and scored.sha256,

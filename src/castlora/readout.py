@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from castlora.adapters import LowRank
+from castlora.maps import balance
 from castlora.objective import class_log_probabilities
+from castlora.solvers import ridge_map
 
 READOUT_RIDGE, READOUT_ROUNDS = 0.001, 6
+_PLACES_AT_ONCE, _TOKENS_AT_ONCE = 256, 8192
+"""Logits of all places, or all rows of a large head in full precision, would fill more memory than the model."""
 _LARGEST_CHANGE = 10.0
 """Nats by which one round changes the logarithm of a probability at most."""
 _OTHERS = 0.01
@@ -36,12 +40,15 @@ class Places:
     next_tokens: Tensor
     """The target's token that follows, shape (places,); -1 for none."""
     is_aligned: Tensor
-    """Whether the teacher has read the same text, shape (places,)."""
+    """Whether the teacher has read the same text there, shape (places,)."""
 
     def that_teach(self) -> "Places":
         """Those that are aligned or have a token that follows."""
-        kept = self.is_aligned | (self.next_tokens >= 0)
-        return Places(**{name: tensor[kept] for name, tensor in vars(self).items()})
+        return self.at(self.is_aligned | (self.next_tokens >= 0))
+
+    def at(self, rows: Tensor | slice) -> "Places":
+        """Some of them."""
+        return Places(**{name: tensor[rows] for name, tensor in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,13 @@ class Tail:
 
     norm: Callable[[Tensor], Tensor]
     head: Tensor
-    """Shape (vocabulary, width)."""
+    """Shape (vocabulary, width), in the precision of the model."""
     is_centred: bool
     """Whether the norm takes the mean away, as LayerNorm does and RMSNorm does not."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model makes of hidden states (places, width): shape (places, vocabulary), fp32."""
+        return (self.norm(hidden).to(self.head.dtype) @ self.head.T).float()
 
     def sizes(self, hidden: Tensor) -> Tensor:
         """What the norm divides each hidden state by, shape (places, 1)."""
@@ -114,7 +125,7 @@ def solve_readout(
         rounds: how many updates there will be
 
     Yields:
-        A (rank, d_in) and B (width, rank)
+        A (rank, d_in) and B (width, rank), balanced
     """
     places = places.that_teach()
     scale = places.features.square().mean().sqrt()
@@ -127,43 +138,77 @@ def solve_readout(
         sizes = tail.sizes(hidden)
         weights = sizes.squeeze(-1).double() ** -2
         weighted = features * (weights / weights.mean()).unsqueeze(-1)
-        moments = weighted.T @ features
-        moments.diagonal().add_(ridge * moments.diagonal().mean())
         wanted = shift + (sizes * change).double()
-        whole = torch.linalg.solve(moments, weighted.T @ wanted).T
-        a, b = _of_rank(whole, torch.linalg.cholesky(metric.double()), torch.linalg.cholesky(moments), rank)
+        cross_moments = wanted.T @ weighted
+        whole = ridge_map(weighted.T @ features, cross_moments, ridge)
+        a, b = _of_rank(whole, cross_moments, torch.linalg.cholesky(metric), rank)
         shift = features @ a.T @ b.T
-        yield LowRank((a / scale).float(), b.float())
+        yield balance(LowRank((a / scale).float(), b.float()))
 
 
 def _wanted_change(hidden: Tensor, places: Places, tail: Tail, gain: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """The change of each hidden state, in units of its size, and the metric of the logits in which it counts."""
-    logits = tail.norm(hidden) @ tail.head.T
-    now, wanted = logits.log_softmax(-1), taught_log_probabilities(logits, places, classes)
-    probable = (now.exp().mean(0) + wanted.exp().mean(0)) / 2
-    head = tail.head * gain
-    head = head - probable @ head
-    change = (wanted - now).clamp(-_LARGEST_CHANGE, _LARGEST_CHANGE)
-    change = change - (change @ probable).unsqueeze(-1)
-    metric = head.T @ (probable.unsqueeze(-1) * head)
+    """The change of each hidden state, in units of its size, and the metric of the logits in which it counts.
+
+    Returns:
+        shape (places, width), and shape (width, width) in fp64
+    """
+    probable = torch.zeros(len(tail.head), device=hidden.device)
+    for now, wanted in _predictions(hidden, places, tail, classes):
+        probable += (now.exp().sum(0) + wanted.exp().sum(0)) / (2 * len(hidden))
+    metric = _metric(tail.head, probable, gain)
     metric.diagonal().add_(0.01 * metric.diagonal().mean())
-    return torch.linalg.solve(metric, head.T @ (probable * change).T).T, metric
+    pulls = []
+    for now, wanted in _predictions(hidden, places, tail, classes):
+        change = (wanted - now).clamp(-_LARGEST_CHANGE, _LARGEST_CHANGE)
+        change = probable * (change - (change @ probable).unsqueeze(-1))
+        of_tokens = zip(change.split(_TOKENS_AT_ONCE, dim=1), tail.head.split(_TOKENS_AT_ONCE), strict=True)
+        pulls.append(gain * torch.stack([part @ rows.float() for part, rows in of_tokens]).sum(0))
+    return torch.linalg.solve(metric.float(), torch.cat(pulls).T).T, metric
 
 
-def _of_rank(whole: Tensor, metric_root: Tensor, moments_root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest B·A of that rank to an update, where outputs and features count as two metrics say.
+def _predictions(hidden: Tensor, places: Places, tail: Tail, classes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities as they are and as they should be, some places at a time."""
+    for start in range(0, len(hidden), _PLACES_AT_ONCE):
+        rows = slice(start, start + _PLACES_AT_ONCE)
+        logits = tail.logits(hidden[rows])
+        yield logits.log_softmax(-1), taught_log_probabilities(logits, places.at(rows), classes)
+
+
+def _metric(head: Tensor, probable: Tensor, gain: Tensor) -> Tensor:
+    """How much a change of a hidden state changes the logarithms of the probabilities, squared, tokens weighted.
 
     Args:
-        whole: shape (width, d_in)
-        metric_root: Cholesky factor of the metric of the outputs, shape (width, width)
-        moments_root: Cholesky factor of the second moments of the features, shape (d_in, d_in)
+        head: shape (vocabulary, width)
+        probable: weights of the tokens, shape (vocabulary,)
+        gain: of the norm, shape (width,)
+
+    Returns:
+        shape (width, width), fp64
+    """
+    weights = probable.double()
+    of_tokens = list(zip(weights.split(_TOKENS_AT_ONCE), head.split(_TOKENS_AT_ONCE), strict=True))
+    mean = torch.stack([weight @ rows.double() for weight, rows in of_tokens]).sum(0)
+    metric = torch.zeros(head.shape[1], head.shape[1], dtype=torch.float64, device=head.device)
+    for weight, rows in of_tokens:
+        centred = gain.double() * (rows.double() - mean)
+        metric += centred.T @ (weight.unsqueeze(-1) * centred)
+    return metric
+
+
+def _of_rank(whole: Tensor, cross_moments: Tensor, metric_root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The B·A of that rank nearest to a regression, as its predictions count in a metric.
+
+    Args:
+        whole: the regression W, shape (width, d_in)
+        cross_moments: of what it predicts with what it reads, E[y xᵀ], shape (width, d_in), so that W·E[x yᵀ] are the
+            second moments of its predictions
+        metric_root: Cholesky factor of the metric, shape (width, width)
         rank: largest rank
 
     Returns:
         A (rank, d_in) and B (width, rank)
     """
-    u, singular_values, v_t = torch.linalg.svd(metric_root.T @ whole @ moments_root, full_matrices=False)
-    root = singular_values[:rank].sqrt()
-    b = torch.linalg.solve_triangular(metric_root.T, u[:, :rank] * root, upper=True)
-    a = torch.linalg.solve_triangular(moments_root, root.unsqueeze(-1) * v_t[:rank], upper=False, left=False)
-    return a, b
+    predictions = metric_root.T @ whole @ cross_moments.T @ metric_root
+    largest = torch.linalg.eigh((predictions + predictions.T) / 2).eigenvectors[:, -rank:]
+    b = torch.linalg.solve_triangular(metric_root.T, largest, upper=True)
+    return largest.T @ metric_root.T @ whole, b

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from castlora.adapters import LowRank
 from castlora.config import Bits, Recipe
-from castlora.distill import Student
+from castlora.distill import HeldOut, Student
 from castlora.effective import effective_update
 from castlora.errors import UserError
 from castlora.fitting import SiteMoments, ridge_factors, ridge_maps, solve_in_parts
+from castlora.last_layer import Solution, find_last_layer, solve_last_layer
 from castlora.maps import balance
 from castlora.models import best_device, layer_path, load_model, number_of_layers
 from castlora.offloading import Offloading
@@ -244,6 +245,36 @@ def _of_rank(folded: Mapping[str, LowRank], rank: int) -> tuple[dict[str, LowRan
 def _square_of_norm(balanced: Mapping[str, LowRank]) -> float:
     """Of the updates B·A: a singular value is the squared norm of its row of A."""
     return sum(float(lora.a.double().square().sum(dim=1).square().sum()) for lora in balanced.values())
+
+
+def start_last_layer(
+    student: Student,
+    models: Models,
+    plan: Plan,
+    recipe: Recipe,
+    teacher: Teacher,
+    training: Sequence[AlignedPassage],
+    measure: Callable[[Student], HeldOut],
+) -> Solution | None:
+    """Solves the target's last layer where the recipe starts so and the target can be solved for; tells whether it did.
+
+    Args:
+        student: as `start_student` gives it, changed in place
+        models: both
+        plan: of the transfer
+        recipe: its numbers
+        teacher: source + LoRA, as `hold_teacher` gives it
+        training: the text
+        measure: compares the student as it stands with its teacher on held-out text
+    """
+    if recipe.start != "readout":
+        return None
+    site = find_last_layer(models.target, plan.target_slots)
+    if site is None or site.module not in plan.target_modules:
+        reason = "the target adds or reads it in a way of its own" if site is None else "the adapter has no part in it"
+        logger.warning("The last layer is not solved for, since %s; the start is that of the maps.", reason)
+        return None
+    return solve_last_layer(student, site, teacher, training[:_STATISTICS_PASSAGES], models.shared, measure)
 
 
 def check_memory_for_record(models: Models, passages: Sequence[AlignedPassage], recipe: Recipe) -> None:

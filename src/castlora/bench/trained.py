@@ -22,7 +22,7 @@ from castlora.models import best_device, load_model
 from castlora.positions import AlignedPassage
 from castlora.rehearsal import measure_drift
 from castlora.scaling import TRAINED_SCALES, keep_best_scale
-from castlora.stages import hold_bare_target, hold_teacher, start_student
+from castlora.stages import hold_bare_target, hold_teacher, start_last_layer, start_student
 from castlora.starts import attach_lora, paper_maps
 from castlora.training import peak_learning_rate, train_student
 from castlora.vocabulary import SharedVocabulary
@@ -150,6 +150,7 @@ def _train(reading: Reading, student: Student, recipe: Recipe, seed: int) -> dic
     teacher = hold_teacher(reading.models, reading.training, reading.held_out, recipe)
     shared = reading.models.shared
     measure = partial(measure_held_out, teacher, examples=reading.held_out, shared=shared, recipe=recipe)
+    start_last_layer(student, reading.models, reading.plan, recipe, teacher, reading.training, measure)
     before = measure(student)
     rehearsal = hold_bare_target(student.model, reading.models.target, reading.rehearsed, recipe)
     with tempfile.TemporaryDirectory() as state:

@@ -1,6 +1,6 @@
 """Methods of the benchmark that solve or carry without training on the target, and the oracle."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -21,20 +21,18 @@ from castlora.bench.reading import cell_recipe, read_text
 from castlora.bench.trained import WITH_TEXT
 from castlora.completions import encode_completion
 from castlora.config import Recipe, Regime, Tuning
-from castlora.distill import HeldOut, Student, measure_held_out
+from castlora.distill import Student, measure_held_out
 from castlora.evaluation import evaluate_model
 from castlora.fitting import collect_moments, ridge_factors
-from castlora.last_layer import LastLayer, collect_places, find_last_layer
+from castlora.last_layer import find_last_layer, solve_last_layer
 from castlora.models import best_device, context_length, linear_slots, load_model
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage
-from castlora.readout import READOUT_RIDGE, READOUT_ROUNDS, solve_readout
 from castlora.scaling import SOLVED_SCALES, keep_best_scale
 from castlora.stages import Models, load_models
 from castlora.starts import (
     attach_lora,
     fold_maps,
-    lora_maps,
     random_maps,
     start_from_factors,
     student_factors,
@@ -70,7 +68,9 @@ class Solved:
         teacher = RecordedTeacher(models.teacher, held_out, with_hidden=False)
         measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
         if site:
-            _solve_last_layer(student, site, models, training, measure)
+            solve_last_layer(
+                student, site, LiveTeacher(models.teacher, with_hidden=False), training, models.shared, measure
+            )
         scale = keep_best_scale(student, measure, SOLVED_SCALES)
         return {
             "training_passages": len(training),
@@ -95,29 +95,6 @@ def _nothing(plan: Plan, module: str) -> LowRank:
     """No update of a module, of the adapter's rank."""
     slot, rank = plan.target_slots[module], plan.adapter_rank
     return LowRank(torch.zeros(rank, slot.d_in), torch.zeros(slot.d_out, rank))
-
-
-def _solve_last_layer(
-    student: Student,
-    site: LastLayer,
-    models: Models,
-    training: list[AlignedPassage],
-    measure: Callable[[Student], HeldOut],
-) -> None:
-    """Replaces the update of the last layer by the one that fits held-out text best of those that are solved for."""
-    lora_a, lora_b = lora_maps(student.model, site.module)
-    nothing = LowRank(torch.zeros_like(lora_a.weight), torch.zeros_like(lora_b.weight))
-    teacher = LiveTeacher(models.teacher, with_hidden=False)
-    places = collect_places(student.model, teacher, site, training, models.shared)
-    classes = models.shared.target_classes.to(places.hidden.device)
-    solved = solve_readout(places, site.tail, classes, nothing.rank, READOUT_RIDGE, READOUT_ROUNDS)
-    candidates = [nothing, *solved]
-
-    def loss(update: LowRank) -> float:
-        start_from_factors(student.model, {site.module: update})
-        return measure(student).loss
-
-    start_from_factors(student.model, {site.module: min(candidates, key=loss)})
 
 
 @dataclass(frozen=True)

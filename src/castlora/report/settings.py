@@ -54,6 +54,7 @@ RECIPE_WORDS = {
 _VALUE_WORDS = {
     ("start", "paper"): "random maps (paper)",
     ("start", "ridge"): "closed-form maps (ridge)",
+    ("start", "readout"): "closed-form maps (ridge), last layer solved for the predictions",
     ("start", "fresh"): "plain LoRA (fresh)",
     ("trained", "maps"): "the maps",
     ("trained", "factors"): "the factors of the LoRA",
