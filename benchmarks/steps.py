@@ -22,7 +22,7 @@ from castlora.bench.spec import BenchmarkSpec
 STEPS = (50, 100, 200, 400, 800)
 PAIRS = ("llama-s:mistral-s", "gpt2-s:gpt2-m")
 SKILLS = ("question-type", "operation")
-METHODS = ("ridge start", "fresh", "paper start")
+METHODS = ("ridge start", "readout start", "fresh", "paper start")
 _BATCH = 4
 
 
