@@ -25,12 +25,14 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("recipe", ["default", "paper"])
+@pytest.mark.parametrize(
+    "options", [{}, {"recipe": "paper"}, {"start": "readout"}], ids=["default", "paper", "readout"]
+)
 @pytest.mark.parametrize("way", WAYS)
-def test_a_transfer_comes_to_its_end(quick_transfer, prompts_file, way, recipe):
+def test_a_transfer_comes_to_its_end(quick_transfer, prompts_file, way, options):
     if "source_bits" in WAYS[way]:
         pytest.importorskip("bitsandbytes")
-    result = quick_transfer("llama", "gpt2", prompts=str(prompts_file), steps=30, recipe=recipe, **WAYS[way])
+    result = quick_transfer("llama", "gpt2", prompts=str(prompts_file), steps=30, **options, **WAYS[way])
     losses = result.manifest["losses"]
     assert losses["kl_after"] < losses["kl_before"]
     assert result.manifest["logit_difference"] < 0.2

@@ -27,6 +27,12 @@ def test_the_start_of_the_paper_trains_its_maps():
     assert resolve_recipe("default", "ridge", None, None, Tuning(trained="maps")).trained == "maps"
 
 
+def test_a_solved_last_layer_is_a_factor_and_no_map():
+    assert resolve_recipe("paper", "readout", None, None, NOTHING).trained == "factors"
+    with pytest.raises(UserError, match=r"trained is 'maps', but the solved last layer .* give 'factors'"):
+        resolve_recipe("default", "readout", None, None, Tuning(trained="maps"))
+
+
 def test_maps_that_fold_into_nothing_cannot_be_left_for_factors():
     with pytest.raises(UserError, match="trained is 'factors', but the maps of the paper start fold into nothing"):
         resolve_recipe("default", "paper", None, None, Tuning(trained="factors"))

@@ -142,16 +142,18 @@ def test_a_transfer_of_five_steps(base, tmp_path, text_file, checked_in_process,
     assert (tiny.logits(PeftModel.from_pretrained(model, result.folder), ids) - bare).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_family
-def test_the_last_layer_is_solved_for_where_norm_and_head_follow_at_once(base, name):
+def test_the_last_layer_is_solved_for_where_norm_and_head_follow_at_once(base, name, dtype):
     """Gemma norms the output of the MLP again, Phi and GPT-J add biases to the logits, Mixtral has experts."""
-    model = tiny.load(base(name))
+    model = tiny.load(base(name)).to(dtype)
     slots = linear_slots(model, load_config(str(base(name))))
     found = find_last_layer(model, slots)
     assert (found is None) == (name in ("gemma2", "gemma3", "phi", "gptj", "mixtral"))
     if found:
         with_layer_norm = name.startswith(("gpt", "opt", "falcon", "stablelm", "olmo", "starcoder2"))
         assert found.tail.is_centred == with_layer_norm
+        assert found.tail.logits(torch.randn(2, 32)).dtype == torch.float32
         assert (slots[found.module].layer, slots[found.module].roles) == (2, ("down",))
 
 

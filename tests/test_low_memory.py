@@ -47,7 +47,9 @@ def watched(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"recipe": "paper", "start": "ridge"}, {"start": "fresh"}], ids=["default", "paper", "fresh"]
+    "options",
+    [{}, {"recipe": "paper", "start": "ridge"}, {"start": "readout"}, {"start": "fresh"}],
+    ids=["default", "paper", "readout", "fresh"],
 )
 def test_the_adapter_is_that_of_both_models_together(quick_transfer, prompts_file, watched, options):
     options = {"prompts": str(prompts_file), "steps": 24} | options

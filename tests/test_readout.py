@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from castlora import last_layer, readout
 from castlora.adapters import LowRank
 from castlora.last_layer import collect_places, find_last_layer
 from castlora.models import linear_slots
@@ -49,14 +50,20 @@ def test_the_gain_of_a_norm_shows_in_what_it_does(norm):
     torch.testing.assert_close(seen, norm.weight, rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-def test_an_update_of_the_last_layer_is_found_again(tail):
+@pytest.fixture
+def taught_places(tail) -> Places:
+    """What a teacher says whose last layer has an update of rank 2."""
     random = torch.Generator().manual_seed(1)
     features, hidden = torch.randn(600, 20, generator=random), torch.randn(600, 12, generator=random)
     update = 0.3 * torch.randn(12, 2, generator=random) @ torch.randn(2, 20, generator=random)
     taught = (tail.norm(hidden + features @ update.T) @ tail.head.T).log_softmax(-1)
     none, everywhere = torch.full((600,), -1), torch.ones(600, dtype=torch.bool)
-    places = Places(features, hidden, taught, none, everywhere)
+    return Places(features, hidden, taught, none, everywhere)
+
+
+@torch.no_grad()
+def test_an_update_of_the_last_layer_is_found_again(tail, taught_places):
+    places, features, hidden, taught = taught_places, *list(vars(taught_places).values())[:3]
     bare = (tail.norm(hidden) @ tail.head.T).log_softmax(-1)
     left = []
     for solved in solve_readout(places, tail, torch.arange(30), rank=2, ridge=1e-6, rounds=8):
@@ -64,6 +71,27 @@ def test_an_update_of_the_last_layer_is_found_again(tail):
         learned = (tail.norm(hidden + features @ solved.a.T @ solved.b.T) @ tail.head.T).log_softmax(-1)
         left.append(kl_divergence(taught, learned).mean() / kl_divergence(taught, bare).mean())
     assert left[0] > left[-1] and left[-1] < 0.01
+
+
+@torch.no_grad()
+def test_the_solution_does_not_depend_on_how_much_is_computed_at_once(tail, taught_places, monkeypatch):
+    def solve() -> list[LowRank]:
+        return list(solve_readout(taught_places, tail, torch.arange(30), rank=2, ridge=1e-6, rounds=3))
+
+    at_once = solve()
+    monkeypatch.setattr(readout, "_PLACES_AT_ONCE", 7)
+    monkeypatch.setattr(readout, "_TOKENS_AT_ONCE", 4)
+    for whole, parts in zip(at_once, solve(), strict=True):
+        torch.testing.assert_close(parts.b @ parts.a, whole.b @ whole.a, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_head_of_16_bits_serves_as_well(tail, taught_places):
+    in_16_bits = Tail(tail.norm, tail.head.bfloat16(), tail.is_centred)
+    *_, expected = solve_readout(taught_places, tail, torch.arange(30), rank=2, ridge=1e-4, rounds=6)
+    *_, found = solve_readout(taught_places, in_16_bits, torch.arange(30), rank=2, ridge=1e-4, rounds=6)
+    difference = found.b @ found.a - expected.b @ expected.a
+    assert difference.norm() < 0.05 * (expected.b @ expected.a).norm()
 
 
 def test_each_class_gets_what_the_teacher_gives_it_and_the_answer_says_the_rest():
@@ -81,7 +109,7 @@ def test_each_class_gets_what_the_teacher_gives_it_and_the_answer_says_the_rest(
 
 
 @torch.no_grad()
-def test_a_student_predicts_like_a_teacher_that_differs_in_its_last_layer(base_model):
+def test_a_student_predicts_like_a_teacher_that_differs_in_its_last_layer(base_model, monkeypatch):
     bare = tiny.load(base_model("mistral"))
     site = find_last_layer(bare, linear_slots(bare, bare.config))
     random = torch.Generator().manual_seed(2)
@@ -95,7 +123,10 @@ def test_a_student_predicts_like_a_teacher_that_differs_in_its_last_layer(base_m
     spelled = ByteTokenizer.from_tokenizer(tiny.tokenizer_of(base_model("mistral")))
     shared = SharedVocabulary.of(spelled, spelled, bare.config.vocab_size, bare.config.vocab_size)
     passages = tiny.aligned("mistral", "mistral", 60)
-    places = collect_places(student, LiveTeacher(teacher, with_hidden=False), site, passages[:50], shared)
+    live = LiveTeacher(teacher, with_hidden=False)
+    places = collect_places(student, live, site, passages[:50], shared)
+    monkeypatch.setattr(last_layer, "_MOST_BYTES", 1)
+    assert len(collect_places(student, live, site, passages[:50], shared).hidden) < len(places.hidden) / 2
     *_, solved = solve_readout(places, site.tail, shared.target_classes, rank=2, ridge=1e-4, rounds=8)
     ids = torch.tensor(passages[-1].target_ids[:20]).unsqueeze(0)
     expected, before = tiny.logits(teacher, ids).log_softmax(-1), tiny.logits(student, ids).log_softmax(-1)
