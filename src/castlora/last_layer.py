@@ -15,7 +15,7 @@ from castlora.distill import HeldOut, Student
 from castlora.models import LinearSlot
 from castlora.objective import class_log_probabilities
 from castlora.positions import AlignedPassage, Batch, batches, counted_places
-from castlora.readout import READOUT_RIDGE, READOUT_ROUNDS, Places, Tail, solve_readout
+from castlora.readout import Places, Tail, solve_readout
 from castlora.starts import lora_maps, start_from_factors
 from castlora.teacher import Teacher
 from castlora.vocabulary import SharedVocabulary
@@ -44,7 +44,7 @@ class Solution:
 
     module: str
     losses: list[float]
-    """Objective on held-out text with what the module had before, and after each round; the least was taken."""
+    """Objective on held-out text with what the module had before, and with each solution; the least was taken."""
 
 
 @torch.no_grad()
@@ -71,8 +71,7 @@ def solve_last_layer(
     lora_b.weight.zero_()
     places = collect_places(student.model, teacher, site, passages, shared)
     classes = shared.target_classes.to(places.hidden.device)
-    solved = solve_readout(places, site.tail, classes, as_it_was.rank, READOUT_RIDGE, READOUT_ROUNDS)
-    candidates = [as_it_was, *solved]
+    candidates = [as_it_was, *solve_readout(places, site.tail, classes, as_it_was.rank)]
     losses = []
     for update in candidates:
         start_from_factors(student.model, {site.module: update})

@@ -1,8 +1,8 @@
-"""The closed form of the last layer: pure functions from activations to the update that predicts like the teacher.
+"""The update of the last layer with which the target predicts what source + LoRA does: pure functions of activations.
 
 What the last module of a decoder-only model adds to the residual stream is read by the final norm and the output head
-alone. So the update of it with which the target predicts what source + LoRA predicts can be solved for from activations
-that were read once, by least squares that are repeated (Gauss-Newton) without running the model again.
+alone. So its update can be solved for from activations that were read once, without running the model again: by least
+squares, and then by L-BFGS on the KL divergence.
 """
 
 import math
@@ -14,14 +14,18 @@ from torch import Tensor
 
 from castlora.adapters import LowRank
 from castlora.maps import balance
-from castlora.objective import class_log_probabilities
+from castlora.objective import class_log_probabilities, kl_divergence
 from castlora.solvers import ridge_map
 
-READOUT_RIDGE, READOUT_ROUNDS = 0.001, 6
+_RIDGE, _WHITENING = 0.001, 0.1
+"""Penalty of the least squares, and what is added to the second moments that features are whitened by; both relative to
+the mean square of the features."""
+_ROUNDS, _ITERATIONS = 8, 3
+"""Updates that L-BFGS gives, and its iterations for each."""
 _PLACES_AT_ONCE, _TOKENS_AT_ONCE = 256, 8192
 """Logits of all places, or all rows of a large head in full precision, would fill more memory than the model."""
 _LARGEST_CHANGE = 10.0
-"""Nats by which one round changes the logarithm of a probability at most."""
+"""Nats by which the least squares change the logarithm of a probability at most."""
 _OTHERS = 0.01
 """Probability left to all other tokens where the answer says which one follows."""
 _IMPOSSIBLE = -14.0
@@ -106,59 +110,93 @@ def taught_log_probabilities(logits: Tensor, places: Places, classes: Tensor) ->
     return wanted.log_softmax(-1)
 
 
-def solve_readout(
-    places: Places, tail: Tail, classes: Tensor, rank: int, ridge: float, rounds: int
-) -> Iterator[LowRank]:
-    """The update of the last module with which the target predicts like the teacher, better with each round.
+def solve_readout(places: Places, tail: Tail, classes: Tensor, rank: int) -> Iterator[LowRank]:
+    """Updates of the last module with which the target predicts ever more like the teacher at these places.
 
-    A round looks at the predictions with the update so far, finds the change of every final hidden state that brings
-    the logarithms of the probabilities nearest to those that are taught, tokens weighted by how probable they are on
-    average to the target or the teacher, and predicts these changes from the features by ridge regression of reduced
-    rank, in the metric of the logits.
+    The last of them knows the places by heart; which one is best, other text has to say.
 
     Args:
         places: what is known at each position
         tail: the norm and the head of the target
         classes: class of each token of the target, shape (vocabulary,)
-        rank: largest rank of the update
-        ridge: strength of the penalties relative to the mean square of the features
-        rounds: how many updates there will be
+        rank: largest rank of the updates
 
     Yields:
         A (rank, d_in) and B (width, rank), balanced
     """
     places = places.that_teach()
+    update = least_squares(places, tail, classes, rank)
+    yield update
+    yield from refine(places, tail, classes, update)
+
+
+@torch.no_grad()
+def least_squares(places: Places, tail: Tail, classes: Tensor, rank: int) -> LowRank:
+    """The update from one step of Gauss-Newton.
+
+    It finds the change of every final hidden state that brings the logarithms of the probabilities nearest to those
+    that are taught, tokens weighted by how probable they are on average to the target or the teacher, and predicts
+    these changes from the features by ridge regression of reduced rank, in the metric of the logits.
+    """
     scale = places.features.square().mean().sqrt()
     features = (places.features / scale).double()
-    shift = torch.zeros_like(places.hidden, dtype=torch.float64)
-    gain = tail.gain(places.hidden)
-    for _ in range(rounds):
-        hidden = places.hidden + shift.float()
-        change, metric = _wanted_change(hidden, places, tail, gain, classes)
-        sizes = tail.sizes(hidden)
-        weights = sizes.squeeze(-1).double() ** -2
-        weighted = features * (weights / weights.mean()).unsqueeze(-1)
-        wanted = shift + (sizes * change).double()
-        cross_moments = wanted.T @ weighted
-        whole = ridge_map(weighted.T @ features, cross_moments, ridge)
-        a, b = _of_rank(whole, cross_moments, torch.linalg.cholesky(metric), rank)
-        shift = features @ a.T @ b.T
-        yield balance(LowRank((a / scale).float(), b.float()))
+    change, metric = _wanted_change(places, tail, classes)
+    sizes = tail.sizes(places.hidden)
+    weights = sizes.squeeze(-1).double() ** -2
+    weighted = features * (weights / weights.mean()).unsqueeze(-1)
+    cross_moments = (sizes * change).double().T @ weighted
+    whole = ridge_map(weighted.T @ features, cross_moments, _RIDGE)
+    a, b = _of_rank(whole, cross_moments, torch.linalg.cholesky(metric), rank)
+    return balance(LowRank((a / scale).float(), b.float()))
 
 
-def _wanted_change(hidden: Tensor, places: Places, tail: Tail, gain: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+def refine(places: Places, tail: Tail, classes: Tensor, update: LowRank) -> Iterator[LowRank]:
+    """Follows an update on its way to the least KL divergence between what is taught and what is predicted.
+
+    L-BFGS looks at all places at once. Features are whitened for it, so that frequent directions do not hide others.
+    """
+    moments = (places.features.T @ places.features).double()
+    moments.diagonal().add_(_WHITENING * moments.diagonal().mean())
+    root = torch.linalg.cholesky(moments / len(places.features))
+    features = torch.linalg.solve_triangular(root, places.features.double().T, upper=False).T.float()
+    size = places.hidden.square().mean().sqrt()
+    whitened = balance(LowRank((update.a.double() @ root).float(), update.b / size))
+    a, b = whitened.a.clone().requires_grad_(), whitened.b.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([a, b], max_iter=_ITERATIONS, history_size=20, line_search_fn="strong_wolfe")
+
+    @torch.enable_grad()
+    def divergence() -> Tensor:
+        optimizer.zero_grad()
+        total = torch.zeros((), device=features.device)
+        for rows in _parts(len(features)):
+            part = places.at(rows)
+            logits = tail.logits(part.hidden + size * (features[rows] @ a.T @ b.T))
+            taught = taught_log_probabilities(logits.detach(), part, classes)
+            of_part = kl_divergence(taught, logits.log_softmax(-1)).sum() / len(features)
+            of_part.backward()
+            total += of_part.detach()
+        return total
+
+    for _ in range(_ROUNDS):
+        optimizer.step(divergence)
+        solved = torch.linalg.solve_triangular(root, a.detach().double(), upper=False, left=False)
+        yield balance(LowRank(solved.float(), size * b.detach()))
+
+
+def _wanted_change(places: Places, tail: Tail, classes: Tensor) -> tuple[Tensor, Tensor]:
     """The change of each hidden state, in units of its size, and the metric of the logits in which it counts.
 
     Returns:
         shape (places, width), and shape (width, width) in fp64
     """
-    probable = torch.zeros(len(tail.head), device=hidden.device)
-    for now, wanted in _predictions(hidden, places, tail, classes):
-        probable += (now.exp().sum(0) + wanted.exp().sum(0)) / (2 * len(hidden))
+    gain = tail.gain(places.hidden)
+    probable = torch.zeros(len(tail.head), device=gain.device)
+    for now, wanted in _predictions(places, tail, classes):
+        probable += (now.exp().sum(0) + wanted.exp().sum(0)) / (2 * len(places.hidden))
     metric = _metric(tail.head, probable, gain)
     metric.diagonal().add_(0.01 * metric.diagonal().mean())
     pulls = []
-    for now, wanted in _predictions(hidden, places, tail, classes):
+    for now, wanted in _predictions(places, tail, classes):
         change = (wanted - now).clamp(-_LARGEST_CHANGE, _LARGEST_CHANGE)
         change = probable * (change - (change @ probable).unsqueeze(-1))
         of_tokens = zip(change.split(_TOKENS_AT_ONCE, dim=1), tail.head.split(_TOKENS_AT_ONCE), strict=True)
@@ -166,12 +204,15 @@ def _wanted_change(hidden: Tensor, places: Places, tail: Tail, gain: Tensor, cla
     return torch.linalg.solve(metric.float(), torch.cat(pulls).T).T, metric
 
 
-def _predictions(hidden: Tensor, places: Places, tail: Tail, classes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _predictions(places: Places, tail: Tail, classes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Log-probabilities as they are and as they should be, some places at a time."""
-    for start in range(0, len(hidden), _PLACES_AT_ONCE):
-        rows = slice(start, start + _PLACES_AT_ONCE)
-        logits = tail.logits(hidden[rows])
+    for rows in _parts(len(places.hidden)):
+        logits = tail.logits(places.hidden[rows])
         yield logits.log_softmax(-1), taught_log_probabilities(logits, places.at(rows), classes)
+
+
+def _parts(count: int) -> Iterator[slice]:
+    return (slice(start, start + _PLACES_AT_ONCE) for start in range(0, count, _PLACES_AT_ONCE))
 
 
 def _metric(head: Tensor, probable: Tensor, gain: Tensor) -> Tensor:
