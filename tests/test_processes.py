@@ -102,6 +102,18 @@ def test_three_processes_train_what_one_trains(
 
 
 @pytest.mark.slow
+def test_a_last_layer_that_one_process_solves_is_trained_by_all(request_words, tmp_path):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for out, launched in ((alone, [sys.executable, "-m"]), (together, torchrun(2, "-m", "--"))):
+        finished = run([*launched, "castlora", *request_words(out), "--start", "readout", "--steps", "12"])
+        assert finished.returncode == 0, finished.stderr
+    expected, found = (json.loads((out / "castlora.json").read_text()) for out in (alone, together))
+    assert found["last_layer"]["losses"] == pytest.approx(expected["last_layer"]["losses"], rel=1e-3)
+    assert min(expected["last_layer"]["losses"][1:]) < 0.95 * expected["last_layer"]["losses"][0]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-2)
+
+
+@pytest.mark.slow
 def test_one_process_speaks_and_writes_for_all(undisturbed):
     finished, out = undisturbed
     assert json.loads(finished.stdout) == json.loads((out / "castlora.json").read_text())

@@ -117,7 +117,8 @@ def command_line(request: Mapping[str, Any], place: Callable[[str], str] = publi
         place: how folders, files and hub ids are written; by default local ones by their last component
         processes: how many of them shared the run
     """
-    launcher = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    # Without the dashes torchrun takes --start for an abbreviation of an option of its own.
+    launcher = ["torchrun", "--nproc-per-node", str(processes), "-m", "--"] if processes > 1 else []
     words = [*launcher, "castlora", "transfer"]
     for field, value in request.items():
         if value is None or value is False or isinstance(value, dict):

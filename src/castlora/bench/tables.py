@@ -65,9 +65,10 @@ is shown where retraining gains at least 5 points. `default` is the default reci
 balanced factors trained, and the target rehearses text that it wrote itself before. With `prompts taught` the
 tokens of the prompts count too, a tenth as much as those of the answers; with `hidden states` final hidden states are
 taught beside the answers, those inside prompts included. `fresh, rehearsed` is the default with a plain
-LoRA. All other methods rehearse nothing; `ridge start` is the default without it. `maps` trains the
-maps themselves, `paper start` maps that are random at first,
-`fresh` a plain LoRA. General text alone is put into the prompt formats that the adapter listens to, one to three
+LoRA. All other methods rehearse nothing but `default, last layer solved`; `ridge start` is the default without it, and
+`readout start` has the target's last layer solved for what source + LoRA predicts. `maps` trains the maps themselves,
+`paper start` maps that are random at first, `fresh` a plain LoRA.
+General text alone is put into the prompt formats that the adapter listens to, one to three
 sentences each, of which the most telling of 32 is kept; with `single sentences` one sentence, of 8; `generic formats`
 puts these into common formats instead, `any prompts` goes without the choice, and `running text` reads general text as
 it runs. `paper` is the paper's recipe as a whole, for the same number of steps, also with one of its two
@@ -75,7 +76,7 @@ losses, and with a small network beside each map (`nonlinear`, which no LoRA can
 learns what such a target predicts). `synthetic data` trains a fresh
 LoRA on the answers that source + LoRA writes, filtered by contrastive excess. Without training: `closed form` is the
 fold of the closed-form maps and `Theseus` that of rotations, both scaled by the held-out objective; `last layer
-solved` adds to the former an update of the target's last module, solved for what source + LoRA predicts; direct copy,
+solved` adds to the former the last layer of `readout start`; direct copy,
 Cross-LoRA and LoRA-X read weights alone, with castlora's pairing of modules, and leave the target bare where they can
 carry no module of a pair; `LoRA-X, constrained` trains its adapter on the task's labels in the form that the paper asks
 for. Controls, which must carry nothing, move random maps, the closed form of positions paired at random, or the adapter
