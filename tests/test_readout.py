@@ -58,7 +58,7 @@ def taught_places(tail) -> Places:
     update = 0.3 * torch.randn(12, 2, generator=random) @ torch.randn(2, 20, generator=random)
     taught = (tail.norm(hidden + features @ update.T) @ tail.head.T).log_softmax(-1)
     none, everywhere = torch.full((600,), -1), torch.ones(600, dtype=torch.bool)
-    return Places(features, hidden, taught, none, everywhere)
+    return Places(features, hidden, taught, none, torch.zeros(600), everywhere)
 
 
 @torch.no_grad()
@@ -95,16 +95,17 @@ def test_a_head_of_16_bits_serves_as_well(tail, taught_places):
 
 
 def test_each_class_gets_what_the_teacher_gives_it_and_the_answer_says_the_rest():
-    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 0.5]]).expand(3, -1).contiguous()
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 0.5]]).expand(4, -1).contiguous()
     classes = torch.tensor([REST, FOX, FOX, HEN, RUN])
-    taught = torch.tensor([0.1, 0.6, 0.1, 0.2]).log().expand(3, -1)
-    places = Places(
-        torch.zeros(3, 1), torch.zeros(3, 1), taught, torch.tensor([-1, 2, 4]), torch.tensor([True, True, False])
-    )
-    free, spelled, between = taught_log_probabilities(logits, places, classes).exp()
+    taught = torch.tensor([0.1, 0.6, 0.1, 0.2]).log().expand(4, -1)
+    next_tokens, next_taught = torch.tensor([-1, 2, 2, 4]), torch.tensor([1.0, 1.0, 0.45, 1.0]).log()
+    is_aligned = torch.tensor([True, True, True, False])
+    places = Places(torch.zeros(4, 1), torch.zeros(4, 1), taught, next_tokens, next_taught, is_aligned)
+    free, spelled, likely, between = taught_log_probabilities(logits, places, classes).exp()
     share = torch.tensor([1.0, 2.0]).softmax(-1)
     torch.testing.assert_close(free, torch.tensor([0.1, 0.6 * share[0], 0.6 * share[1], 0.2, 0.1]))
     torch.testing.assert_close(spelled, torch.tensor([0.1, 0.0, 0.6, 0.2, 0.1]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(likely, torch.tensor([0.1, 0.15, 0.45, 0.2, 0.1]))
     assert between[4] == pytest.approx(0.99, abs=1e-3) and between.sum() == pytest.approx(1)
 
 

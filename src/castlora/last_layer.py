@@ -13,11 +13,11 @@ from castlora.adapters import KEY_PREFIX, LowRank
 from castlora.capture import capture, change_output
 from castlora.distill import HeldOut, Student
 from castlora.models import LinearSlot
-from castlora.objective import class_log_probabilities
+from castlora.objective import chunk_log_probabilities, class_log_probabilities
 from castlora.positions import AlignedPassage, Batch, batches, counted_places
 from castlora.readout import Places, Tail, solve_readout
 from castlora.starts import lora_maps, start_from_factors
-from castlora.teacher import Teacher
+from castlora.teacher import Predictions, Teacher
 from castlora.vocabulary import SharedVocabulary
 
 logger = logging.getLogger("castlora")
@@ -145,14 +145,23 @@ def collect_places(
                 input_ids=batch["target_ids"], attention_mask=batch["target_mask"], use_cache=False, logits_to_keep=1
             )
         counts = _is_answered(batch)
-        logits = teacher.predict(batch).aligned(counts)
-        said = class_log_probabilities(logits, shared.source_classes.to(device), shared.classes)
-        taught = said.new_zeros(*in_answer.shape, shared.classes)
-        taught[counted_places(batch["target_positions"], counts)] = said
+        predicted = teacher.predict(batch)
+        of_classes = class_log_probabilities(
+            predicted.aligned(counts), shared.source_classes.to(device), shared.classes
+        )
+        taught = of_classes.new_zeros(*in_answer.shape, shared.classes)
+        taught[counted_places(batch["target_positions"], counts)] = of_classes
         # OPT's MLP reads the tokens of all passages as one long row.
         features = captured[module].inputs.reshape(*in_answer.shape, -1)
-        rows = features, captured[norm].inputs, taught, next_tokens, is_aligned
-        found.append(Places(*(tensor[in_answer].float() for tensor in rows[:3]), *(row[in_answer] for row in rows[3:])))
+        known = Places(
+            features.float(),
+            captured[norm].inputs.float(),
+            taught,
+            next_tokens,
+            _next_taught(predicted, batch),
+            is_aligned,
+        )
+        found.append(known.at(in_answer))
         taken += sum(tensor.nbytes for tensor in vars(found[-1]).values())
         if taken > _MOST_BYTES:
             break
@@ -174,6 +183,19 @@ def _answer_tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     length = batch["target_mask"].sum(1, keepdim=True)
     next_tokens = ids.roll(-1, dims=1).masked_fill(place + 1 >= length, -1)
     return (first <= place) & (place <= last), is_aligned, next_tokens
+
+
+def _next_taught(predicted: Predictions, batch: Batch) -> Tensor:
+    """Log-probability that the teacher gives to the target's next token, shape (batch, tokens).
+
+    It is known where that token alone leads to the next aligned position; 0 elsewhere.
+    """
+    counts, positions = _is_answered(batch), batch["target_positions"]
+    of_chunks = chunk_log_probabilities(predicted.logits.float(), predicted.ids, predicted.positions)
+    is_token = counts[:, :-1] & counts[:, 1:] & (positions.diff(dim=1) == 1)
+    taught = of_chunks.new_zeros(batch["target_ids"].shape)
+    taught[counted_places(positions[:, :-1], is_token)] = of_chunks[is_token]
+    return taught
 
 
 def _is_answered(batch: Batch) -> Tensor:

@@ -43,6 +43,8 @@ class Places:
     """Log-probabilities that the teacher gives to classes of tokens, shape (places, classes); any where not aligned."""
     next_tokens: Tensor
     """The target's token that follows, shape (places,); -1 for none."""
+    next_taught: Tensor
+    """Log-probability that the teacher gives to the text of that token, shape (places,); 0 where it is not known."""
     is_aligned: Tensor
     """Whether the teacher has read the same text there, shape (places,)."""
 
@@ -88,8 +90,9 @@ def taught_log_probabilities(logits: Tensor, places: Places, classes: Tensor) ->
     """What the target should predict: log-probabilities of its tokens, shape (places, vocabulary).
 
     Where both models have read the same text, each class of tokens gets the probability that the teacher gives it, and
-    its tokens share it as the target has it. Which of several tokens of a class, and which token inside a stretch that
-    only the target cuts there, the answer says.
+    its tokens share it as the target has it; where the class of the token that follows holds others, that token gets
+    what the teacher gives to its text, or all where this is not known. Inside a stretch that only the target cuts, the
+    answer says which token follows.
 
     Args:
         logits: of the target as it is, shape (places, vocabulary)
@@ -99,15 +102,21 @@ def taught_log_probabilities(logits: Tensor, places: Places, classes: Tensor) ->
     bare = logits.log_softmax(-1)
     own = class_log_probabilities(logits, classes, places.taught.shape[1])
     wanted = bare + (places.taught - own)[:, classes]
-    follows, token = places.next_tokens >= 0, places.next_tokens.clamp_min(0)
+    follows, token = places.next_tokens >= 0, places.next_tokens.clamp_min(0).unsqueeze(-1)
     of_class = classes[token]
-    token, of_class = token.unsqueeze(-1), of_class.unsqueeze(-1)
-    is_open = places.is_aligned & follows & (classes.bincount()[of_class.squeeze(-1)] > 1)
-    rows = wanted[is_open].masked_fill(classes == of_class[is_open], _IMPOSSIBLE)
-    wanted[is_open] = rows.scatter(1, token[is_open], places.taught[is_open].gather(1, of_class[is_open]))
+    is_open = places.is_aligned & follows & (classes.bincount()[of_class] > 1).squeeze(-1)
+    whole, is_in_class = places.taught.gather(1, of_class)[is_open], classes == of_class[is_open]
+    said = places.next_taught.unsqueeze(-1)[is_open].minimum(whole)
+    of_others = _rest(whole, said) - _rest(whole, wanted[is_open].gather(1, token[is_open]))
+    wanted[is_open] = (wanted[is_open] + is_in_class * of_others).scatter(1, token[is_open], said)
     is_said = ~places.is_aligned & follows
     wanted[is_said] = (bare[is_said] + math.log(_OTHERS)).scatter(1, token[is_said], math.log(1 - _OTHERS))
     return wanted.log_softmax(-1)
+
+
+def _rest(whole: Tensor, part: Tensor) -> Tensor:
+    """Logarithm of what a probability leaves of a larger one, both given as logarithms; never nothing."""
+    return whole + torch.log1p(-(part - whole).clamp_max(0).exp()).clamp_min(_IMPOSSIBLE)
 
 
 def solve_readout(places: Places, tail: Tail, classes: Tensor, rank: int) -> Iterator[LowRank]:
