@@ -175,7 +175,7 @@ def test_the_bundle_is_a_benchmark_without_general_text():
         (["--seeds", "0"], "seeds is 0; give 1 or more."),
         (
             ["--methods", "magic"],
-            "Method 'magic' is unknown; choose from default; default, prompts taught; default, hidden states; fresh,",
+            "Method 'magic' is unknown; choose from default; default, prompts taught; default, hidden states; default,",
         ),
     ],
 )

@@ -28,7 +28,7 @@ def test_the_command_repeats_the_run(prompt_format):
 
 def test_several_processes_are_started_as_they_were():
     alone = command_line(REQUEST)
-    assert command_line(REQUEST, processes=3) == f"torchrun --nproc-per-node 3 -m {alone}"
+    assert command_line(REQUEST, processes=3) == f"torchrun --nproc-per-node 3 -m -- {alone}"
 
 
 def test_the_command_hides_where_folders_lie(tmp_path):
