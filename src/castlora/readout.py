@@ -28,7 +28,8 @@ _LARGEST_CHANGE = 10.0
 """Nats by which the least squares change the logarithm of a probability at most."""
 _OTHERS = 0.01
 """Probability left to all other tokens where the answer says which one follows."""
-_IMPOSSIBLE = -14.0
+_SMALLEST_REST = -14.0
+"""Logarithm of the share of a class that its other tokens keep at least."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def taught_log_probabilities(logits: Tensor, places: Places, classes: Tensor) ->
 
 def _rest(whole: Tensor, part: Tensor) -> Tensor:
     """Logarithm of what a probability leaves of a larger one, both given as logarithms; never nothing."""
-    return whole + torch.log1p(-(part - whole).clamp_max(0).exp()).clamp_min(_IMPOSSIBLE)
+    return whole + torch.log1p(-(part - whole).clamp_max(0).exp()).clamp_min(_SMALLEST_REST)
 
 
 def solve_readout(places: Places, tail: Tail, classes: Tensor, rank: int) -> Iterator[LowRank]:
