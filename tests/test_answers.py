@@ -14,15 +14,17 @@ PROMPTS = ["Who?", "Who finds the hen near the old mill?", "Which fox hides behi
 def write(base_model, adapter):
     loaded = {}
 
-    def run(name: str, prompts=PROMPTS, seed=0, batch_size=2, eos=True, **lengths) -> list[Passage]:
+    def run(name: str, prompts=PROMPTS, seed=0, batch_size=2, eos=True, ends=None, **lengths) -> list[Passage]:
         if name not in loaded:
             loaded[name] = PeftModel.from_pretrained(tiny.load(base_model(name)), adapter(name)).eval()
         tokenizer = tiny.tokenizer_of(base_model(name))
         if not eos:
             tokenizer.eos_token = None
+        given = [tokenizer.eos_token_id] if eos else []
         limits = {"max_new_tokens": 8, "max_prompt_tokens": 60} | lengths
         asked = [Passage(prompt, len(prompt.encode())) for prompt in prompts]
-        return list(write_answers(loaded[name], tokenizer, asked, batch_size=batch_size, seed=seed, **limits))
+        sampling = {"batch_size": batch_size, "seed": seed, **limits}
+        return list(write_answers(loaded[name], tokenizer, asked, given if ends is None else ends, **sampling))
 
     return run
 
@@ -67,6 +69,15 @@ def test_a_prompt_that_does_not_come_back_whole_gets_its_answer_all_the_same(wri
 
 def test_a_tokenizer_without_an_end_token_will_do(write):
     assert len(write("llama", eos=False)) == len(PROMPTS)
+
+
+def test_what_ends_an_answer_is_no_part_of_it(write):
+    tokenizer = tiny.family("gpt2")[1]
+    letters = [token for token in range(len(tokenizer)) if "e" in tokenizer.decode([token])]
+    ended = write("gpt2", ends=letters, max_new_tokens=20)
+    answers = [passage.text.encode()[passage.answer_start :].decode() for passage in ended]
+    assert not any("e" in answer for answer in answers) and any(answers)
+    assert any("e" in passage.text[passage.answer_start :] for passage in write("gpt2", ends=[], max_new_tokens=20))
 
 
 @pytest.mark.parametrize(

@@ -57,12 +57,15 @@ def test_an_answer_begins_with_a_token_that_spells_something_and_begins_a_word(b
     tokenizer = tiny.tokenizer_of(base_model(name))
     byte_tokenizer = ByteTokenizer.from_tokenizer(tokenizer)
     columns = len(byte_tokenizer.spellings) + 5
-    inside, elsewhere = (may_begin_answer(byte_tokenizer, columns, inside) for inside in (True, False))
+    inside, elsewhere = (may_begin_answer(byte_tokenizer, (), columns, inside) for inside in (True, False))
     assert not inside[-5:].any() and not inside[tokenizer.eos_token_id] and not elsewhere[tokenizer.eos_token_id]
     for token, spelling in enumerate(byte_tokenizer.spellings):
         if spelling is not None and spelling.isascii():
             assert inside[token] == (not spelling[:1].isalnum())
             assert elsewhere[token]
+    ends = (7, 9)
+    without = may_begin_answer(byte_tokenizer, ends, columns, False)
+    assert not without[list(ends)].any() and without.sum() == elsewhere.sum() - elsewhere[list(ends)].sum()
 
 
 def test_formats_near_the_best_are_kept_and_generic_ones_that_reach_half_of_it():
@@ -100,7 +103,8 @@ def taught(base_model):
 
 def search(taught, formats: list[str], fillings: list[str], longest: int = 80) -> list[str]:
     model, tokenizer = taught
-    return find_formats(model, tokenizer, ByteTokenizer.from_tokenizer(tokenizer), formats, fillings, longest)
+    ends = (tokenizer.eos_token_id,)
+    return find_formats(model, tokenizer, ByteTokenizer.from_tokenizer(tokenizer), ends, formats, fillings, longest)
 
 
 @pytest.mark.parametrize("batch_tokens", [8192, 8], ids=["read together", "one by one"])

@@ -34,6 +34,19 @@ def test_shared_tokens_are_in_one_class(source, target):
     assert (classes != REST).all()
 
 
+@pytest.mark.parametrize("target", TOKENIZERS)
+def test_what_the_source_cannot_tell_from_the_end_of_a_text_is_in_its_class(target):
+    own, other = TOKENIZERS["llama"], TOKENIZERS[target]
+    sizes = len(own.spellings) + 3, len(other.spellings)
+    ends = (own.eos_token_id, 20, sizes[0] - 1)
+    shared, plain = (SharedVocabulary.of(own, other, *sizes, source_ends) for source_ends in (ends, ends[:1]))
+    assert not shared.is_whole and plain.is_whole == (target == "llama")
+    assert set(shared.source_classes[list(ends)].tolist()) == {shared.target_classes[other.eos_token_id].item()}
+    others = [token for token in range(sizes[0]) if token not in ends]
+    assert torch.equal(shared.source_classes[others], plain.source_classes[others])
+    assert torch.equal(shared.target_classes, plain.target_classes)
+
+
 @unlike_pairs
 def test_both_vocabularies_have_members_in_every_class(source, target):
     shared = vocabulary(source, target)

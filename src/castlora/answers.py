@@ -59,6 +59,7 @@ def write_answers(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Passage],
+    ends: Sequence[int],
     max_new_tokens: int,
     max_prompt_tokens: int,
     batch_size: int,
@@ -74,6 +75,7 @@ def write_answers(
         model: source + LoRA
         tokenizer: its tokenizer
         prompts: what to continue, without answers
+        ends: tokens that end an answer; none to write on to its greatest length
         max_new_tokens: longest answer, in tokens
         max_prompt_tokens: longest prompt, in tokens; longer ones are left out
         batch_size: prompts per batch
@@ -90,7 +92,7 @@ def write_answers(
         written = parts.json(
             f"answers-{index:05d}",
             [prompt.text for prompt in group.passages],
-            partial(_sample_answers, model, tokenizer, group, max_new_tokens),
+            partial(_sample_answers, model, tokenizer, group, ends, max_new_tokens),
         )
         # The batches after one that was kept are sampled as if it had just been.
         _set_generator(device, written["generator"])
@@ -99,9 +101,10 @@ def write_answers(
 
 
 def _sample_answers(
-    model: PeftModel, tokenizer: PreTrainedTokenizerFast, group: PromptBatch, max_new_tokens: int
+    model: PeftModel, tokenizer: PreTrainedTokenizerFast, group: PromptBatch, ends: Sequence[int], max_new_tokens: int
 ) -> dict[str, Any]:
     """Answers to a batch of prompts, and the state in which they leave the generator of random numbers."""
+    pad = tokenizer.eos_token_id or 0
     written = model.generate(
         input_ids=group.ids,
         attention_mask=group.mask,
@@ -110,9 +113,12 @@ def _sample_answers(
         top_k=0,
         top_p=1.0,
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.eos_token_id or 0,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad,
+        eos_token_id=list(ends) or None,
     )
+    # Some of them spell something elsewhere.
+    is_new = torch.arange(written.shape[1], device=written.device) >= group.ids.shape[1]
+    written = written.masked_fill(is_new & torch.isin(written, torch.tensor(ends, device=written.device)), pad)
     read, texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (group.ids, written))
     answers = [text[len(before) :] if text.startswith(before) else "" for before, text in zip(read, texts, strict=True)]
     return {"answers": answers, "generator": _generator(group.ids.device)}

@@ -143,8 +143,17 @@ def generate(
     prompts: Sequence[str],
     max_new_tokens: int,
     batch_size: int,
+    more_ends: Sequence[int] = (),
 ) -> list[str]:
     """Greedy continuations of the prompts, up to an end-of-text token; prompts are cut from the left to fit.
+
+    Args:
+        model: the model
+        tokenizer: its tokenizer
+        prompts: to be continued
+        max_new_tokens: of the longest continuation
+        batch_size: of prompts
+        more_ends: tokens that end a text besides those that tokenizer and model name
 
     Raises:
         UserError: the model cannot generate.
@@ -153,7 +162,7 @@ def generate(
         raise UserError(f"{type(model).__name__} cannot generate; use a causal language model, or give `choices`.")
     room = readable_tokens(model, tokenizer) - max_new_tokens
     encoded = [_drop_left(*_encode(tokenizer, prompt), room) for prompt in prompts]
-    ends = end_tokens(model, tokenizer)
+    ends = sorted({*end_tokens(model, tokenizer), *more_ends})
     texts = [""] * len(prompts)
     for batch in _shown(batches_by_length([len(ids) for ids in encoded], batch_size), "writes answers"):
         ids, mask = _pad([encoded[i] for i in batch], "left", model.device)

@@ -50,11 +50,12 @@ def settled_share(distributions: Tensor, vocabulary: int) -> float:
     return (marginal - conditional) / marginal if marginal > 0 else 0.0
 
 
-def may_begin_answer(tokenizer: ByteTokenizer, vocabulary: int, inside_word: bool) -> Tensor:
+def may_begin_answer(tokenizer: ByteTokenizer, ends: Sequence[int], vocabulary: int, inside_word: bool) -> Tensor:
     """Which tokens can be the first of an answer: those that spell something and do not lengthen the last word.
 
     Args:
         tokenizer: the source's tokenizer
+        ends: tokens that end a text instead
         vocabulary: columns of the source's logits
         inside_word: whether the prompt ends in a letter or digit
 
@@ -65,6 +66,7 @@ def may_begin_answer(tokenizer: ByteTokenizer, vocabulary: int, inside_word: boo
     for token, spelling in enumerate(tokenizer.spellings[:vocabulary]):
         if spelling:
             allowed[token] = not (inside_word and spelling.decode(errors="ignore")[:1].isalnum())
+    allowed[list(ends)] = False
     return allowed
 
 
@@ -92,6 +94,7 @@ def find_formats(
     teacher: PeftModel,
     tokenizer: PreTrainedTokenizerFast,
     byte_tokenizer: ByteTokenizer,
+    ends: Sequence[int],
     formats: Sequence[str],
     fillings: Sequence[str],
     max_prompt_tokens: int,
@@ -105,6 +108,7 @@ def find_formats(
         teacher: source + LoRA
         tokenizer: its tokenizer
         byte_tokenizer: the same tokenizer, with the bytes of each token
+        ends: its tokens that end a text
         formats: formats to try, each with a `{text}` slot
         fillings: texts for the slot
         max_prompt_tokens: longest prompt, in tokens; longer ones are left out
@@ -116,7 +120,7 @@ def find_formats(
     """
     device = next(teacher.parameters()).device
     vocabulary = teacher.config.vocab_size
-    answers = {inside_word: may_begin_answer(byte_tokenizer, vocabulary, inside_word) for inside_word in (True, False)}
+    answers = {inside: may_begin_answer(byte_tokenizer, ends, vocabulary, inside) for inside in (True, False)}
 
     def effect(form: str, texts: Sequence[str]) -> float:
         prompts = [Passage(form.replace(SLOT, text)) for text in texts]

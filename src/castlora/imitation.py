@@ -81,12 +81,14 @@ def compare_answers(
     in_source = [passage.text.encode()[: passage.answer_start].decode() for passage in asked]
     in_target = [passage.target_prompt or prompt for passage, prompt in zip(asked, in_source, strict=True)]
 
-    def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
+    def answers(
+        model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[str], more_ends: Sequence[int] = ()
+    ) -> list[str]:
         reads = without_special_tokens(tokenizer) if asked[0].is_chat else tokenizer
-        return generate(model, reads, prompts, max_new_tokens, _BATCH)
+        return generate(model, reads, prompts, max_new_tokens, _BATCH, more_ends)
 
     models.use("source")
-    teacher = answers(models.source, models.source_tokenizer, in_source)
+    teacher = answers(models.source, models.source_tokenizer, in_source, models.shared.source_ends)
     models.use("target")
     with parametrize.cached():
         transferred = answers(models.target, models.target_tokenizer, in_target)

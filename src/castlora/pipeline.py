@@ -345,7 +345,8 @@ def _report_shared_mass(models: Models, held_out: list[AlignedPassage]) -> dict[
         "target's probability", tokens, len(models.source_bytes.spellings), len(models.target_bytes.spellings),
         100 * source_mass, 100 * target_mass,
     )  # fmt: skip
-    return {"tokens": tokens, "source_mass": source_mass, "target_mass": target_mass}
+    ends = len(models.shared.source_ends)
+    return {"tokens": tokens, "source_mass": source_mass, "target_mass": target_mass, "source_ends": ends}
 
 
 def _write_adapter(

@@ -14,6 +14,7 @@ from castlora.adapters import LowRank
 from castlora.config import Bits, Recipe
 from castlora.distill import HeldOut, Student
 from castlora.effective import effective_update
+from castlora.endings import end_tokens_of
 from castlora.errors import UserError
 from castlora.fitting import SiteMoments, ridge_factors, ridge_maps, solve_in_parts
 from castlora.last_layer import Solution, find_last_layer, solve_last_layer
@@ -109,15 +110,16 @@ def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
     """
     device = best_device()
     source, source_tokenizer = load_model(plan.source, plan.source_revision, device, loading.source_bits)
+    teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
+    source_ends = _source_ends(teacher, source_tokenizer)
     offloading = Offloading()
     if loading.low_memory:
         offloading.move(source, torch.device("cpu"))
     target, target_tokenizer = load_model(plan.target, None, device, loading.target_bits)
-    teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
     source_bytes = ByteTokenizer.from_tokenizer(source_tokenizer)
     target_bytes = ByteTokenizer.from_tokenizer(target_tokenizer)
     shared = SharedVocabulary.of(
-        source_bytes, target_bytes, plan.source_config.vocab_size, plan.target_config.vocab_size
+        source_bytes, target_bytes, plan.source_config.vocab_size, plan.target_config.vocab_size, source_ends
     )
     spelled = source_bytes, target_bytes
     return Models(
@@ -131,8 +133,19 @@ def load_teacher(plan: Plan, bits: Bits | None = None) -> Models:
     teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
     spelled = ByteTokenizer.from_tokenizer(tokenizer)
     vocabulary = plan.source_config.vocab_size
-    shared = SharedVocabulary.of(spelled, spelled, vocabulary, vocabulary)
+    shared = SharedVocabulary.of(spelled, spelled, vocabulary, vocabulary, _source_ends(teacher, tokenizer))
     return Models(source, teacher, source, tokenizer, tokenizer, spelled, spelled, shared)
+
+
+def _source_ends(teacher: PeftModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    ends = end_tokens_of(teacher, tokenizer.eos_token_id)
+    if len(ends) > 1:
+        logger.info(
+            "The source predicts %d tokens as it predicts %r, which ends its texts; each of them counts as that end.",
+            len(ends) - 1,
+            tokenizer.eos_token,
+        )
+    return ends
 
 
 def align_text(

@@ -24,9 +24,18 @@ class SharedVocabulary:
     target_classes: Tensor
     is_whole: bool
     """Whether both models have the same tokenizer, so that positions and tokens correspond as they stand."""
+    source_ends: tuple[int, ...] = ()
+    """Source tokens that count as the end of a text, which share its class; see `castlora.endings`."""
 
     @classmethod
-    def of(cls, source: ByteTokenizer, target: ByteTokenizer, source_size: int, target_size: int) -> "SharedVocabulary":
+    def of(
+        cls,
+        source: ByteTokenizer,
+        target: ByteTokenizer,
+        source_size: int,
+        target_size: int,
+        source_ends: tuple[int, ...] = (),
+    ) -> "SharedVocabulary":
         """Compares two tokenizers.
 
         Args:
@@ -34,9 +43,10 @@ class SharedVocabulary:
             target: tokenizer of the target model
             source_size: number of tokens that the source model predicts; its tokenizer may know more
             target_size: the same for the target model
+            source_ends: the source's token that ends a text and those that it predicts alike
         """
-        is_whole = same_tokenizer(source, target)
-        if is_whole:
+        is_same = same_tokenizer(source, target)
+        if is_same:
             source_ids = target_ids = torch.arange(len(source.spellings))
         else:
             source_ids, target_ids = map(torch.from_numpy, shared_vocabulary(source, target))
@@ -44,9 +54,11 @@ class SharedVocabulary:
         source_ids, target_ids = source_ids[predicted], target_ids[predicted]
         pairs = list(zip(source_ids.tolist(), target_ids.tolist(), strict=True))
         source_classes, target_classes = token_classes(source, target, pairs)
-        return cls(
-            source_ids, target_ids, _fit(source_classes, source_size), _fit(target_classes, target_size), is_whole
-        )
+        of_source, of_target = _fit(source_classes, source_size), _fit(target_classes, target_size)
+        if source.eos_token_id is not None:
+            of_source[list(source_ends)] = of_source[source.eos_token_id].item()
+        is_whole = is_same and len(source_ends) <= 1
+        return cls(source_ids, target_ids, of_source, of_target, is_whole, source_ends)
 
     @property
     def target_is_ambiguous(self) -> Tensor:
