@@ -33,6 +33,14 @@ def test_a_solved_last_layer_is_a_factor_and_no_map():
         resolve_recipe("default", "readout", None, None, Tuning(trained="maps"))
 
 
+def test_without_a_step_the_last_layer_is_solved_unless_told_otherwise():
+    assert resolve_recipe("default", None, 0, None, NOTHING).start == "readout"
+    assert resolve_recipe("default", "ridge", 0, None, NOTHING).start == "ridge"
+    for start in ("fresh", "paper"):
+        with pytest.raises(UserError, match=f"steps is 0, and the {start} start moves nothing .* give 'readout'"):
+            resolve_recipe("default", start, 0, None, NOTHING)
+
+
 def test_maps_that_fold_into_nothing_cannot_be_left_for_factors():
     with pytest.raises(UserError, match="trained is 'factors', but the maps of the paper start fold into nothing"):
         resolve_recipe("default", "paper", None, None, Tuning(trained="factors"))
@@ -71,9 +79,12 @@ def test_numbers_that_must_not_be_negative(field, value):
         resolve_recipe("default", None, None, None, Tuning(**{field: value}))
 
 
-@pytest.mark.parametrize(("steps", "batch_size", "field"), [(0, 1, "steps"), (-3, 1, "steps"), (1, 0, "batch_size")])
-def test_steps_and_batch_size_must_be_above_zero(steps, batch_size, field):
-    with pytest.raises(UserError, match=f"^{field} is "):
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "complaint"),
+    [(-3, 1, "steps is -3; give 0 or more"), (1, 0, "batch_size is 0; give a number above 0")],
+)
+def test_steps_and_passages_per_step_that_cannot_be_taken(steps, batch_size, complaint):
+    with pytest.raises(UserError, match=f"^{complaint}"):
         resolve_recipe("default", None, steps, batch_size, NOTHING)
 
 

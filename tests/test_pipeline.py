@@ -111,30 +111,6 @@ def test_an_adapter_on_q_and_v_changes_q_and_v_alone(base_model, quick_transfer)
     assert {finding.rule for finding in check_portable(result.folder)} == {"base by name"}
 
 
-def test_the_last_layer_is_solved_before_the_training(quick_transfer, prompts_file, caplog):
-    options = {"prompts": str(prompts_file), "steps": 8}
-    with caplog.at_level("INFO", logger="castlora"):
-        solved = quick_transfer("llama", "mistral", "solved", start="readout", **options)
-    record = solved.manifest["last_layer"]
-    assert record["module"] == "model.layers.3.mlp.down_proj"
-    assert f"held-out objective {record['losses'][0]:.4f} before, {min(record['losses']):.4f} after" in caplog.text
-    assert solved.manifest["losses"]["held_out_before"] == pytest.approx(min(record["losses"]))
-    maps = quick_transfer("llama", "mistral", "maps", start="ridge", **options)
-    assert maps.manifest["losses"]["held_out_before"] == pytest.approx(record["losses"][0])
-    assert min(record["losses"]) < 0.95 * record["losses"][0]
-    assert maps.manifest["last_layer"] is None
-
-
-def test_a_last_layer_that_the_adapter_leaves_alone_is_not_solved(quick_transfer, caplog):
-    solved, maps = (
-        quick_transfer("llama", "mistral", start, modules=("q_proj", "v_proj"), start=start, steps=8)
-        for start in ("readout", "ridge")
-    )
-    assert caplog.text.count("The last layer is not solved for, since the adapter has no part in it") == 1
-    assert solved.manifest["last_layer"] is None
-    assert weights(solved.folder) == weights(maps.folder)
-
-
 @pytest.mark.parametrize("trained", ["maps", "factors"])
 def test_an_adapter_whose_modules_have_unlike_ranks_and_scales(base_model, tmp_path, quick_transfer, trained):
     options = {"rank_pattern": {"q_proj": 2, "down_proj": 9}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}

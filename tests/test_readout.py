@@ -58,7 +58,7 @@ def taught_places(tail) -> Places:
     update = 0.3 * torch.randn(12, 2, generator=random) @ torch.randn(2, 20, generator=random)
     taught = (tail.norm(hidden + features @ update.T) @ tail.head.T).log_softmax(-1)
     none, everywhere = torch.full((600,), -1), torch.ones(600, dtype=torch.bool)
-    return Places(features, hidden, taught, none, torch.zeros(600), everywhere)
+    return Places(features, hidden, taught, none, torch.zeros(600), everywhere, torch.ones(600))
 
 
 @torch.no_grad()
@@ -86,6 +86,17 @@ def test_the_solution_does_not_depend_on_how_much_is_computed_at_once(tail, taug
 
 
 @torch.no_grad()
+def test_a_place_that_weighs_twice_as_much_counts_as_two(tail, taught_places):
+    some, others = taught_places.at(slice(200)), taught_places.at(slice(200, 600))
+    weighed = Places.together([some.weighing(2 * 200), others.weighing(400)])
+    twice = Places.together([some, some, others])
+    for one, other in zip(
+        *(solve_readout(places, tail, torch.arange(30), 2) for places in (weighed, twice)), strict=True
+    ):
+        torch.testing.assert_close(one.b @ one.a, other.b @ other.a, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
 def test_a_head_of_16_bits_serves_as_well(tail, taught_places):
     in_16_bits = Tail(tail.norm, tail.head.bfloat16(), tail.is_centred)
     *_, expected = solve_readout(taught_places, tail, torch.arange(30), rank=2)
@@ -100,7 +111,7 @@ def test_each_class_gets_what_the_teacher_gives_it_and_the_answer_says_the_rest(
     taught = torch.tensor([0.1, 0.6, 0.1, 0.2]).log().expand(4, -1)
     next_tokens, next_taught = torch.tensor([-1, 2, 2, 4]), torch.tensor([1.0, 1.0, 0.45, 1.0]).log()
     is_aligned = torch.tensor([True, True, True, False])
-    places = Places(torch.zeros(4, 1), torch.zeros(4, 1), taught, next_tokens, next_taught, is_aligned)
+    places = Places(torch.zeros(4, 1), torch.zeros(4, 1), taught, next_tokens, next_taught, is_aligned, torch.ones(4))
     free, spelled, likely, between = taught_log_probabilities(logits, places, classes).exp()
     share = torch.tensor([1.0, 2.0]).softmax(-1)
     torch.testing.assert_close(free, torch.tensor([0.1, 0.6 * share[0], 0.6 * share[1], 0.2, 0.1]))
@@ -125,9 +136,10 @@ def test_a_student_predicts_like_a_teacher_that_differs_in_its_last_layer(base_m
     shared = SharedVocabulary.of(spelled, spelled, bare.config.vocab_size, bare.config.vocab_size)
     passages = tiny.aligned("mistral", "mistral", 60)
     live = LiveTeacher(teacher, with_hidden=False)
-    places = collect_places(student, live, site, passages[:50], shared)
+    read = passages[:50], shared.source_classes, shared.classes
+    places = collect_places(student, live, site, *read)
     monkeypatch.setattr(last_layer, "_MOST_BYTES", 1)
-    assert len(collect_places(student, live, site, passages[:50], shared).hidden) < len(places.hidden) / 2
+    assert len(collect_places(student, live, site, *read).hidden) < len(places.hidden) / 2
     *_, solved = solve_readout(places, site.tail, shared.target_classes, rank=2)
     ids = torch.tensor(passages[-1].target_ids[:20]).unsqueeze(0)
     expected, before = tiny.logits(teacher, ids).log_softmax(-1), tiny.logits(student, ids).log_softmax(-1)

@@ -32,7 +32,7 @@ class Recipe:
     trained: Trained
     """`maps`: the maps, as in the paper; `factors`: the balanced factors of the LoRA that the maps fold into."""
     steps: int
-    """Optimizer steps."""
+    """Optimizer steps; 0 leaves the start as it is solved."""
     batch_size: int
     """Passages per step."""
     kl_weight: float
@@ -129,12 +129,13 @@ DEFAULT = replace(
 RECIPES: dict[RecipeName, Recipe] = {"default": DEFAULT, "paper": PAPER}
 
 _TRAINED_BY_START: dict[Start, Trained] = {"paper": "maps", "readout": "factors"}
+_SOLVED_STARTS: tuple[Start, ...] = ("ridge", "readout")
 _ABOVE_ZERO = (
-    "steps", "batch_size", "temperature", "learning_rate_scale", "passages", "filled_passages", "candidates",
+    "batch_size", "temperature", "learning_rate_scale", "passages", "filled_passages", "candidates",
     "sentences", "max_length", "answer_tokens", "rehearsal_passages", "rehearsal_tokens",
 )  # fmt: skip
 _ZERO_OR_MORE = (
-    "kl_weight", "mse_weight", "chunk_weight", "context_weight", "ridge", "map_learning_rate_ratio",
+    "steps", "kl_weight", "mse_weight", "chunk_weight", "context_weight", "ridge", "map_learning_rate_ratio",
     "format_candidates", "rehearsal_weight",
 )  # fmt: skip
 
@@ -196,11 +197,13 @@ def resolve_recipe(
 ) -> Recipe:
     """The named recipe with the given departures.
 
-    Unless told otherwise, maps are trained where the start is the paper's, and factors where it is `readout`.
+    Unless told otherwise, maps are trained where the start is the paper's, and factors where it is `readout`, which is
+    the start where there is no step.
 
     Raises:
         UserError: a number is out of range.
     """
+    start = "readout" if steps == 0 and start is None else start
     departures: dict[str, Any] = {"start": start, "steps": steps, "batch_size": batch_size, **asdict(tuning)}
     if departures.get("trained") is None and start in _TRAINED_BY_START:
         departures["trained"] = _TRAINED_BY_START[start]
@@ -213,6 +216,8 @@ def resolve_recipe(
             raise UserError(f"{field} is {getattr(recipe, field)}; give 0 or more.")
     if recipe.rehearsal_tokens < 2:
         raise UserError("rehearsal_tokens is 1, and the first token of a text is given; give 2 or more.")
+    if recipe.steps == 0 and recipe.start not in _SOLVED_STARTS:
+        raise UserError(f"steps is 0, and the {recipe.start} start moves nothing before it is trained; give 'readout'.")
     if recipe.start == "paper" and recipe.trained == "factors":
         raise UserError("trained is 'factors', but the maps of the paper start fold into nothing; give 'maps'.")
     if recipe.start == "readout" and recipe.trained == "maps":

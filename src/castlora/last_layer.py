@@ -16,6 +16,7 @@ from castlora.models import LinearSlot
 from castlora.objective import chunk_log_probabilities, class_log_probabilities
 from castlora.positions import AlignedPassage, Batch, batches, counted_places
 from castlora.readout import Places, Tail, solve_readout
+from castlora.rehearsal import PASSAGES_PER_REHEARSED, Rehearsal
 from castlora.starts import lora_maps, start_from_factors
 from castlora.teacher import Predictions, Teacher
 from castlora.vocabulary import SharedVocabulary
@@ -55,6 +56,8 @@ def solve_last_layer(
     passages: Sequence[AlignedPassage],
     shared: SharedVocabulary,
     measure: Callable[[Student], HeldOut],
+    rehearsal: Rehearsal,
+    rehearsal_weight: float,
 ) -> Solution:
     """Has the last module predict what the teacher does, as far as its update can; `castlora.readout` has the maths.
 
@@ -65,11 +68,17 @@ def solve_last_layer(
         passages: the text, aligned
         shared: how the vocabularies correspond
         measure: compares the student as it stands with its teacher on held-out text
+        rehearsal: text on which the target is to predict what it does without its LoRA
+        rehearsal_weight: of that text, where all answers together weigh 1
     """
     lora_a, lora_b = lora_maps(student.model, site.module)
     as_it_was = LowRank(lora_a.weight.clone(), lora_b.weight.clone())
     lora_b.weight.zero_()
-    places = collect_places(student.model, teacher, site, passages, shared)
+    places = collect_places(student.model, teacher, site, passages, shared.source_classes, shared.classes)
+    if rehearsal_weight > 0:
+        own = rehearsal.passages[: len(passages) // PASSAGES_PER_REHEARSED]
+        kept = collect_places(student.model, rehearsal.bare, site, own, shared.target_classes, shared.classes)
+        places = Places.together([places.weighing(1), kept.weighing(rehearsal_weight)])
     classes = shared.target_classes.to(places.hidden.device)
     candidates = [as_it_was, *solve_readout(places, site.tail, classes, as_it_was.rank)]
     losses = []
@@ -123,16 +132,22 @@ def find_last_layer(model: PreTrainedModel, slots: Mapping[str, LinearSlot]) -> 
 
 @torch.no_grad()
 def collect_places(
-    student: PeftModel, teacher: Teacher, site: LastLayer, passages: Sequence[AlignedPassage], shared: SharedVocabulary
+    student: PeftModel,
+    teacher: Teacher,
+    site: LastLayer,
+    passages: Sequence[AlignedPassage],
+    teacher_classes: Tensor,
+    classes: int,
 ) -> Places:
-    """Reads answered prompts with the student and the teacher, as many as there is room for.
+    """Reads passages with the student and the teacher, as many as there is room for; prompts teach nothing.
 
     Args:
         student: the target with a LoRA that leaves the module of the site as it is
         teacher: whose predictions are taken
         site: where the student is looked at
         passages: the text, aligned
-        shared: how the vocabularies correspond
+        teacher_classes: class of each token that the teacher predicts, shape (vocabulary of the teacher,)
+        classes: number of classes
     """
     module, norm = KEY_PREFIX + site.module, KEY_PREFIX + site.norm
     device = next(student.parameters()).device
@@ -146,10 +161,8 @@ def collect_places(
             )
         counts = _is_answered(batch)
         predicted = teacher.predict(batch)
-        of_classes = class_log_probabilities(
-            predicted.aligned(counts), shared.source_classes.to(device), shared.classes
-        )
-        taught = of_classes.new_zeros(*in_answer.shape, shared.classes)
+        of_classes = class_log_probabilities(predicted.aligned(counts), teacher_classes.to(device), classes)
+        taught = of_classes.new_zeros(*in_answer.shape, classes)
         taught[counted_places(batch["target_positions"], counts)] = of_classes
         # OPT's MLP reads the tokens of all passages as one long row.
         features = captured[module].inputs.reshape(*in_answer.shape, -1)
@@ -160,12 +173,13 @@ def collect_places(
             next_tokens,
             _next_taught(predicted, batch),
             is_aligned,
+            torch.ones_like(is_aligned, dtype=torch.float32),
         )
         found.append(known.at(in_answer))
         taken += sum(tensor.nbytes for tensor in vars(found[-1]).values())
         if taken > _MOST_BYTES:
             break
-    return Places(**{name: torch.cat([vars(one)[name] for one in found]) for name in vars(found[0])})
+    return Places.together(found)
 
 
 def _answer_tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

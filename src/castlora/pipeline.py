@@ -12,13 +12,13 @@ from typing import Any
 from transformers import set_seed
 
 from castlora import __version__
-from castlora.adapters import LowRank, write_portable
+from castlora.adapters import write_portable
 from castlora.changes import measure_changes
 from castlora.chat import TEMPLATE_FILE, target_template
 from castlora.config import Bits, Recipe, RecipeName, Start, Tracker, Tuning, check_seed, resolve_recipe
 from castlora.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
 from castlora.imitation import compare_answers
-from castlora.last_layer import Solution
+from castlora.last_layer import LastLayer, Solution
 from castlora.licences import read_licences
 from castlora.manifest import (
     command_line,
@@ -40,7 +40,7 @@ from castlora.record import write_record
 from castlora.rehearsal import measure_drift
 from castlora.run_directory import RunDirectory, check_output, open_run, write_whole
 from castlora.runs import TASKS
-from castlora.scaling import TRAINED_SCALES, ScaleChoice, keep_best_scale
+from castlora.scaling import SOLVED_SCALES, TRAINED_SCALES, ScaleChoice, keep_best_scale
 from castlora.scored_task import ScoredTask
 from castlora.similarity import measure_similarity
 from castlora.stages import (
@@ -48,11 +48,12 @@ from castlora.stages import (
     Models,
     hold_bare_target,
     hold_teacher,
+    last_layer_to_solve,
     load_models,
     start_last_layer,
     start_student,
 )
-from castlora.starts import student_factors
+from castlora.starts import adapted_modules, student_factors
 from castlora.taught import check_teacher, holds_messages
 from castlora.teaching import TextSource
 from castlora.tracking import check_tracker, tracking
@@ -120,7 +121,7 @@ def transfer(
             no more to write
         recipe: `default`, or `paper`, the paper as far as it is stated
         start: `paper`, `ridge`, `readout` or `fresh`, instead of the recipe's
-        steps: optimizer steps, instead of the recipe's
+        steps: optimizer steps, instead of the recipe's; 0 writes the start as it is solved, by default `readout`
         batch_size: passages per step, instead of the recipe's
         seed: of everything random; the same seed gives the same bytes on the same machine
         rank: rank of the adapter to write; by default the smallest that holds the update
@@ -172,15 +173,16 @@ def transfer(
     licences = from_main(partial(read_licences, plan, text_source.general))
     models = load_models(plan, loading)
     check_objective(models.shared, resolved)
+    last_layer = last_layer_to_solve(models, plan, resolved)
 
     with ExitStack() as held:
         # The main process holds the folder, until all are done.
         run = from_main(lambda: held.enter_context(open_run(out, settings, plan.state_bytes(resolved))))
         reading, training, held_out = from_main(partial(read_aligned, run, models, text_source, scored, resolved, seed))
         masses = from_main(partial(_report_shared_mass, models, held_out))
-        student, start_loss = start_student(models, plan, resolved, training, output_rank, seed)
+        student, start_loss = start_student(models, plan, resolved, training, output_rank, seed, last_layer)
         passages = training, held_out, reading.rehearsed
-        trained = _train(run, plan, models, student, *passages, scored, resolved, seed, report_to)
+        trained = _train(run, models, student, last_layer, *passages, scored, resolved, seed, report_to)
 
         known = {
             **describe_inputs(plan, models, text_source, reading.formats),
@@ -223,9 +225,9 @@ class _Trained:
 
 def _train(
     run: RunDirectory,
-    plan: Plan,
     models: Models,
     student: Student,
+    last_layer: LastLayer | None,
     training: list[AlignedPassage],
     held_out: list[AlignedPassage],
     rehearsed: list[list[int]],
@@ -240,12 +242,13 @@ def _train(
     """
     teacher = hold_teacher(models, training, held_out, recipe)
     measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
+    rehearsal = hold_bare_target(student.model, models.target, rehearsed, recipe)
     # The other processes get what the main one solves when the training begins.
-    last_layer = from_main(partial(start_last_layer, student, models, plan, recipe, teacher, training, measure))
+    text = teacher, training, measure, rehearsal, recipe
+    solution = from_main(partial(start_last_layer, student, last_layer, models, *text))
     before = from_main(partial(measure, student))
     with student.model.disable_adapter():
         bare = from_main(partial(measure, student))
-    rehearsal = hold_bare_target(student.model, models.target, rehearsed, recipe)
     drift = partial(measure_drift, rehearsal.bare, student.model, rehearsal.held_out)
 
     def measure_along() -> dict[str, float]:
@@ -263,7 +266,8 @@ def _train(
         callbacks=tracking(report_to, name) if this_process().is_main else (), run_name=name,
         rehearsal=rehearsal, measure=measure_along,
     )  # fmt: skip
-    scale = from_main(partial(keep_best_scale, student, measure, TRAINED_SCALES))
+    scales = TRAINED_SCALES if recipe.steps > 0 else SOLVED_SCALES
+    scale = from_main(partial(keep_best_scale, student, measure, scales))
     after = from_main(partial(measure, student))
     logger.info(
         "Held-out KL to source + LoRA: %.4f bare, %.4f at the start, %.4f at the end (nats per position)",
@@ -271,7 +275,7 @@ def _train(
     )  # fmt: skip
     losses = {**_losses({"bare": bare, "before": before, "after": after}), "drift_after": from_main(drift)}
     logger.info("Drift from the bare target on its own text: %.4f nats per position", losses["drift_after"])
-    return _Trained(losses, scale, [at_start, *log], last_layer)
+    return _Trained(losses, scale, [at_start, *log], solution)
 
 
 def _finish(
@@ -358,7 +362,7 @@ def _write_adapter(
     held_out: list[AlignedPassage],
     bits: Bits | None,
 ) -> float:
-    factors: dict[str, LowRank] = student_factors(student.model, plan.target_modules)
+    factors = student_factors(student.model, adapted_modules(student.model))
     write_portable(run.finished, factors, plan.target_slots, rank, plan.target, None)
     batch = collate(held_out[:_CHECKED_PASSAGES])
     ids, mask = batch["target_ids"], batch["target_mask"]

@@ -6,8 +6,8 @@ squares, and then by L-BFGS on the KL divergence.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ _SMALLEST_REST = -14.0
 
 @dataclass(frozen=True)
 class Places:
-    """What is known at the positions of answers, a row each."""
+    """What is known at positions of a text, a row each."""
 
     features: Tensor
     """What the solved module reads, shape (places, d_in)."""
@@ -48,6 +48,8 @@ class Places:
     """Log-probability that the teacher gives to the text of that token, shape (places,); 0 where it is not known."""
     is_aligned: Tensor
     """Whether the teacher has read the same text there, shape (places,)."""
+    weights: Tensor
+    """How much each of them counts, shape (places,)."""
 
     def that_teach(self) -> "Places":
         """Those that are aligned or have a token that follows."""
@@ -56,6 +58,15 @@ class Places:
     def at(self, rows: Tensor | slice) -> "Places":
         """Some of them."""
         return Places(**{name: tensor[rows] for name, tensor in vars(self).items()})
+
+    def weighing(self, weight: float) -> "Places":
+        """The same, with another weight of all of them together."""
+        return replace(self, weights=weight * self.weights / self.weights.sum())
+
+    @classmethod
+    def together(cls, parts: Sequence["Places"]) -> "Places":
+        """Those of all parts."""
+        return cls(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
 @dataclass(frozen=True)
@@ -152,7 +163,7 @@ def least_squares(places: Places, tail: Tail, classes: Tensor, rank: int) -> Low
     features = (places.features / scale).double()
     change, metric = _wanted_change(places, tail, classes)
     sizes = tail.sizes(places.hidden)
-    weights = sizes.squeeze(-1).double() ** -2
+    weights = places.weights.double() * sizes.squeeze(-1).double() ** -2
     weighted = features * (weights / weights.mean()).unsqueeze(-1)
     cross_moments = (sizes * change).double().T @ weighted
     whole = ridge_map(weighted.T @ features, cross_moments, _RIDGE)
@@ -165,9 +176,10 @@ def refine(places: Places, tail: Tail, classes: Tensor, update: LowRank) -> Iter
 
     L-BFGS looks at all places at once. Features are whitened for it, so that frequent directions do not hide others.
     """
-    moments = (places.features.T @ places.features).double()
+    weights = places.weights / places.weights.sum()
+    moments = (places.features.T @ (weights.unsqueeze(-1) * places.features)).double()
     moments.diagonal().add_(_WHITENING * moments.diagonal().mean())
-    root = torch.linalg.cholesky(moments / len(places.features))
+    root = torch.linalg.cholesky(moments)
     features = torch.linalg.solve_triangular(root, places.features.double().T, upper=False).T.float()
     size = places.hidden.square().mean().sqrt()
     whitened = balance(LowRank((update.a.double() @ root).float(), update.b / size))
@@ -182,7 +194,7 @@ def refine(places: Places, tail: Tail, classes: Tensor, update: LowRank) -> Iter
             part = places.at(rows)
             logits = tail.logits(part.hidden + size * (features[rows] @ a.T @ b.T))
             taught = taught_log_probabilities(logits.detach(), part, classes)
-            of_part = kl_divergence(taught, logits.log_softmax(-1)).sum() / len(features)
+            of_part = weights[rows] @ kl_divergence(taught, logits.log_softmax(-1))
             of_part.backward()
             total += of_part.detach()
         return total
@@ -200,13 +212,14 @@ def _wanted_change(places: Places, tail: Tail, classes: Tensor) -> tuple[Tensor,
         shape (places, width), and shape (width, width) in fp64
     """
     gain = tail.gain(places.hidden)
+    weights = places.weights / places.weights.sum()
     probable = torch.zeros(len(tail.head), device=gain.device)
-    for now, wanted in _predictions(places, tail, classes):
-        probable += (now.exp().sum(0) + wanted.exp().sum(0)) / (2 * len(places.hidden))
+    for rows, now, wanted in _predictions(places, tail, classes):
+        probable += weights[rows] @ (now.exp() + wanted.exp()) / 2
     metric = _metric(tail.head, probable, gain)
     metric.diagonal().add_(0.01 * metric.diagonal().mean())
     pulls = []
-    for now, wanted in _predictions(places, tail, classes):
+    for _, now, wanted in _predictions(places, tail, classes):
         change = (wanted - now).clamp(-_LARGEST_CHANGE, _LARGEST_CHANGE)
         change = probable * (change - (change @ probable).unsqueeze(-1))
         of_tokens = zip(change.split(_TOKENS_AT_ONCE, dim=1), tail.head.split(_TOKENS_AT_ONCE), strict=True)
@@ -214,11 +227,11 @@ def _wanted_change(places: Places, tail: Tail, classes: Tensor) -> tuple[Tensor,
     return torch.linalg.solve(metric.float(), torch.cat(pulls).T).T, metric
 
 
-def _predictions(places: Places, tail: Tail, classes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Log-probabilities as they are and as they should be, some places at a time."""
+def _predictions(places: Places, tail: Tail, classes: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some places at a time, with log-probabilities as they are and as they should be."""
     for rows in _parts(len(places.hidden)):
         logits = tail.logits(places.hidden[rows])
-        yield logits.log_softmax(-1), taught_log_probabilities(logits, places.at(rows), classes)
+        yield rows, logits.log_softmax(-1), taught_log_probabilities(logits, places.at(rows), classes)
 
 
 def _parts(count: int) -> Iterator[slice]:

@@ -17,7 +17,7 @@ from castlora.effective import effective_update
 from castlora.endings import end_tokens_of
 from castlora.errors import UserError
 from castlora.fitting import SiteMoments, ridge_factors, ridge_maps, solve_in_parts
-from castlora.last_layer import Solution, find_last_layer, solve_last_layer
+from castlora.last_layer import LastLayer, Solution, find_last_layer, solve_last_layer
 from castlora.maps import balance
 from castlora.models import best_device, layer_path, load_model, number_of_layers
 from castlora.offloading import Offloading
@@ -26,7 +26,15 @@ from castlora.positions import AlignedPassage, align_passages
 from castlora.processes import share_of_batch
 from castlora.recomputation import recompute_activations
 from castlora.rehearsal import PASSAGES_PER_REHEARSED, BareTarget, Rehearsal, rehearsed, write_passages
-from castlora.starts import Maps, attach_lora, fold_maps, paper_maps, parametrize_by_maps, start_from_factors
+from castlora.starts import (
+    Maps,
+    adapted_modules,
+    attach_lora,
+    fold_maps,
+    paper_maps,
+    parametrize_by_maps,
+    start_from_factors,
+)
 from castlora.teacher import LiveTeacher, RecordedTeacher, Side, Teacher, record_bytes, record_limit
 from castlora.text import Passage
 from castlora.tokens import ByteTokenizer
@@ -176,12 +184,37 @@ class StartLoss:
     """Of the start itself, where it has more ranks than the student."""
 
 
+def last_layer_to_solve(models: Models, plan: Plan, recipe: Recipe) -> LastLayer | None:
+    """Where the recipe's start has the target's last layer solved; None where it has not, or the target cannot be.
+
+    Raises:
+        UserError: the target cannot be solved for, and nothing would be trained either.
+    """
+    if recipe.start != "readout":
+        return None
+    models.use("target")
+    site = find_last_layer(models.target, plan.target_slots)
+    if site is None:
+        reason = f"The last layer of {plan.target!r} cannot be solved for: it adds or reads it in a way of its own"
+        if recipe.steps == 0:
+            raise UserError(f"{reason}. Leave out --steps 0, so that the target is trained.")
+        logger.warning("%s; the start is that of the maps.", reason)
+    return site
+
+
 def start_student(
-    models: Models, plan: Plan, recipe: Recipe, training: Sequence[AlignedPassage], rank: int, seed: int
+    models: Models,
+    plan: Plan,
+    recipe: Recipe,
+    training: Sequence[AlignedPassage],
+    rank: int,
+    seed: int,
+    last_layer: LastLayer | None = None,
 ) -> tuple[Student, StartLoss]:
     """The target with the LoRA that training starts from, and what this start leaves out.
 
-    The paired modules are adapted, by maps around the frozen source factors or by factors of their own.
+    The paired modules are adapted, by maps around the frozen source factors or by factors of their own. So is the
+    module of a last layer that is to be solved for, even where it is paired with nothing.
     """
     torch.manual_seed(seed)
     models.use("source")
@@ -197,7 +230,8 @@ def start_student(
         plan = replace(plan, factors=update.factors)
     folded, maps = _solved_start(models, plan, recipe, training[:_STATISTICS_PASSAGES], seed)
     models.use("target")
-    peft_model = attach_lora(models.target, plan.target_modules, rank)
+    solved = {last_layer.module} if last_layer else set()
+    peft_model = attach_lora(models.target, {*plan.target_modules, *solved}, rank)
     if folded:
         factors, cut_loss = _of_rank(folded, rank)
         start_from_factors(peft_model, factors)
@@ -207,7 +241,7 @@ def start_student(
         layers = range(number_of_layers(plan.target_slots))
         recompute_activations(models.target, [layer_path(plan.target_slots, layer) for layer in layers])
     with_head = recipe.mse_weight > 0
-    logger.debug("Start %s: %d modules of the target learn %s", recipe.start, len(plan.target_modules), recipe.trained)
+    logger.debug("Start %s: %d modules of the target learn", recipe.start, len(adapted_modules(peft_model)))
     widths = models.target.config.hidden_size, models.teacher.config.hidden_size
     student = Student(peft_model, *widths, with_head=with_head).to(best_device())
     return student, StartLoss(low_rank_loss, cut_loss)
@@ -262,32 +296,30 @@ def _square_of_norm(balanced: Mapping[str, LowRank]) -> float:
 
 def start_last_layer(
     student: Student,
+    last_layer: LastLayer | None,
     models: Models,
-    plan: Plan,
-    recipe: Recipe,
     teacher: Teacher,
     training: Sequence[AlignedPassage],
     measure: Callable[[Student], HeldOut],
+    rehearsal: Rehearsal,
+    recipe: Recipe,
 ) -> Solution | None:
-    """Solves the target's last layer where the recipe starts so and the target can be solved for; tells whether it did.
+    """Solves the target's last layer, if there is one to solve; tells how it did.
 
     Args:
-        student: as `start_student` gives it, changed in place
+        student: as `start_student` gives it for that layer, changed in place
+        last_layer: as `last_layer_to_solve` gives it
         models: both
-        plan: of the transfer
-        recipe: its numbers
         teacher: source + LoRA, as `hold_teacher` gives it
         training: the text
         measure: compares the student as it stands with its teacher on held-out text
+        rehearsal: as `hold_bare_target` gives it
+        recipe: says how much that weighs
     """
-    if recipe.start != "readout":
+    if last_layer is None:
         return None
-    site = find_last_layer(models.target, plan.target_slots)
-    if site is None or site.module not in plan.target_modules:
-        reason = "the target adds or reads it in a way of its own" if site is None else "the adapter has no part in it"
-        logger.warning("The last layer is not solved for, since %s; the start is that of the maps.", reason)
-        return None
-    return solve_last_layer(student, site, teacher, training[:_STATISTICS_PASSAGES], models.shared, measure)
+    read = teacher, training[:_STATISTICS_PASSAGES], models.shared
+    return solve_last_layer(student, last_layer, *read, measure, rehearsal, recipe.rehearsal_weight)
 
 
 def check_memory_for_record(models: Models, passages: Sequence[AlignedPassage], recipe: Recipe) -> None:

@@ -108,6 +108,11 @@ def cast_layer(branch: Branch, factors: Mapping[str, LowRank], maps: BranchMaps)
     return CastLayer(LowRank(lora.a, lora.b[branch.source_rows]), maps.to_source, maps.from_source)
 
 
+def adapted_modules(student: PeftModel) -> list[str]:
+    """Names, in the base model, of the modules that have a LoRA."""
+    return [name.removeprefix(KEY_PREFIX) for name, module in student.named_modules() if isinstance(module, LoraLayer)]
+
+
 @torch.no_grad()
 def student_factors(student: PeftModel, modules: Iterable[str]) -> dict[str, LowRank]:
     """The LoRA of the student as it stands: folded where it is parametrized by maps, PEFT's scale in B."""

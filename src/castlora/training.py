@@ -212,12 +212,14 @@ def train_student(
     rehearsal: Rehearsal | None = None,
     measure: Measure | None = None,
 ) -> list[dict[str, float]]:
-    """Trains to the last step, from the checkpoint if one is given.
+    """Trains to the last step, from the checkpoint if one is given; not at all where the recipe has no step.
 
     Returns:
         the log: `step`, `loss` and the parts of the loss, averaged since the entry before; some ten times also what is
         measured there
     """
+    if recipe.steps == 0:
+        return []
     arguments = TrainingArguments(
         output_dir=str(state_folder),
         max_steps=recipe.steps,

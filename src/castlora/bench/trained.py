@@ -21,8 +21,8 @@ from castlora.manifest import peak_memory_bytes
 from castlora.models import best_device, load_model
 from castlora.positions import AlignedPassage
 from castlora.rehearsal import measure_drift
-from castlora.scaling import TRAINED_SCALES, keep_best_scale
-from castlora.stages import hold_bare_target, hold_teacher, start_last_layer, start_student
+from castlora.scaling import SOLVED_SCALES, TRAINED_SCALES, keep_best_scale
+from castlora.stages import hold_bare_target, hold_teacher, last_layer_to_solve, start_last_layer, start_student
 from castlora.starts import attach_lora, paper_maps
 from castlora.training import peak_learning_rate, train_student
 from castlora.vocabulary import SharedVocabulary
@@ -32,12 +32,13 @@ WITH_TEXT: tuple[Regime, ...] = ("general", "format", "prompts")
 
 @dataclass(frozen=True)
 class Distilled:
-    """A recipe with a start, trained."""
+    """A recipe with a start, trained or as it begins."""
 
     recipe: RecipeName
     start: Start
     tuning: Tuning = field(default_factory=Tuning)
     regimes: tuple[Regime, ...] = WITH_TEXT
+    is_trained: bool = True
 
     def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
         """One transfer and its score on held-out test items."""
@@ -48,6 +49,7 @@ class Distilled:
         started = time.monotonic()
         set_seed(cell.seed)
         recipe = cell_recipe(settings, cell, self.recipe, self.start, self.tuning)
+        recipe = recipe if self.is_trained else replace(recipe, steps=0)
         reading = read_text(settings, cell, recipe)
         text_seconds = time.monotonic() - started
         student, trained = self.train(reading, self.start_student(reading, recipe, cell.seed), recipe, cell.seed)
@@ -68,8 +70,9 @@ class Distilled:
 
     def start_student(self, reading: Reading, recipe: Recipe, seed: int) -> Student:
         """The target with what is trained."""
-        rank = reading.plan.rank(recipe, None)
-        return start_student(reading.models, reading.plan, recipe, reading.training, rank, seed)[0]
+        models, plan = reading.models, reading.plan
+        last_layer = last_layer_to_solve(models, plan, recipe)
+        return start_student(models, plan, recipe, reading.training, plan.rank(recipe, None), seed, last_layer)[0]
 
 
 @dataclass(frozen=True)
@@ -150,19 +153,20 @@ def _train(reading: Reading, student: Student, recipe: Recipe, seed: int) -> dic
     teacher = hold_teacher(reading.models, reading.training, reading.held_out, recipe)
     shared = reading.models.shared
     measure = partial(measure_held_out, teacher, examples=reading.held_out, shared=shared, recipe=recipe)
-    start_last_layer(student, reading.models, reading.plan, recipe, teacher, reading.training, measure)
-    before = measure(student)
+    last_layer = last_layer_to_solve(reading.models, reading.plan, recipe)
     rehearsal = hold_bare_target(student.model, reading.models.target, reading.rehearsed, recipe)
+    start_last_layer(student, last_layer, reading.models, teacher, reading.training, measure, rehearsal, recipe)
+    before = measure(student)
     with tempfile.TemporaryDirectory() as state:
         log = train_student(
             teacher, student, shared, reading.training, recipe, seed, Path(state), quiet=True, rehearsal=rehearsal
         )  # fmt: skip
-    scale = keep_best_scale(student, measure, TRAINED_SCALES)
+    scale = keep_best_scale(student, measure, TRAINED_SCALES if log else SOLVED_SCALES)
     after = measure(student)
     return {
         "drift": measure_drift(rehearsal.bare, student.model, rehearsal.held_out),
         "held_out_kl": [before.kl, after.kl],
         "agreement": [before.agreement, after.agreement],
-        "last_loss": log[-1]["loss"],
+        "last_loss": log[-1]["loss"] if log else None,
         "scale": asdict(scale),
     }

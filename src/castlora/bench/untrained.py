@@ -24,7 +24,6 @@ from castlora.config import Recipe, Regime, Tuning
 from castlora.distill import Student, measure_held_out
 from castlora.evaluation import evaluate_model
 from castlora.fitting import collect_moments, ridge_factors
-from castlora.last_layer import find_last_layer, solve_last_layer
 from castlora.models import best_device, context_length, linear_slots, load_model
 from castlora.plan import Plan
 from castlora.positions import AlignedPassage
@@ -38,7 +37,7 @@ from castlora.starts import (
     student_factors,
 )
 from castlora.tasks import TaskItem
-from castlora.teacher import LiveTeacher, RecordedTeacher
+from castlora.teacher import RecordedTeacher
 
 _LABELLED_STEPS, _LABELLED_BATCH, _LABELLED_RATE = 400, 32, 4e-3
 """How the constrained adapter is trained on a task's labels: as the zoo's adapters are."""
@@ -50,8 +49,6 @@ class Solved:
 
     solve: Literal["ridge", "theseus", "permuted", "random"]
     """`permuted` and `random` are controls: the closed form of positions paired at random, and random rotations."""
-    with_readout: bool = False
-    """Whether the last layer is then solved for what source + LoRA predicts."""
     regimes: tuple[Regime, ...] = WITH_TEXT
 
     def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
@@ -61,16 +58,9 @@ class Solved:
         reading = read_text(settings, cell, recipe)
         plan, models, training, held_out = reading.plan, reading.models, reading.training, reading.held_out
         update = self._solve(plan, models, training, recipe, cell.seed)
-        site = find_last_layer(models.target, plan.target_slots) if self.with_readout else None
-        if site:
-            update = {**update, site.module: _nothing(plan, site.module)}
         student = _attach_update(models.target, update)
         teacher = RecordedTeacher(models.teacher, held_out, with_hidden=False)
         measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
-        if site:
-            solve_last_layer(
-                student, site, LiveTeacher(models.teacher, with_hidden=False), training, models.shared, measure
-            )
         scale = keep_best_scale(student, measure, SOLVED_SCALES)
         return {
             "training_passages": len(training),
@@ -89,12 +79,6 @@ class Solved:
         if self.solve == "theseus":
             return theseus(plan.pairing, plan.factors, moments)
         return ridge_factors(moments, plan.pairing, plan.factors, recipe.ridge)
-
-
-def _nothing(plan: Plan, module: str) -> LowRank:
-    """No update of a module, of the adapter's rank."""
-    slot, rank = plan.target_slots[module], plan.adapter_rank
-    return LowRank(torch.zeros(rank, slot.d_in), torch.zeros(slot.d_out, rank))
 
 
 @dataclass(frozen=True)
