@@ -6,11 +6,12 @@ import pytest
 import tiny
 import torch
 
+from castlora import stages
 from castlora.config import DEFAULT
 from castlora.errors import UserError
 from castlora.plan import plan_transfer
-from castlora.positions import AlignedPassage
-from castlora.stages import HELD_OUT_PASSAGES, StartLoss, align_text, load_models, start_student
+from castlora.positions import AlignedPassage, collate
+from castlora.stages import HELD_OUT_PASSAGES, StartLoss, align_text, hold_teacher, load_models, start_student
 from castlora.starts import student_factors
 from castlora.teaching import TextSource, choose_prompts, draw_text, prompt_formats, teach_text
 from castlora.text import GENERIC_FORMATS, SLOT, Passage
@@ -177,3 +178,20 @@ def test_the_teacher_has_what_the_adapter_trains_beyond_maps(base_model, tmp_pat
     models = load_models(plan_transfer(str(tmp_path), str(base_model("gpt2")), str(base)))
     torch.testing.assert_close(tiny.logits(models.teacher, ids), -without)
     assert models.target.config.model_type == "gpt2"
+
+
+@pytest.mark.parametrize(("limit", "readings"), [(1 << 30, 0), (0, 3)], ids=["remembered", "too much to remember"])
+def test_held_out_text_is_read_once_where_memory_allows(loaded_models, monkeypatch, limit, readings):
+    monkeypatch.setattr(stages, "record_limit", lambda _model: limit)
+    passages = tiny.aligned("llama", "gpt2", 40)
+    teacher, of_held_out = hold_teacher(loaded_models, passages[:32], passages[32:], replace(DEFAULT, steps=1))
+    reads = []
+    handle = loaded_models.source.register_forward_hook(lambda *_: reads.append("source"))
+    batch = collate(passages[32:])
+    counted = batch["weights"] > 0
+    held_out = [of_held_out.predict(batch).aligned(counted) for _ in range(3)]
+    live = teacher.predict(batch).aligned(counted)
+    handle.remove()
+    assert len(reads) == readings + 1
+    for one in held_out:
+        torch.testing.assert_close(one, live)

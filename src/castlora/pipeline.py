@@ -240,8 +240,8 @@ def _train(
 
     Only the main process scales its student.
     """
-    teacher = hold_teacher(models, training, held_out, recipe)
-    measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
+    teacher, held_out_teacher = hold_teacher(models, training, held_out, recipe)
+    measure = partial(measure_held_out, held_out_teacher, examples=held_out, shared=models.shared, recipe=recipe)
     rehearsal = hold_bare_target(student.model, models.target, rehearsed, recipe)
     # The other processes get what the main one solves when the training begins.
     text = teacher, training, measure, rehearsal, recipe

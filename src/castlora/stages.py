@@ -340,10 +340,13 @@ def check_memory_for_record(models: Models, passages: Sequence[AlignedPassage], 
 
 def hold_teacher(
     models: Models, training: Sequence[AlignedPassage], held_out: Sequence[AlignedPassage], recipe: Recipe
-) -> Teacher:
+) -> tuple[Teacher, Teacher]:
     """The teacher of a run: its predictions are kept where a process reads passages again and memory allows.
 
     With little memory they are always kept, and the target is the one that can run afterwards.
+
+    Returns:
+        the teacher of the training text, and that of held-out text, which is always read again
     """
     passages = [*training, *held_out]
     with_hidden = recipe.mse_weight > 0
@@ -354,9 +357,12 @@ def hold_teacher(
         models.use("source")
         recorded = RecordedTeacher(models.teacher, passages, with_hidden)
         models.use("target")
-        return recorded
+        return recorded, recorded
     logger.debug("source + LoRA reads each passage when it is trained on")
-    return LiveTeacher(models.teacher, with_hidden)
+    live = LiveTeacher(models.teacher, with_hidden)
+    if record_bytes(models.source, held_out, with_hidden) <= record_limit(models.source):
+        return live, RecordedTeacher(models.teacher, held_out, with_hidden)
+    return live, live
 
 
 def write_rehearsed(models: Models, recipe: Recipe, seed: int) -> list[list[int]]:

@@ -57,6 +57,8 @@ def run_quality(
         raise UserError(f"Method {unknown[0]!r} is unknown; choose from {'; '.join(METHODS)}.")
     if seeds < 1:
         raise UserError(f"seeds is {seeds}; give 1 or more.")
+    if steps < 1:
+        raise UserError(f"steps is {steps}; give a number above 0.")
     # A number out of range is refused before the folder is bound to it.
     resolve_recipe("default", None, steps, batch_size, Tuning(passages=passages, max_length=max_length))
     settings = Settings(spec, steps, batch_size, passages, max_length, running_length)

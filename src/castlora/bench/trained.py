@@ -150,9 +150,9 @@ def _within_target(passage: AlignedPassage) -> AlignedPassage:
 
 def _train(reading: Reading, student: Student, recipe: Recipe, seed: int) -> dict[str, Any]:
     """Trains a student to the end and keeps its best scale; the figures are those of held-out text."""
-    teacher = hold_teacher(reading.models, reading.training, reading.held_out, recipe)
+    teacher, held_out_teacher = hold_teacher(reading.models, reading.training, reading.held_out, recipe)
     shared = reading.models.shared
-    measure = partial(measure_held_out, teacher, examples=reading.held_out, shared=shared, recipe=recipe)
+    measure = partial(measure_held_out, held_out_teacher, examples=reading.held_out, shared=shared, recipe=recipe)
     last_layer = last_layer_to_solve(reading.models, reading.plan, recipe)
     rehearsal = hold_bare_target(student.model, reading.models.target, reading.rehearsed, recipe)
     start_last_layer(student, last_layer, reading.models, teacher, reading.training, measure, rehearsal, recipe)
