@@ -17,7 +17,7 @@ from castlora.models import best_device, dtype_on, load_tokenizer, number_of_lay
 from castlora.pairing import describe
 from castlora.plan import Plan, describe_beyond, plan_transfer
 from castlora.rehearsal import PASSAGES_PER_REHEARSED
-from castlora.stages import HELD_OUT_PASSAGES, HELD_OUT_REHEARSED, Loading
+from castlora.stages import HELD_OUT_PASSAGES, HELD_OUT_REHEARSED, STATISTICS_PASSAGES, Loading
 from castlora.tokens import ByteTokenizer
 from castlora.vocabulary import SharedVocabulary
 
@@ -211,9 +211,12 @@ class _Forecast:
 
 def _forecast(plan: Plan, steps: int, batch_size: int, loading: Loading) -> _Forecast:
     source_count, target_count = parameter_count(plan)
-    tokens = steps * batch_size * DEFAULT.max_length
     # Two operations per weight and token forward, and two more for the student's way back through frozen weights.
-    operations = tokens * (2 * source_count + 4 * target_count)
+    if steps > 0:
+        operations = steps * batch_size * DEFAULT.max_length * (2 * source_count + 4 * target_count)
+    else:
+        # The closed form and the last layer each read their text once.
+        operations = 2 * STATISTICS_PASSAGES * DEFAULT.max_length * 2 * (source_count + target_count)
     rehearsed = steps * batch_size // PASSAGES_PER_REHEARSED * DEFAULT.rehearsal_tokens
     # The bare target's predictions are looked up.
     operations += rehearsed * 4 * target_count
@@ -266,14 +269,15 @@ def _say_verdict(plan: Plan) -> str:
 
 
 def _say_forecast(forecast: _Forecast) -> str:
+    what = f"{forecast.steps} steps of {forecast.batch_size} passages" if forecast.steps else "the start without a step"
     alone = ""
     if forecast.low_memory_bytes is not None:
         alone = f" ({forecast.low_memory_bytes / 2**30:.1f} on an accelerator with --low-memory true)"
     return (
-        f"Forecast for {forecast.steps} steps of {forecast.batch_size} passages on this machine: about "
+        f"Forecast for {what} on this machine: about "
         f"{_duration(forecast.seconds)}, {forecast.memory_bytes / 2**30:.1f} GiB of memory beyond Python's own{alone}, "
         f"and {forecast.disk_bytes / 2**30:.2f} GiB of disk while it runs. "
-        f"Before them, source + LoRA reads {forecast.candidate_prompts} candidate prompts and writes answers: about "
+        f"Before, source + LoRA reads {forecast.candidate_prompts} candidate prompts and writes answers: about "
         f"{_duration(forecast.reading_seconds)}, less where --prompts are given; and the target writes "
         f"{forecast.rehearsed_passages} passages to rehearse: about {_duration(forecast.writing_seconds)}."
     )

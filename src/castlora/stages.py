@@ -44,7 +44,7 @@ logger = logging.getLogger("castlora")
 
 HELD_OUT_PASSAGES = 64
 HELD_OUT_REHEARSED = 64
-_STATISTICS_PASSAGES = 1024
+STATISTICS_PASSAGES = 1024
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def start_student(
             100 * update.lost,
         )
         plan = replace(plan, factors=update.factors)
-    folded, maps = _solved_start(models, plan, recipe, training[:_STATISTICS_PASSAGES], seed)
+    folded, maps = _solved_start(models, plan, recipe, training[:STATISTICS_PASSAGES], seed)
     models.use("target")
     solved = {last_layer.module} if last_layer else set()
     peft_model = attach_lora(models.target, {*plan.target_modules, *solved}, rank)
@@ -318,7 +318,7 @@ def start_last_layer(
     """
     if last_layer is None:
         return None
-    read = teacher, training[:_STATISTICS_PASSAGES], models.shared
+    read = teacher, training[:STATISTICS_PASSAGES], models.shared
     return solve_last_layer(student, last_layer, *read, measure, rehearsal, recipe.rehearsal_weight)
 
 

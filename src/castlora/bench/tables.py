@@ -65,7 +65,8 @@ is shown where retraining gains at least 5 points. `default` is the default reci
 balanced factors trained, and the target rehearses text that it wrote itself before. With `prompts taught` the
 tokens of the prompts count too, a tenth as much as those of the answers; with `hidden states` final hidden states are
 taught beside the answers, those inside prompts included. `fresh, rehearsed` is the default with a plain
-LoRA. All other methods rehearse nothing but `default, last layer solved`; `ridge start` is the default without it, and
+LoRA. Of the other methods `default, last layer solved` rehearses and what has `rehearsed` in its name; `ridge start` is
+the default without it, and
 `readout start` has the target's last layer solved for what source + LoRA predicts. `maps` trains the maps themselves,
 `paper start` maps that are random at first, `fresh` a plain LoRA.
 General text alone is put into the prompt formats that the adapter listens to, one to three
@@ -102,7 +103,7 @@ def render(references: References, runs: Sequence[dict[str, Any]], cells: Sequen
 
 
 def _introduction(runs: Sequence[dict[str, Any]]) -> str:
-    trained = [run["recipe"] for run in runs if "recipe" in run]
+    trained = [run["recipe"] for run in runs if run.get("recipe", {}).get("steps")]
     steps = sorted({recipe["steps"] for recipe in trained})
     batches = sorted({recipe["batch_size"] for recipe in trained})
     return (
