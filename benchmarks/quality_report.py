@@ -31,7 +31,8 @@ COMPARED = {
     "fresh": "a fresh LoRA",
     "paper start": "random maps",
     "paper": "the paper's recipe",
-    "closed form, last layer solved": "untrained, last layer solved",
+    "closed form, last layer solved, rehearsed": "untrained (`--steps 0`)",
+    "closed form, last layer solved": "untrained, no rehearsal",
     "closed form": "closed form, untrained",
 }
 """Rows of the README's table: methods of the benchmark, and what they are called there."""
