@@ -47,6 +47,11 @@ def test_what_the_source_cannot_tell_from_the_end_of_a_text_is_in_its_class(targ
     assert torch.equal(shared.target_classes, plain.target_classes)
 
 
+def test_a_model_may_not_predict_the_end_that_its_tokenizer_has():
+    end = TOKENIZERS["llama"].eos_token_id
+    assert len(vocabulary("llama", "gpt2", source_size=end).source_classes) == end
+
+
 @unlike_pairs
 def test_both_vocabularies_have_members_in_every_class(source, target):
     shared = vocabulary(source, target)

@@ -55,7 +55,7 @@ class SharedVocabulary:
         pairs = list(zip(source_ids.tolist(), target_ids.tolist(), strict=True))
         source_classes, target_classes = token_classes(source, target, pairs)
         of_source, of_target = _fit(source_classes, source_size), _fit(target_classes, target_size)
-        if source.eos_token_id is not None:
+        if source_ends:
             of_source[list(source_ends)] = of_source[source.eos_token_id].item()
         is_whole = is_same and len(source_ends) <= 1
         return cls(source_ids, target_ids, of_source, of_target, is_whole, source_ends)
