@@ -1,7 +1,6 @@
-"""What each of several processes does for `test_processes.py`, which starts them with torchrun.
+"""What each of several processes does for `test_processes.py`.
 
-in_processes.py parts SOURCE TARGET OUT    writes what `parts` returns
-in_processes.py command WORD...            castlora, with an adapter that only the main process has
+in_processes.py WORD...    castlora, with an adapter that only the main process has
 """
 
 import sys
@@ -113,7 +112,8 @@ def errors_of_main() -> list[str]:
     return []
 
 
-def _write_parts(source: Path, target: Path, out: Path) -> None:
+def write_parts(source: Path, target: Path, out: Path) -> None:
+    """Writes what `parts` returns."""
     assert this_process().count == process_count() > 1
     found = parts(source, target)
     assert from_main(lambda: this_process().index) == 0
@@ -124,10 +124,7 @@ def _write_parts(source: Path, target: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "parts":
-        _write_parts(*map(Path, sys.argv[2:]))
-    else:
-        words = sys.argv[2:]
-        if not this_process().is_main:
-            words[words.index("--adapter") + 1] = "nowhere"
-        main(words)
+    words = sys.argv[1:]
+    if not this_process().is_main:
+        words[words.index("--adapter") + 1] = "nowhere"
+    main(words)

@@ -1,11 +1,12 @@
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 from filelock import FileLock
 
 from castlora.bench.methods import METHODS
@@ -85,10 +86,13 @@ def test_every_kind_of_method_runs_and_the_page_shows_it(spec, tmp_path, monkeyp
     )
 
 
-def test_standard_output_has_the_page_alone_and_quiet_no_progress(tmp_path, capsys, caplog):
-    command = ["bench", "quality", "--out", str(tmp_path), "--seeds", "1", "--regimes", "none", "--methods"]
+def test_standard_output_has_the_page_alone_and_quiet_no_progress(spec, tmp_path, capsys, caplog):
+    written, out = tmp_path / "spec.yaml", tmp_path / "out"
+    written.write_text(yaml.safe_dump(asdict(spec)))
+    options = ["--spec", str(written), "--out", str(out), "--seeds", "1", "--regimes", "none"]
+    command = ["bench", "quality", *options, "--methods"]
     main([*command, "direct copy"])
-    assert capsys.readouterr().out == f"Wrote {tmp_path / 'results.md'}\n"
+    assert capsys.readouterr().out == f"Wrote {out / 'results.md'}\n"
     assert re.search(r"direct-copy\.none\.seed0\.json: accuracy 0\.\d{3}$", caplog.text, flags=re.MULTILINE)
     caplog.clear()
     main([*command, "Cross-LoRA", "--quiet"])

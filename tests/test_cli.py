@@ -383,14 +383,12 @@ def test_a_tracker_that_is_not_installed_is_named(settings, monkeypatch, capsys)
     assert not Path(settings["out"]).exists()
 
 
-def test_results_are_printed_as_json_for_scripts(settings, capsys, tmp_path):
+def test_results_are_printed_as_json_for_scripts(settings, capsys, tmp_path, task, checked_in_process):
     main(words(settings | {"json": "true"}))
     manifest = json.loads(capsys.readouterr().out)
     assert manifest == json.loads((tmp_path / "out" / "castlora.json").read_text())
 
-    item = {"prompt": "The fox is", "completion": " red", "choices": [" red", " blue"]}
-    (task := tmp_path / "task.jsonl").write_text(json.dumps(item))
-    main(["evaluate", "--model", settings["target"], "--task", str(task), "--json", "true"])
+    main(["evaluate", "--model", settings["target"], "--task", task("animals", 1), "--json", "true"])
     result = json.loads(capsys.readouterr().out)
     assert result["metric"] == "accuracy" and result["n"] == 1
     with pytest.raises(SystemExit) as ended:

@@ -16,7 +16,7 @@ from castlora.text import read_prompts
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "models" / "stories260K-hf"
 needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="the third-party model is not beside the repository")
-SMALL = Tuning(passages=60, max_length=48, format_candidates=0, rehearsal_passages=8, rehearsal_tokens=12)
+SMALL = Tuning(passages=24, max_length=48, format_candidates=0, rehearsal_passages=8, rehearsal_tokens=12)
 
 
 def source_adapter() -> str:

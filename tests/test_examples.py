@@ -1,13 +1,16 @@
 """The examples run, and the shipped settings are ones that the command line takes."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
+import castlora
 from castlora.bench.spec import read_spec
 from castlora.cli import parser
+from castlora.config import Tuning
 from examples import live_layer, transfer_and_measure, transfer_with_ray, use_without_castlora
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +32,8 @@ def test_an_adapter_answers_the_same_attached_and_merged(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_transfer_is_measured(tmp_path, capsys, monkeypatch, short_demo_skill, checked_in_process):
     monkeypatch.setattr(transfer_and_measure, "demo_skill", lambda: short_demo_skill)
+    briefly = Tuning(rehearsal_passages=8, rehearsal_tokens=12)
+    monkeypatch.setattr(castlora, "transfer", partial(castlora.transfer, tuning=briefly))
     transfer_and_measure.main(str(tmp_path / "out"), steps=30)
     printed = capsys.readouterr().out
     assert float(printed.split("retrained ")[1].split()[0]) > 0.9

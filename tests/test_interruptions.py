@@ -2,13 +2,12 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from preloaded import Started, run_castlora
 from safetensors.torch import load_file
 
 from castlora import UserError, config, pipeline
@@ -98,11 +97,12 @@ def test_a_killed_run_continues_to_the_same_bytes(base_model, adapter, prompts_f
         return ["transfer", *(word for key, value in (places | numbers).items() for word in (f"--{key}", str(value)))]
 
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-m", "castlora", *words(out)])
-    while process.poll() is None and not list(out.glob(".castlora/checkpoints/checkpoint-*/sealed.json")):
+    process = Started(tmp_path / "said", run_castlora, *words(out)).process
+    while process.is_alive() and not list(out.glob(".castlora/checkpoints/checkpoint-*/sealed.json")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert [path.name for path in out.iterdir()] == [".castlora"]
 
     resumed_from = []

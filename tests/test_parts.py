@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from preloaded import Started, run_castlora
 
 from castlora import UserError, answers, format_search, selection, teach, teaching, transfer
 from castlora.cli import main
@@ -157,12 +156,13 @@ def test_killed_teaching_continues_to_the_same_bytes(base_model, adapter, tmp_pa
         return ["teach", *(word for key, value in places.items() for word in (f"--{key}", str(value)))]
 
     out = tmp_path / "killed.jsonl"
-    process = subprocess.Popen([sys.executable, "-m", "castlora", *words(out)])
+    process = Started(tmp_path / "said", run_castlora, *words(out)).process
     state = tmp_path / f"{STATE_FOLDER}-killed.jsonl"
-    while process.poll() is None and not (state / "parts" / "answers-00002").exists():
+    while process.is_alive() and not (state / "parts" / "answers-00002").exists():
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not out.exists()
     main(words(out))
     main(words(tmp_path / "undisturbed.jsonl"))

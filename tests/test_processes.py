@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, do together what one does."""
+"""Several processes do together what one does; where it matters what a launcher does, torchrun starts them."""
 
 import json
 import os
@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from in_processes import parts
+from in_processes import parts, write_parts
+from preloaded import Started, launched, run_castlora
 from safetensors.torch import load_file
 
 from castlora import UserError, launcher, pipeline, processes, transfer
@@ -39,13 +40,17 @@ def said(finished: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in finished.stderr.splitlines() if line.startswith("castlora: ")]
 
 
+def finish(started: list[Started]) -> None:
+    for process in started:
+        assert process.exit_code == 0, process.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_statistics_and_gradients_are_those_of_one_process(base_model, tmp_path, count):
     models = base_model("llama"), base_model("gpt2")
     out = tmp_path / "parts.safetensors"
-    finished = run(torchrun(count, TESTS / "in_processes.py", "parts", *models, out))
-    assert finished.returncode == 0, finished.stderr
+    finish(launched(tmp_path / "said", count, write_parts, *models, out))
     together, alone = load_file(out), parts(*models)
     assert together.keys() == alone.keys()
     for name, expected in alone.items():
@@ -73,9 +78,9 @@ def request_words(base_model, adapter, prompts_file):
 def undisturbed(request_words, tmp_path_factory):
     """What three processes print and write."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    finished = run(torchrun(3, "-m", "castlora", *request_words(out), "--json", "true"))
-    assert finished.returncode == 0, finished.stderr
-    return finished, out
+    started = launched(out.parent / "said", 3, run_castlora, *request_words(out), "--json", "true")
+    finish(started)
+    return started, out
 
 
 @pytest.mark.slow
@@ -104,9 +109,9 @@ def test_three_processes_train_what_one_trains(
 @pytest.mark.slow
 def test_a_last_layer_that_one_process_solves_is_trained_by_all(request_words, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    for out, launched in ((alone, [sys.executable, "-m"]), (together, torchrun(2, "-m", "--"))):
-        finished = run([*launched, "castlora", *request_words(out), "--start", "readout", "--steps", "12"])
-        assert finished.returncode == 0, finished.stderr
+    options = ["--start", "readout", "--steps", "12"]
+    finish([Started(tmp_path / "said alone", run_castlora, *request_words(alone), *options)])
+    finish(launched(tmp_path / "said together", 2, run_castlora, *request_words(together), *options))
     expected, found = (json.loads((out / "castlora.json").read_text()) for out in (alone, together))
     assert found["last_layer"]["losses"] == pytest.approx(expected["last_layer"]["losses"], rel=1e-3)
     assert min(expected["last_layer"]["losses"][1:]) < 0.95 * expected["last_layer"]["losses"][0]
@@ -115,10 +120,12 @@ def test_a_last_layer_that_one_process_solves_is_trained_by_all(request_words, t
 
 @pytest.mark.slow
 def test_one_process_speaks_and_writes_for_all(undisturbed):
-    finished, out = undisturbed
-    assert json.loads(finished.stdout) == json.loads((out / "castlora.json").read_text())
-    assert finished.stderr.count("Held-out KL to source + LoRA") == finished.stderr.count("Wrote ") == 1
-    assert "reducer.cpp" not in finished.stderr and "Traceback" not in finished.stderr
+    started, out = undisturbed
+    assert [bool(process.stdout) for process in started] == [True, False, False]
+    assert json.loads(started[0].stdout) == json.loads((out / "castlora.json").read_text())
+    complaints = "".join(process.stderr for process in started)
+    assert complaints.count("Held-out KL to source + LoRA") == complaints.count("Wrote ") == 1
+    assert "Traceback" not in complaints
     assert not (out / STATE).exists()
 
 
@@ -126,18 +133,19 @@ def test_one_process_speaks_and_writes_for_all(undisturbed):
 def test_a_run_of_which_one_process_was_killed_goes_on_to_the_same_bytes(undisturbed, request_words, tmp_path):
     out = tmp_path / "out"
     command = torchrun(3, "-m", "castlora", *request_words(out))
-    launched = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while launched.poll() is None and not list(out.glob(f"{STATE}/checkpoints/checkpoint-*/sealed.json")):
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while running.poll() is None and not list(out.glob(f"{STATE}/checkpoints/checkpoint-*/sealed.json")):
         time.sleep(0.01)
-    (victim,) = [child for child in psutil.Process(launched.pid).children() if child.environ().get("RANK") == "1"]
+    (victim,) = [child for child in psutil.Process(running.pid).children() if child.environ().get("RANK") == "1"]
     victim.send_signal(signal.SIGKILL)
-    _, complaints = launched.communicate()
-    assert launched.returncode == 1 and "Signal 9 (SIGKILL)" in complaints
+    _, complaints = running.communicate()
+    assert running.returncode == 1 and "Signal 9 (SIGKILL)" in complaints
+    assert "reducer.cpp" not in complaints
     assert [path.name for path in out.iterdir()] == [STATE]
 
-    finished = run([*command, "-v"])
-    assert finished.returncode == 0, finished.stderr
-    assert "Training goes on from step" in finished.stderr
+    resumed = launched(tmp_path / "said", 3, run_castlora, *request_words(out), "-v")
+    finish(resumed)
+    assert "Training goes on from step" in resumed[0].stderr
     names = [sorted(path.name for path in folder.iterdir()) for folder in (out, undisturbed[1])]
     assert names[0] == names[1]
     weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (out, undisturbed[1])]
@@ -155,7 +163,7 @@ def test_bad_input_is_said_once_and_ends_all(request_words, tmp_path, found_by):
             "castlora: batch_size is 5, which 2 processes cannot share equally; give a multiple of 2."
         ]
     else:
-        finished = run(torchrun(2, TESTS / "in_processes.py", "command", *words))
+        finished = run(torchrun(2, TESTS / "in_processes.py", *words))
         assert said(finished) == [
             "castlora: Adapter 'nowhere' is not a folder; give the folder that PEFT saved, or a hub id."
         ]

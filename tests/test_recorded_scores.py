@@ -10,8 +10,9 @@ import tiny
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 from markupsafe import escape
+from preloaded import CHECKED_HERE
 
-from castlora import UserError, evaluate, report_runs, transfer
+from castlora import UserError, evaluate, report_runs, transfer, verification
 from castlora.card import make_card
 from castlora.cli import main
 from castlora.formatting import number, percent
@@ -19,13 +20,22 @@ from castlora.manifest import MANIFEST_FILE
 from castlora.runs import read_run
 
 
-@pytest.fixture
-def run(base_model, adapter, prompts_file, tmp_path, checked_in_process) -> Path:
+@pytest.fixture(scope="module")
+def finished(base_model, adapter, prompts_file, tmp_path_factory) -> Path:
     """A finished run from a tiny Llama to a tiny Mistral."""
-    return transfer(
-        str(adapter("llama")), str(base_model("mistral")), str(tmp_path / "run"), str(base_model("llama")),
-        prompts=str(prompts_file), steps=2, batch_size=4, tuning=replace(tiny.SHORT, max_length=60, answer_tokens=4),
-    ).folder  # fmt: skip
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(verification, "subprocess", CHECKED_HERE)
+        return transfer(
+            str(adapter("llama")), str(base_model("mistral")), str(tmp_path_factory.mktemp("finished") / "run"),
+            str(base_model("llama")), prompts=str(prompts_file), steps=2, batch_size=4,
+            tuning=replace(tiny.SHORT, max_length=60, answer_tokens=4),
+        ).folder  # fmt: skip
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def recorded(folder: Path) -> list[tuple[str, str, object]]:

@@ -15,12 +15,12 @@ from castlora.report import BARE_TARGET, RETRAINED, SOURCE_LORA, TRANSFERRED
 from castlora.runs import read_run
 from castlora.training import LossProgress
 
-TUNING = replace(tiny.SHORT, learning_rate_scale=2.0)
+TUNING = replace(tiny.SHORT, learning_rate_scale=4.0)
 
 
 @pytest.fixture
 def scored_transfer(quick_transfer, prompts_file):
-    return partial(quick_transfer, "llama", "mistral", prompts=str(prompts_file), steps=20, tuning=TUNING)
+    return partial(quick_transfer, "llama", "mistral", prompts=str(prompts_file), steps=5, tuning=TUNING)
 
 
 def weights(folder: Path) -> bytes:
@@ -36,7 +36,7 @@ def test_the_target_is_scored_along_the_way_as_evaluate_scores_it(
 ):
     # With another scale, which is chosen when the training is over, the result would not be that of the last step.
     monkeypatch.setattr(pipeline, "TRAINED_SCALES", (1.0,))
-    animals = task("animals", 60)
+    animals = task("animals", 24)
     result = scored_transfer(task=animals)
     (measured,) = result.manifest["tasks"]
     alone = {
@@ -48,10 +48,10 @@ def test_the_target_is_scored_along_the_way_as_evaluate_scores_it(
     for model, expected in alone.items():
         assert measured["scores"][model]["score"] == expected["score"], model
         assert measured["scores"][model]["nll"] == pytest.approx(expected["nll"], rel=1e-4), model
-    assert (measured["name"], measured["n"], measured["metric"]) == ("animals", 60, "accuracy")
+    assert (measured["name"], measured["n"], measured["metric"]) == ("animals", 24, "accuracy")
     scores = by_step(result.log)
-    assert list(scores) == list(range(0, 21, 2))
-    assert scores[20] == alone[TRANSFERRED]["score"] != alone[BARE_TARGET]["score"]
+    assert list(scores) == list(range(6))
+    assert scores[5] == alone[TRANSFERRED]["score"] != alone[BARE_TARGET]["score"]
 
 
 def test_the_progress_bar_keeps_the_latest_score():
@@ -91,7 +91,7 @@ def test_an_interrupted_run_ends_with_the_same_scores(scored_transfer, task, mon
 
 
 def test_card_and_report_have_the_scores_and_later_the_lift(scored_transfer, base_model, adapter, task):
-    animals = task("animals", 60)
+    animals = task("animals", 24)
     folder = scored_transfer(task=animals).folder
     card, page = ((folder / name).read_text(encoding="utf-8") for name in ("README.md", "report.html"))
     assert "| `animals (accuracy)` | `source + LoRA` |" in card
