@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +44,7 @@ class Started:
         self._out, self._err = folder / "stdout", folder / "stderr"
         settings = {name: str(value) for name, value in environment.items()}
         self.process: BaseProcess = _FROM_SERVER.Process(
-            target=_run, args=(self._out, self._err, settings, call, arguments)
+            target=_run, args=(self._out, self._err, settings, call, arguments), daemon=True
         )
         self.process.start()
 
@@ -77,6 +78,17 @@ def launched(folder: Path, count: int, call: Callable[..., None], *arguments: ob
     return [
         Started(folder / str(rank), call, *arguments, **together, RANK=rank, LOCAL_RANK=rank) for rank in range(count)
     ]
+
+
+def finish(started: list[Started]) -> None:
+    """Waits until all have ended well; the others of one that failed would wait for it."""
+    running = {one.process.sentinel: one for one in started}
+    while running:
+        ended = running.pop(wait(running)[0])
+        if ended.exit_code != 0:
+            for other in running.values():
+                other.process.kill()
+        assert ended.exit_code == 0, ended.stderr
 
 
 def _run(

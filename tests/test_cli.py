@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from preloaded import Started
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
@@ -318,9 +319,10 @@ def test_help_comes_without_the_heavy_libraries(arguments):
 
 
 def test_bad_input_in_a_process_of_its_own(tmp_path):
-    finished = run("transfer", "--adapter", "/nowhere", "--target", "x", "--out", str(tmp_path / "out"))
-    assert (finished.returncode, finished.stdout) == (2, "")
-    assert finished.stderr.splitlines() == [
+    words = ["transfer", "--adapter", "/nowhere", "--target", "x", "--out", str(tmp_path / "out")]
+    started = Started(tmp_path / "said", main, words)
+    assert (started.exit_code, started.stdout) == (2, "")
+    assert started.stderr.splitlines() == [
         "castlora: Adapter '/nowhere' is not a folder; give the folder that PEFT saved, or a hub id."
     ]
     assert not (tmp_path / "out").exists()

@@ -92,7 +92,7 @@ def test_damaged_state_makes_a_run_go_on_from_what_is_whole(quick_transfer, inte
 def test_a_killed_run_continues_to_the_same_bytes(base_model, adapter, prompts_file, tmp_path, monkeypatch, request):
     def words(out: Path) -> list[str]:
         places = {"adapter": adapter("llama"), "target": base_model("gpt2"), "prompts": prompts_file, "out": out}
-        numbers = {"steps": 40, "batch_size": 4, "tuning.max-length": 60, "tuning.answer-tokens": 6}
+        numbers = {"steps": 20, "batch_size": 4, "tuning.max-length": 60, "tuning.answer-tokens": 6}
         numbers |= {"tuning.rehearsal-passages": 8, "tuning.rehearsal-tokens": 12, "start": "readout"}
         return ["transfer", *(word for key, value in (places | numbers).items() for word in (f"--{key}", str(value)))]
 

@@ -23,8 +23,8 @@ def test_what_is_recorded_is_not_run_again_and_a_failure_is_recorded(tmp_path):
     (entry,) = json.loads(record.read_text())["runs"].values()
     assert entry["exit_code"] == 0, (tmp_path / "work" / f"{first.replace(' ', '-')}.log").read_text()
     assert entry["seconds"] > 0
-    main(tmp_path / "work", record, "zoo", [first, second], steps=-1, batch_size=2, length=64, passages=8)
+    main(tmp_path / "work", record, "zoo", [first, second], steps=2, batch_size=2, length=64, passages=8, limit=0)
     runs = json.loads(record.read_text())["runs"]
     assert runs[first] == entry
-    assert runs[second]["exit_code"] == 2
+    assert runs[second]["exit_code"] == -1
     assert "seconds" not in runs[second]

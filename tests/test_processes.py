@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from in_processes import parts, write_parts
-from preloaded import Started, launched, run_castlora
+from preloaded import Started, finish, launched, run_castlora
 from safetensors.torch import load_file
 
 from castlora import UserError, launcher, pipeline, processes, transfer
@@ -33,16 +33,6 @@ def torchrun(count: int, *words: object) -> list[str]:
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
-def said(finished: subprocess.CompletedProcess[str]) -> list[str]:
-    """The sentences of castlora; torchrun has its own about processes that failed."""
-    return [line for line in finished.stderr.splitlines() if line.startswith("castlora: ")]
-
-
-def finish(started: list[Started]) -> None:
-    for process in started:
-        assert process.exit_code == 0, process.stderr
 
 
 @pytest.mark.slow
@@ -153,23 +143,27 @@ def test_a_run_of_which_one_process_was_killed_goes_on_to_the_same_bytes(undistu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("found_by", ["all", "one"])
-def test_bad_input_is_said_once_and_ends_all(request_words, tmp_path, found_by):
-    words = request_words(tmp_path / "out")
-    if found_by == "all":
-        words[words.index("--batch-size") + 1] = "5"
-        finished = run(torchrun(2, "-m", "castlora", *words))
-        assert said(finished) == [
-            "castlora: batch_size is 5, which 2 processes cannot share equally; give a multiple of 2."
-        ]
-    else:
-        finished = run(torchrun(2, TESTS / "in_processes.py", *words))
-        assert said(finished) == [
-            "castlora: Adapter 'nowhere' is not a folder; give the folder that PEFT saved, or a hub id."
-        ]
-    # torchrun itself ends with 1 whatever a process ends with, and says which.
+def test_bad_input_that_one_process_finds_is_said_once_and_ends_all(request_words, tmp_path):
+    finished = run(torchrun(2, TESTS / "in_processes.py", *request_words(tmp_path / "out")))
+    # torchrun has its own sentences about processes that failed.
+    assert [line for line in finished.stderr.splitlines() if line.startswith("castlora: ")] == [
+        "castlora: Adapter 'nowhere' is not a folder; give the folder that PEFT saved, or a hub id."
+    ]
+    # It ends with 1 itself whatever a process ends with, and says which.
     assert finished.returncode == 1 and "exitcode  : 2 " in finished.stderr
     assert "RuntimeError" not in finished.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_bad_input_that_all_processes_find_ends_each(request_words, tmp_path):
+    words = request_words(tmp_path / "out")
+    words[words.index("--batch-size") + 1] = "5"
+    for process in launched(tmp_path / "said", 2, run_castlora, *words):
+        assert process.exit_code == 2
+        assert "castlora: batch_size is 5, which 2 processes cannot share equally; give a multiple of 2.\n" in (
+            process.stderr
+        )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 import json
 import logging
 import os
+from functools import partial
 
 import pytest
 from huggingface_hub import ModelCard
 
 from castlora import commands
 from castlora.cli import main
+from castlora.config import Tuning
 from castlora.demonstration import story
 
 
@@ -73,6 +75,7 @@ def test_a_file_of_settings_may_ask_for_quiet(said, tmp_path):
 def test_the_demo_prints_what_it_wrote(monkeypatch, capsys, tmp_path, checked_in_process, short_demo_skill):
     monkeypatch.setattr(story, "_STEPS", 2)
     monkeypatch.setattr(story, "demo_skill", lambda: short_demo_skill)
+    monkeypatch.setattr(story, "Tuning", partial(Tuning, rehearsal_passages=8, rehearsal_tokens=12))
     main(["demo", "--out", str(tmp_path / "demo"), "--json", "true"])
     record = json.loads(capsys.readouterr().out)
     assert record == json.loads((tmp_path / "demo" / "results.json").read_text())
