@@ -116,7 +116,7 @@ def short_demo_skill(tmp_path: Path) -> SimpleNamespace:
     """The skill of the demo with fewer prompts and test items."""
     skill = demo_skill()
     shortened = {}
-    for name, lines in (("task", 30), ("prompts", 120)):
+    for name, lines in (("task", 30), ("prompts", 60)):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(getattr(skill, name).read_text().splitlines(keepends=True)[:lines]))
         shortened[name] = path

@@ -9,6 +9,7 @@ import tiny
 import yaml
 from filelock import FileLock
 
+from castlora.bench import reading
 from castlora.bench.methods import METHODS
 from castlora.bench.quality import plan_runs, run_quality
 from castlora.bench.spec import BenchmarkModel, BenchmarkSpec, read_spec
@@ -19,10 +20,19 @@ from castlora.errors import UserError
 
 OTHER_SKILL = "control: adapter of another skill"
 CHOICES = [" fox", " hen", " river"]
+LITTLE = {"rehearsal_passages": 8, "rehearsal_tokens": 12}
 
 
 def write_lines(path: Path, records: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def little_is_rehearsed(monkeypatch):
+    write = reading.write_rehearsed
+    monkeypatch.setattr(
+        reading, "write_rehearsed", lambda models, recipe, seed: write(models, replace(recipe, **LITTLE), seed)
+    )
 
 
 @pytest.fixture
