@@ -43,8 +43,7 @@ def bootstrap_interval(
         True
     """
     rng = np.random.default_rng(seed)
-    means = [scores[rng.integers(len(scores), size=len(scores))].mean() for _ in range(resamples)]
-    return _percentiles(np.array(means), confidence)
+    return _percentiles(scores[rng.integers(len(scores), size=(resamples, len(scores)))].mean(axis=1), confidence)
 
 
 def lift_with_interval(
@@ -78,28 +77,29 @@ def lift_with_interval(
     if any(group.shape[1] != n for group in groups):
         raise ValueError(f"items differ: {[group.shape[1] for group in groups]}; score the same task file")
     rng = np.random.default_rng(seed)
-    samples = np.empty(resamples)
-    for i in range(resamples):
-        items = rng.integers(n, size=n)
-        samples[i] = _lift(*(_resampled_mean(group, items, rng) for group in groups))
-    means = [float(group.mean()) for group in groups]
+    items = rng.integers(n, size=(resamples, n))
+    samples = _lift(*(_resampled_means(group, items, rng) for group in groups))
+    means = [group.mean() for group in groups]
     undefined = np.isnan(samples)
     bounded = undefined.mean() <= (1 - confidence) / 2
     return Lift(
-        lift=_lift(*means),
+        lift=float(_lift(*means)),
         ci95=_percentiles(samples[~undefined], confidence) if bounded else (math.nan, math.nan),
-        ratio=means[1] / means[2] if means[2] else math.nan,
+        ratio=float(means[1] / means[2]) if means[2] else math.nan,
         countable=bool(means[2] - means[0] >= COUNTABLE_GAIN),
     )
 
 
-def _resampled_mean(group: np.ndarray, items: np.ndarray, rng: np.random.Generator) -> float:
-    per_seed = group[:, items].mean(axis=1)
-    return float(per_seed[rng.integers(len(group), size=len(group))].mean())
+def _resampled_means(group: np.ndarray, items: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Means of bootstrap samples, shape (samples,), of scores, shape (seeds, n), at items, shape (samples, n)."""
+    per_seed = np.stack([scores[items].mean(axis=1) for scores in group])
+    means: np.ndarray = np.take_along_axis(per_seed, rng.integers(len(group), size=per_seed.shape), axis=0).mean(axis=0)
+    return means
 
 
-def _lift(bare: float, transferred: float, retrained: float) -> float:
-    return (transferred - bare) / (retrained - bare) if retrained > bare else math.nan
+def _lift(bare: np.ndarray, transferred: np.ndarray, retrained: np.ndarray) -> np.ndarray:
+    lift: np.ndarray = (transferred - bare) / np.where(retrained > bare, retrained - bare, math.nan)
+    return lift
 
 
 def _percentiles(samples: np.ndarray, confidence: float) -> tuple[float, float]:
