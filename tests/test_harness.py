@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
+from lm_eval.tasks import TaskManager
 
 from castlora.bench.harness import check_task, harness_figures, item_scores
 from castlora.bench.quality import run_quality
@@ -54,9 +56,17 @@ def items(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_harness():
+    """Spares what takes longer than all tests here: its own thousands of task files, and `pip list` for each score."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def tasks(items, tmp_path_factory) -> str:
-    """Folder of task files; the harness takes seconds to look at one, and does so once."""
     folder = tmp_path_factory.mktemp("harness")
     (folder / "animals.yaml").write_text(CHOOSE.format(items=items))
     (folder / "spelling.yaml").write_text(WRITE.format(items=items, metric="exact_match"))
@@ -121,10 +131,10 @@ def test_a_benchmark_runs_on_tasks_of_the_harness(base_model, adapter, text_file
     short = {"steps": 2, "batch_size": 2, "passages": 8, "max_length": 64, "running_length": 24}
     run_quality(spec.narrowed(regimes=["none"]), out, None, seeds=1, **short)
     general = spec.narrowed(regimes=["general"])
-    run_quality(general, out, ["fresh"], seeds=1, **short)
+    run_quality(general, out, ["paper"], seeds=1, **short)
     write_page(out, tmp_path / "results.md")
     runs = [json.loads(path.read_text()) for path in out.rglob("*.seed0.json")]
-    assert {run["method"] for run in runs} == {"direct copy", "Cross-LoRA", "Cross-LoRA, projected", "LoRA-X", "fresh"}
+    assert {run["method"] for run in runs} == {"direct copy", "Cross-LoRA", "Cross-LoRA, projected", "LoRA-X", "paper"}
     assert all(run["metric"] == "acc" and run["n"] == 12 for run in runs)
     assert "| llama → mistral | animals |" in (tmp_path / "results.md").read_text()
     with pytest.raises(UserError, match="Skill 'animals' has no"):
