@@ -53,8 +53,10 @@ def spec(base_model, adapter, text_file, tmp_path) -> BenchmarkSpec:
         (tmp_path / "adapters" / name).mkdir(parents=True)
         (tmp_path / "adapters" / name / "animals").symlink_to(adapter(name))
         models[name] = BenchmarkModel(str(base_model(name)), str(tmp_path / "adapters" / name / "{skill}"))
-    tasks, text = str(tmp_path / "tasks"), str(text_file)
-    return BenchmarkSpec(models, ["llama:mistral"], ["animals"], tasks, text, held_out_text=text)
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text("\n\n".join(tiny.sentences(8, seed=7)), encoding="utf-8")
+    tasks = str(tmp_path / "tasks")
+    return BenchmarkSpec(models, ["llama:mistral"], ["animals"], tasks, str(text_file), held_out_text=str(held_out))
 
 
 def records(out: Path) -> dict[tuple[str, str], dict[str, object]]:
