@@ -27,9 +27,10 @@ OVERVIEW: dict[tuple[Regime, str], str] = {
 """Columns of the table by pair and skill."""
 COMPARED = {
     DEFAULT_METHOD: "**castlora**",
+    "fresh, rehearsed": "a fresh LoRA",
     WITHOUT: "no rehearsal",
-    "fresh": "a fresh LoRA",
-    "paper start": "random maps",
+    "fresh": "a fresh LoRA, no rehearsal",
+    "paper start": "random maps, no rehearsal",
     "paper": "the paper's recipe",
     "closed form, last layer solved, rehearsed": "untrained (`--steps 0`)",
     "closed form, last layer solved": "untrained, no rehearsal",

@@ -75,7 +75,7 @@ def test_the_page_shows_what_was_run_and_nothing_else(results, tmp_path):
     assert "| mean (cells) | | | | – | – | – | – | – | 1.00 (1) | 0.62 (1) |" in findings
     assert "| on pairs never used for tuning | | | | – | – | – | – | – | 1.00 (1) | 0.62 (1) |" in findings
     ridge, fresh = "1.00 [1.00, 1.00] · 1 · 1", "0.62 [0.62, 0.62] · 1 · 2"
-    assert f"|\n| no rehearsal | – | – | {ridge} |\n| a fresh LoRA | – | – | {fresh} |\n<!--" in readme
+    assert f"|\n| no rehearsal | – | – | {ridge} |\n| a fresh LoRA, no rehearsal | – | – | {fresh} |\n<!--" in readme
 
 
 def test_pairs_that_were_tuned_on_do_not_count_as_untouched(results, tmp_path, monkeypatch):

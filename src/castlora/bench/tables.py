@@ -35,6 +35,7 @@ PARTS: tuple[tuple[str, Regime, str, str], ...] = (
     ("a closed-form start instead of a fresh LoRA", "general", "ridge start", "fresh"),
     ("a closed-form start instead of a fresh LoRA", "format", "ridge start", "fresh"),
     ("a closed-form start instead of a fresh LoRA", "prompts", "ridge start", "fresh"),
+    ("a closed-form start instead of a fresh LoRA, both rehearsed", "prompts", "default", "fresh, rehearsed"),
     ("a closed-form start instead of random maps", "general", "ridge start", "paper start"),
     ("a closed-form start instead of random maps", "format", "ridge start", "paper start"),
     ("a closed-form start instead of random maps", "prompts", "ridge start", "paper start"),
