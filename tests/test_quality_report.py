@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.quality_report import TABLE_BEGINS, TABLE_ENDS, main, replace_marked
+from castlora.bench.methods import METHODS
 from castlora.bench.plots import Curve, curve_chart, lift_chart
 from castlora.bench.results import MeanLift, PooledCell, compare, make_cells, read_results
 
@@ -150,7 +151,17 @@ def test_the_chart_has_a_bar_from_zero_to_each_lift_and_room_for_every_interval(
     texts = [text.text for text in chart.iter(f"{SVG}text")]
     assert {"Prompts", "Weights", "a <b>", "0.50 (3 cells)", "retrained 1"} <= set(texts)
     ends = [float(number) for path in chart.iter(f"{SVG}path") for number in re.findall(r"[MH]([\d.]+)", path.get("d"))]
-    assert min(ends) >= 250 and max(ends) <= 730
+    assert min(ends) >= 310 and max(ends) <= 730
+
+
+def test_the_longest_name_of_a_method_fits_beside_its_bar_and_no_lift_is_minus_zero():
+    longest = max(METHODS, key=len)
+    means = [MeanLift("prompts", longest, 3, -0.001, (-0.01, 0.01), 0.9, None)]
+    chart = ElementTree.fromstring(lift_chart(means, {"prompts": "Prompts"}))
+    ends = {text.text: float(text.get("x")) for text in chart.iter(f"{SVG}text")}
+    wide_letter = 7.3  # DejaVu Sans at 13 pixels; most other fonts are narrower.
+    assert ends[longest] >= wide_letter * len(longest)
+    assert "0.00 (3 cells)" in ends
 
 
 def test_curves_lie_where_their_points_say_on_a_logarithmic_axis():

@@ -10,7 +10,7 @@ from castlora.bench.results import DEFAULT_METHOD, MeanLift
 from castlora.config import Regime
 
 _WIDTH, _ROW, _TITLE, _MARGIN = 860, 24, 34, 16
-_NAMES, _VALUES = 250, 130
+_NAMES, _VALUES = 310, 130
 """Room in pixels for the names on the left and the figures on the right of the bars."""
 _CURVES_HEIGHT, _LINE = 360, 16
 _DEFAULT_COLOUR, _OTHER_COLOUR, _INK, _FAINT = "#0b6e75", "#8c959f", "#1f2328", "#d0d7de"
@@ -127,7 +127,7 @@ def _bar(mean: MeanLift, zero: float, end: float, low: float, high: float, y: fl
     colour = _DEFAULT_COLOUR if mean.method == DEFAULT_METHOD else _OTHER_COLOUR
     middle = y + _ROW / 2
     plural = "cell" if mean.cells == 1 else "cells"
-    figures = f"{mean.lift:.2f} ({mean.cells} {plural})"
+    figures = f"{mean.lift:z.2f} ({mean.cells} {plural})"
     return "\n".join(
         [
             _text(_NAMES - 10, middle + 4, mean.method, anchor="end"),
