@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-from lm_eval.tasks import TaskManager
 
 from castlora.bench.harness import check_task, harness_figures, item_scores
 from castlora.bench.quality import run_quality
@@ -59,6 +58,8 @@ def items(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def quick_harness():
     """Spares what takes longer than all tests here: its own thousands of task files, and `pip list` for each score."""
+    from lm_eval.tasks import TaskManager
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
         patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
