@@ -1,0 +1,370 @@
+"""Maps that serve many adapters: what they carry of a skill they have not seen, and what they save as a start.
+
+    python -m benchmarks.bridges --tasks TASKS --text CORPUS/train-05.jsonl.gz
+
+One skill is left out, and one set of maps is trained to move the adapters of all others, each along its own unlabelled
+prompts. Then the adapter of the skill that was left out goes through these maps: as it comes out, and as the start of a
+training, beside the two starts that need no other adapter. What is already there is skipped. The records are rendered
+into docs.
+"""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.quality import ZOO, zoo_models
+from benchmarks.steps import STEPS
+from benchmarks.zoo.specs import GRID_SKILLS
+from castlora.adapters import LowRank
+from castlora.bench.grid import Cell, Settings, record_path, score, write_missing
+from castlora.bench.plots import Curve, curve_chart
+from castlora.bench.quality import reference_scores, run_quality
+from castlora.bench.reading import Reading, cell_recipe, read_text
+from castlora.bench.results import make_cells, read_results
+from castlora.bench.spec import BenchmarkSpec
+from castlora.bench.trained import Distilled
+from castlora.config import Recipe, Tuning
+from castlora.distill import HeldOut, Student, measure_held_out, total_loss
+from castlora.fitting import ridge_maps, solve_in_parts
+from castlora.maps import balance
+from castlora.pairing import Pairing
+from castlora.positions import AlignedPassage, collate
+from castlora.scaling import SOLVED_SCALES, best_scale, losses_by_scale
+from castlora.stages import STATISTICS_PASSAGES, hold_teacher
+from castlora.starts import BranchMaps, Maps, attach_lora, fold_maps, lora_maps, parametrize_by_maps, start_from_factors
+from castlora.teacher import Teacher
+from castlora.training import peak_learning_rate, reading_order
+
+PAIR = "llama-s:mistral-s"
+ADAPTERS = (*GRID_SKILLS, "topic", "record", "shakespeare")
+BRIDGE = "bridge"
+STARTS = (BRIDGE, "default", "fresh, rehearsed")
+"""Methods that differ in what they start from."""
+_BRIDGE_BATCH, _BATCH = 16, 4
+_LOOKS = 8
+"""How often the maps are looked at while they are trained."""
+_MAX_GRADIENT_NORM = 1.0
+_PASSAGES, _MAX_LENGTH, _RUNNING_LENGTH = 1000, 96, 48
+"""As in the grid."""
+_INTRODUCTION = f"""
+Can maps be learned once for a pair of models, and then move adapters that they have never seen? Here maps from
+`{PAIR.split(":")[0]}` to `{PAIR.split(":")[1]}` were trained on five adapters along unlabelled prompts of their skills,
+a random adapter at each step of {_BRIDGE_BATCH} prompts, from their closed form. Then they moved the adapter of a sixth
+skill. One seed; `python -m benchmarks.bridges` runs and renders it.
+"""
+
+
+@dataclass(frozen=True)
+class FromBridge(Distilled):
+    """The default recipe, started from given maps."""
+
+    maps: Maps = field(default_factory=dict)
+
+    def start_student(self, reading: Reading, recipe: Recipe, seed: int) -> Student:
+        """The target with the balanced factors of the adapter's fold through the maps."""
+        torch.manual_seed(seed)
+        models, plan = reading.models, reading.plan
+        model = attach_lora(models.target, plan.target_modules, plan.rank(recipe, None))
+        folded = fold_maps(plan.pairing, plan.factors, self.maps)
+        start_from_factors(model, {name: balance(lora) for name, lora in folded.items()})
+        return Student(model, models.target.config.hidden_size, models.source.config.hidden_size, with_head=False)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """An adapter, with what source + LoRA says to its prompts."""
+
+    reading: Reading
+    teacher: Teacher
+    held_out_teacher: Teacher
+
+    def measure(self, student: Student, recipe: Recipe) -> HeldOut:
+        """How close a student is to source + LoRA on held-out prompts."""
+        shared = self.reading.models.shared
+        return measure_held_out(self.held_out_teacher, student, self.reading.held_out, shared, recipe)
+
+
+def read_lesson(settings: Settings, skill: str, recipe: Recipe) -> Lesson:
+    """The adapter of a skill with its unlabelled prompts."""
+    reading = read_text(settings, Cell(PAIR, skill, "prompts", 0), recipe)
+    return Lesson(reading, *hold_teacher(reading.models, reading.training, reading.held_out, recipe))
+
+
+def widest(lessons: Sequence[Lesson]) -> Reading:
+    """That of the adapter with the most modules, among which are those of the others."""
+    return max((lesson.reading for lesson in lessons), key=lambda reading: len(reading.plan.factors))
+
+
+def solve_maps(lessons: Sequence[Lesson], recipe: Recipe) -> Maps:
+    """Closed-form maps for all modules, from the prompts of all lessons in equal parts."""
+    each = STATISTICS_PASSAGES // len(lessons)
+    passages = [passage for lesson in lessons for passage in lesson.reading.training[:each]]
+    models, plan = widest(lessons).models, widest(lessons).plan
+    with models.teacher.disable_adapter():
+        return solve_in_parts(
+            models.source,
+            models.target,
+            plan.pairing,
+            plan.factors,
+            passages,
+            lambda moments: ridge_maps(moments, plan.pairing, recipe.ridge),
+        )
+
+
+def carry(model: PeftModel, pairing: Pairing, factors: Mapping[str, LowRank]) -> None:
+    """Puts another adapter between the maps of a model that is parametrized by them; zeros where it has no update."""
+    for pair in pairing.mapped:
+        lora_a, lora_b = lora_maps(model, pair.target.name)
+        folded_a, folded_b = (one_map.parametrizations.weight[0] for one_map in (lora_a, lora_b))
+        for index, branch in enumerate(pair.branches):
+            a, b = folded_a.get_buffer(f"lora_a{index}"), folded_b.get_buffer(f"lora_b{index}")
+            update = factors.get(branch.source_module)
+            setattr(folded_a, f"lora_a{index}", update.a if update else torch.zeros_like(a))
+            setattr(folded_b, f"lora_b{index}", update.b[branch.source_rows] if update else torch.zeros_like(b))
+
+
+def maps_of(model: PeftModel, pairing: Pairing) -> Maps:
+    """The maps as they stand in a model that is parametrized by them."""
+    maps = {}
+    for pair, index, _ in pairing.branches():
+        weights = [linear.parametrizations.weight for linear in lora_maps(model, pair.target.name)]
+        to_source, from_source = (getattr(weight, f"original{index}").detach().clone() for weight in weights)
+        maps[pair.target.name, index] = BranchMaps(to_source, from_source)
+    return maps
+
+
+def learn_maps(
+    lessons: Sequence[Lesson], start: Maps, rank: int, recipe: Recipe, look: Callable[[int, Student], None]
+) -> Maps:
+    """Trains one set of maps to move every adapter, a random one at each step.
+
+    Args:
+        lessons: adapters of one source for one target
+        start: maps to begin with
+        rank: the largest of the adapters, those that are only looked at too
+        recipe: objective, steps and batch size
+        look: called with the number of steps behind it and the student, before the first step and after each
+    """
+    models, plan = widest(lessons).models, widest(lessons).plan
+    model = attach_lora(models.target, plan.target_modules, rank)
+    parametrize_by_maps(model, plan.pairing, plan.factors, start)
+    student = Student(model, models.target.config.hidden_size, models.source.config.hidden_size, with_head=False)
+    parameters = list(student.trainable().values())
+    rate = peak_learning_rate(recipe, student.hidden_size) * recipe.map_learning_rate_ratio
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, recipe.steps // 20, recipe.steps)
+    turns = random.Random(0)
+    batches = [_batches(lesson, recipe) for lesson in lessons]
+    look(0, student)
+    for step in tqdm(range(1, recipe.steps + 1), desc="maps", unit="step"):
+        index = turns.randrange(len(lessons))
+        lesson = lessons[index]
+        carry(model, plan.pairing, lesson.reading.plan.factors)
+        batch = collate(next(batches[index]))
+        losses = student(lesson.teacher.predict(batch), batch, lesson.reading.models.shared, recipe)
+        total_loss(losses, recipe).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT_NORM)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        look(step, student)
+    return maps_of(model, plan.pairing)
+
+
+def _batches(lesson: Lesson, recipe: Recipe) -> Iterator[list[AlignedPassage]]:
+    size = recipe.batch_size
+    order = reading_order(lesson.reading.training, recipe.steps * size, size, seed=0)
+    return (order[start : start + size] for start in range(0, len(order), size))
+
+
+def look_at(
+    settings: Settings, seen: Sequence[Lesson], unseen: Lesson, skill: str, recipe: Recipe, student: Student
+) -> dict[str, Any]:
+    """What maps carry, of the adapters that they were trained with and of one that they were not.
+
+    Without training nothing says how strong an update must be, so that of several scales the one is taken that fits
+    the unseen skill's held-out prompts best.
+    """
+    pairing, known = widest(seen).plan.pairing, []
+    for lesson in seen:
+        carry(student.model, pairing, lesson.reading.plan.factors)
+        known.append(lesson.measure(student, recipe).kl)
+    carry(student.model, pairing, unseen.reading.plan.factors)
+    losses = losses_by_scale(student, lambda scaled: unseen.measure(scaled, recipe), SOLVED_SCALES)
+    scale = best_scale(losses)
+    with rescale_adapter_scale(student.model, scale):
+        held_out = unseen.measure(student, recipe)
+        scored = score(settings.spec, student.causal_lm(), unseen.reading.models.target_tokenizer, skill)
+    with rescale_adapter_scale(student.model, 0.0):
+        bare = unseen.measure(student, recipe)
+    return {
+        "seen_kl": float(np.mean(known)), "unseen": asdict(held_out), "bare_kl": bare.kl, "scale": scale, **scored,
+    }  # fmt: skip
+
+
+def learn_bridge(settings: Settings, adapters: Sequence[str], skill: str, maps_file: Path) -> dict[str, Any]:
+    """Trains maps on all adapters but that of a skill, writes them, and tells how they did on the way."""
+    cell = Cell(PAIR, skill, "prompts", 0)
+    recipe = cell_recipe(settings, cell, "default", "ridge", Tuning(trained="maps", rehearsal_weight=0.0))
+    seen = [read_lesson(settings, other, recipe) for other in adapters if other != skill]
+    unseen = read_lesson(settings, skill, recipe)
+    points = []
+
+    def look(step: int, student: Student) -> None:
+        if step * _LOOKS % recipe.steps == 0:
+            points.append({"step": step, **look_at(settings, seen, unseen, skill, recipe, student)})
+
+    rank = max(lesson.reading.plan.rank(recipe, None) for lesson in (*seen, unseen))
+    maps = learn_maps(seen, solve_maps(seen, recipe), rank, recipe, look)
+    write_maps(maps, maps_file)
+    return {**reference_scores(settings.spec, PAIR, skill), "recipe": asdict(recipe), "points": points}
+
+
+def shared_maps(settings: Settings, adapters: Sequence[str], skill: str, record: Path, maps_file: Path) -> Maps:
+    """The maps that have not seen a skill's adapter, learned if they are not there."""
+    if not maps_file.exists():
+        learned = learn_bridge(settings, adapters, skill, maps_file)
+        write_missing(record, lambda: learned)
+    return read_maps(maps_file)
+
+
+def write_maps(maps: Maps, file: Path) -> None:
+    """Writes maps for `read_maps`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"{name}/{index}/{side}": tensor.contiguous() for (name, index), one in maps.items()
+               for side, tensor in vars(one).items()}, file)  # fmt: skip
+
+
+def read_maps(file: Path) -> Maps:
+    """The maps that `write_maps` wrote."""
+    sides: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(file).items():
+        name, index, side = key.rsplit("/", 2)
+        sides.setdefault((name, int(index)), {})[side] = tensor
+    return {key: BranchMaps(**of_branch) for key, of_branch in sides.items()}
+
+
+def read_lifts(out: Path) -> dict[int, dict[str, float]]:
+    """Mean lift over the skills by number of steps and method."""
+    found = {}
+    for folder in sorted(out.iterdir(), key=lambda folder: int(folder.name)):
+        lifts = defaultdict(list)
+        for cell in make_cells(*read_results(folder)):
+            lifts[cell.method].append(cell.lift.lift)
+        found[int(folder.name)] = {method: float(np.mean(lifts[method])) for method in STARTS}
+    return found
+
+
+def render(found: Mapping[int, Mapping[str, float]], bridges: Sequence[Mapping[str, Any]], chart_name: str) -> str:
+    """The page: what shared maps carry by themselves, and what they save as a start."""
+    skills = [bridge["skill"] for bridge in bridges]
+    carried = [
+        "| steps | KL, adapters seen | KL, unseen | next tokens as source + LoRA's, unseen | "
+        + " | ".join(f"lift, {skill} unseen" for skill in skills)
+        + " |",
+        "|---" * (4 + len(skills)) + "|",
+    ]
+    for points in zip(*(bridge["points"] for bridge in bridges), strict=True):
+        kl, agreement = (np.mean([point["unseen"][name] for point in points]) for name in ("kl", "agreement"))
+        seen = np.mean([point["seen_kl"] for point in points])
+        lifts = " | ".join(f"{_lift(bridge, point):.2f}" for bridge, point in zip(bridges, points, strict=True))
+        carried.append(f"| {points[0]['step']} | {seen:.2f} | {kl:.2f} | {100 * agreement:.0f} % | {lifts} |")
+    saved = ["| steps | " + " | ".join(STARTS) + " |", "|---" * (1 + len(STARTS)) + "|"]
+    for steps, lifts_of in found.items():
+        saved.append(f"| {steps} | " + " | ".join(f"{lifts_of[start]:.2f}" for start in STARTS) + " |")
+    bare = np.mean([bridge["points"][0]["bare_kl"] for bridge in bridges])
+    sections = [
+        "# Maps shared by many adapters",
+        _INTRODUCTION.strip(),
+        "## What they carry by themselves",
+        "By the number of steps that the maps were trained for: KL divergence from source + LoRA on held-out prompts, "
+        f"in nats (the bare target's from the unseen: {bare:.2f}), and the lift of each skill that was left out. Of "
+        f"{len(SOLVED_SCALES)} scales of the update, 0 among them, the one is taken that fits held-out prompts of the "
+        "skill best.",
+        "\n".join(carried),
+        "## What they save as a start",
+        f"Mean lift over the skills left out by the number of steps of {_BATCH} prompts of the skill, by the default "
+        f"recipe: from the shared maps (`{BRIDGE}`), from the closed form of the skill's own prompts (`default`), and "
+        "from a plain LoRA (`fresh, rehearsed`). Every number is a training of its own, with a schedule of its own.",
+        f"![Lift by steps and start]({chart_name})",
+        "\n".join(saved),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _lift(bridge: Mapping[str, Any], point: Mapping[str, Any]) -> float:
+    bare, retrained = (bridge["references"][name]["score"] for name in ("bare target", "retrained"))
+    return float((point["score"] - bare) / (retrained - bare))
+
+
+def main(
+    tasks: Path,
+    text: Path,
+    work: Path = Path("bridges"),
+    out: Path = Path("benchmarks/results/bridges"),
+    page: Path = Path("docs/bridges.md"),
+    third_party: Path = Path("../shared/data/models"),
+    skills: Sequence[str] = GRID_SKILLS,
+    adapters: Sequence[str] = ADAPTERS,
+    steps: Sequence[int] = STEPS,
+    bridge_steps: int = 2000,
+) -> None:
+    """Runs what is missing, and renders it.
+
+    Args:
+        tasks: folder of task files, one folder per skill
+        text: general text
+        work: folder of the maps, which are no result
+        out: folder of the results
+        page: Markdown file to write
+        third_party: folder of models that the zoo does not hold
+        skills: each is left out once
+        adapters: names of all skills, the one that is left out too
+        steps: numbers of optimizer steps from each start
+        bridge_steps: optimizer steps of the maps
+    """
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    models = zoo_models(ZOO, third_party)
+    spec = BenchmarkSpec(models, [PAIR], list(skills), str(tasks), str(text)).narrowed(regimes=["prompts"])
+    for number in steps:
+        run_quality(spec, out / "steps" / str(number), STARTS[1:], seeds=1, steps=number, batch_size=_BATCH)
+    (out / "learned").mkdir(parents=True, exist_ok=True)
+    for skill in skills:
+        cell, record = Cell(PAIR, skill, "prompts", 0), out / "learned" / f"{skill}.json"
+        of_maps = Settings(spec, bridge_steps, _BRIDGE_BATCH, _PASSAGES, _MAX_LENGTH, _RUNNING_LENGTH)
+        maps = partial(shared_maps, of_maps, adapters, skill, record, work / f"{skill}.safetensors")
+        for number in steps:
+            settings = replace(of_maps, steps=number, batch_size=_BATCH)
+            write_missing(record_path(out / "steps" / str(number), cell, BRIDGE), partial(move, settings, cell, maps))
+    found = read_lifts(out / "steps")
+    bridges = [json.loads((out / "learned" / f"{skill}.json").read_text(encoding="utf-8")) for skill in skills]
+    chart = page.with_suffix(".svg")
+    page.write_text(render(found, bridges, chart.name), encoding="utf-8")
+    curves = [Curve(start, [(number, lifts[start]) for number, lifts in found.items()]) for start in STARTS]
+    chart.write_text(curve_chart(curves, "optimizer steps", "lift"), encoding="utf-8")
+
+
+def move(settings: Settings, cell: Cell, maps: Callable[[], Maps]) -> dict[str, Any]:
+    """The record of a training that starts from shared maps."""
+    fields = {"pair": cell.pair, "skill": cell.skill, "regime": cell.regime, "seed": cell.seed, "method": BRIDGE}
+    return {**fields, **FromBridge("default", "ridge", maps=maps()).run(settings, cell)}
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
