@@ -86,7 +86,7 @@ class FromBridge(Distilled):
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TaughtAdapter:
     """An adapter, with what source + LoRA says to its prompts."""
 
     reading: Reading
@@ -99,22 +99,22 @@ class Lesson:
         return measure_held_out(self.held_out_teacher, student, self.reading.held_out, shared, recipe)
 
 
-def read_lesson(settings: Settings, skill: str, recipe: Recipe) -> Lesson:
+def teach_adapter(settings: Settings, skill: str, recipe: Recipe) -> TaughtAdapter:
     """The adapter of a skill with its unlabelled prompts."""
     reading = read_text(settings, Cell(PAIR, skill, "prompts", 0), recipe)
-    return Lesson(reading, *hold_teacher(reading.models, reading.training, reading.held_out, recipe))
+    return TaughtAdapter(reading, *hold_teacher(reading.models, reading.training, reading.held_out, recipe))
 
 
-def widest(lessons: Sequence[Lesson]) -> Reading:
+def widest(taught: Sequence[TaughtAdapter]) -> Reading:
     """That of the adapter with the most modules, among which are those of the others."""
-    return max((lesson.reading for lesson in lessons), key=lambda reading: len(reading.plan.factors))
+    return max((adapter.reading for adapter in taught), key=lambda reading: len(reading.plan.factors))
 
 
-def solve_maps(lessons: Sequence[Lesson], recipe: Recipe) -> Maps:
-    """Closed-form maps for all modules, from the prompts of all lessons in equal parts."""
-    each = STATISTICS_PASSAGES // len(lessons)
-    passages = [passage for lesson in lessons for passage in lesson.reading.training[:each]]
-    models, plan = widest(lessons).models, widest(lessons).plan
+def solve_maps(taught: Sequence[TaughtAdapter], recipe: Recipe) -> Maps:
+    """Closed-form maps for all modules, from the prompts of all adapters in equal parts."""
+    each = STATISTICS_PASSAGES // len(taught)
+    passages = [passage for adapter in taught for passage in adapter.reading.training[:each]]
+    models, plan = widest(taught).models, widest(taught).plan
     with models.teacher.disable_adapter():
         return solve_in_parts(
             models.source,
@@ -149,18 +149,18 @@ def maps_of(model: PeftModel, pairing: Pairing) -> Maps:
 
 
 def learn_maps(
-    lessons: Sequence[Lesson], start: Maps, rank: int, recipe: Recipe, look: Callable[[int, Student], None]
+    taught: Sequence[TaughtAdapter], start: Maps, rank: int, recipe: Recipe, look: Callable[[int, Student], None]
 ) -> Maps:
     """Trains one set of maps to move every adapter, a random one at each step.
 
     Args:
-        lessons: adapters of one source for one target
+        taught: adapters of one source for one target
         start: maps to begin with
         rank: the largest of the adapters, those that are only looked at too
         recipe: objective, steps and batch size
         look: called with the number of steps behind it and the student, before the first step and after each
     """
-    models, plan = widest(lessons).models, widest(lessons).plan
+    models, plan = widest(taught).models, widest(taught).plan
     model = attach_lora(models.target, plan.target_modules, rank)
     parametrize_by_maps(model, plan.pairing, plan.factors, start)
     student = Student(model, models.target.config.hidden_size, models.source.config.hidden_size, with_head=False)
@@ -169,14 +169,14 @@ def learn_maps(
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.steps // 20, recipe.steps)
     turns = random.Random(0)
-    batches = [_batches(lesson, recipe) for lesson in lessons]
+    batches = [_batches(adapter, recipe) for adapter in taught]
     look(0, student)
     for step in tqdm(range(1, recipe.steps + 1), desc="maps", unit="step"):
-        index = turns.randrange(len(lessons))
-        lesson = lessons[index]
-        carry(model, plan.pairing, lesson.reading.plan.factors)
+        index = turns.randrange(len(taught))
+        adapter = taught[index]
+        carry(model, plan.pairing, adapter.reading.plan.factors)
         batch = collate(next(batches[index]))
-        losses = student(lesson.teacher.predict(batch), batch, lesson.reading.models.shared, recipe)
+        losses = student(adapter.teacher.predict(batch), batch, adapter.reading.models.shared, recipe)
         total_loss(losses, recipe).backward()
         torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT_NORM)
         optimizer.step()
@@ -186,14 +186,19 @@ def learn_maps(
     return maps_of(model, plan.pairing)
 
 
-def _batches(lesson: Lesson, recipe: Recipe) -> Iterator[list[AlignedPassage]]:
+def _batches(adapter: TaughtAdapter, recipe: Recipe) -> Iterator[list[AlignedPassage]]:
     size = recipe.batch_size
-    order = reading_order(lesson.reading.training, recipe.steps * size, size, seed=0)
+    order = reading_order(adapter.reading.training, recipe.steps * size, size, seed=0)
     return (order[start : start + size] for start in range(0, len(order), size))
 
 
 def look_at(
-    settings: Settings, seen: Sequence[Lesson], unseen: Lesson, skill: str, recipe: Recipe, student: Student
+    settings: Settings,
+    seen: Sequence[TaughtAdapter],
+    unseen: TaughtAdapter,
+    skill: str,
+    recipe: Recipe,
+    student: Student,
 ) -> dict[str, Any]:
     """What maps carry, of the adapters that they were trained with and of one that they were not.
 
@@ -201,9 +206,9 @@ def look_at(
     the unseen skill's held-out prompts best.
     """
     pairing, known = widest(seen).plan.pairing, []
-    for lesson in seen:
-        carry(student.model, pairing, lesson.reading.plan.factors)
-        known.append(lesson.measure(student, recipe).kl)
+    for adapter in seen:
+        carry(student.model, pairing, adapter.reading.plan.factors)
+        known.append(adapter.measure(student, recipe).kl)
     carry(student.model, pairing, unseen.reading.plan.factors)
     losses = losses_by_scale(student, lambda scaled: unseen.measure(scaled, recipe), SOLVED_SCALES)
     scale = best_scale(losses)
@@ -221,15 +226,15 @@ def learn_bridge(settings: Settings, adapters: Sequence[str], skill: str, maps_f
     """Trains maps on all adapters but that of a skill, writes them, and tells how they did on the way."""
     cell = Cell(PAIR, skill, "prompts", 0)
     recipe = cell_recipe(settings, cell, "default", "ridge", Tuning(trained="maps", rehearsal_weight=0.0))
-    seen = [read_lesson(settings, other, recipe) for other in adapters if other != skill]
-    unseen = read_lesson(settings, skill, recipe)
+    seen = [teach_adapter(settings, other, recipe) for other in adapters if other != skill]
+    unseen = teach_adapter(settings, skill, recipe)
     points = []
 
     def look(step: int, student: Student) -> None:
         if step * _LOOKS % recipe.steps == 0:
             points.append({"step": step, **look_at(settings, seen, unseen, skill, recipe, student)})
 
-    rank = max(lesson.reading.plan.rank(recipe, None) for lesson in (*seen, unseen))
+    rank = max(adapter.reading.plan.rank(recipe, None) for adapter in (*seen, unseen))
     maps = learn_maps(seen, solve_maps(seen, recipe), rank, recipe, look)
     write_maps(maps, maps_file)
     return {**reference_scores(settings.spec, PAIR, skill), "recipe": asdict(recipe), "points": points}
@@ -245,9 +250,12 @@ def shared_maps(settings: Settings, adapters: Sequence[str], skill: str, record:
 
 def write_maps(maps: Maps, file: Path) -> None:
     """Writes maps for `read_maps`."""
+    tensors = {}
+    for (name, index), one in maps.items():
+        tensors[f"{name}/{index}/to_source"] = one.to_source.contiguous()
+        tensors[f"{name}/{index}/from_source"] = one.from_source.contiguous()
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({f"{name}/{index}/{side}": tensor.contiguous() for (name, index), one in maps.items()
-               for side, tensor in vars(one).items()}, file)  # fmt: skip
+    save_file(tensors, file)
 
 
 def read_maps(file: Path) -> Maps:

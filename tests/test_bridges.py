@@ -82,9 +82,9 @@ def test_maps_learn_from_the_other_adapters_alone_and_nothing_is_run_twice(
     learned_from = []
     learn = bridges.learn_maps
 
-    def learn_and_tell(lessons, *args):
-        learned_from.append([lesson.reading.plan.adapter.folder.name for lesson in lessons])
-        return learn(lessons, *args)
+    def learn_and_tell(taught, *args):
+        learned_from.append([adapter.reading.plan.adapter.folder.name for adapter in taught])
+        return learn(taught, *args)
 
     monkeypatch.setattr(bridges, "learn_maps", learn_and_tell)
     out, page = tmp_path / "results", tmp_path / "bridges.md"
