@@ -222,8 +222,8 @@ def look_at(
     }  # fmt: skip
 
 
-def learn_bridge(settings: Settings, adapters: Sequence[str], skill: str, maps_file: Path) -> dict[str, Any]:
-    """Trains maps on all adapters but that of a skill, writes them, and tells how they did on the way."""
+def learn_bridge(settings: Settings, adapters: Sequence[str], skill: str) -> tuple[Maps, dict[str, Any]]:
+    """Trains maps on all adapters but that of a skill, and tells how they did on the way."""
     cell = Cell(PAIR, skill, "prompts", 0)
     recipe = cell_recipe(settings, cell, "default", "ridge", Tuning(trained="maps", rehearsal_weight=0.0))
     seen = [teach_adapter(settings, other, recipe) for other in adapters if other != skill]
@@ -236,15 +236,16 @@ def learn_bridge(settings: Settings, adapters: Sequence[str], skill: str, maps_f
 
     rank = max(adapter.reading.plan.rank(recipe, None) for adapter in (*seen, unseen))
     maps = learn_maps(seen, solve_maps(seen, recipe), rank, recipe, look)
-    write_maps(maps, maps_file)
-    return {**reference_scores(settings.spec, PAIR, skill), "recipe": asdict(recipe), "points": points}
+    return maps, {**reference_scores(settings.spec, PAIR, skill), "recipe": asdict(recipe), "points": points}
 
 
 def shared_maps(settings: Settings, adapters: Sequence[str], skill: str, record: Path, maps_file: Path) -> Maps:
     """The maps that have not seen a skill's adapter, learned if they are not there."""
     if not maps_file.exists():
-        learned = learn_bridge(settings, adapters, skill, maps_file)
+        maps, learned = learn_bridge(settings, adapters, skill)
         write_missing(record, lambda: learned)
+        # Last, so that a run that was stopped before it has no maps without a record.
+        write_maps(maps, maps_file)
     return read_maps(maps_file)
 
 
