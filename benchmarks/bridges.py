@@ -48,7 +48,7 @@ from castlora.scaling import SOLVED_SCALES, best_scale, losses_by_scale
 from castlora.stages import STATISTICS_PASSAGES, hold_teacher
 from castlora.starts import BranchMaps, Maps, attach_lora, fold_maps, lora_maps, parametrize_by_maps, start_from_factors
 from castlora.teacher import Teacher
-from castlora.training import peak_learning_rate, reading_order
+from castlora.training import ADAM_BETAS, WARMUP_FRACTION, peak_learning_rate, reading_order
 
 PAIR = "llama-s:mistral-s"
 ADAPTERS = (*GRID_SKILLS, "topic", "record", "shakespeare")
@@ -166,8 +166,8 @@ def learn_maps(
     student = Student(model, models.target.config.hidden_size, models.source.config.hidden_size, with_head=False)
     parameters = list(student.trainable().values())
     rate = peak_learning_rate(recipe, student.hidden_size) * recipe.map_learning_rate_ratio
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, recipe.steps // 20, recipe.steps)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=ADAM_BETAS, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP_FRACTION * recipe.steps), recipe.steps)
     turns = random.Random(0)
     batches = [_batches(adapter, recipe) for adapter in taught]
     look(0, student)

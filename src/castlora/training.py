@@ -34,9 +34,9 @@ from castlora.tracking import PROJECT
 from castlora.vocabulary import SharedVocabulary
 
 TRAINABLE_FILE = "trainable.safetensors"
-_WARMUP_FRACTION = 0.05
+WARMUP_FRACTION = 0.05
 # With the usual 0.999 the huge gradients of the first steps would keep all later ones small.
-_ADAM_BETAS = (0.9, 0.98)
+ADAM_BETAS = (0.9, 0.98)
 # Only models narrower than about 128 would go beyond it, and one of width 64 was seen to lose what it had learned.
 _HIGHEST_LEARNING_RATE = 0.01
 _BATCHES_SORTED_TOGETHER = 8
@@ -88,9 +88,9 @@ class DistillationTrainer(Trainer):
         measure: Measure | None = None,
     ) -> None:
         optimizer = torch.optim.AdamW(
-            _parameter_groups(student, recipe), betas=_ADAM_BETAS, weight_decay=0.0, fused=True
+            _parameter_groups(student, recipe), betas=ADAM_BETAS, weight_decay=0.0, fused=True
         )
-        warmup = max(1, round(_WARMUP_FRACTION * recipe.steps))
+        warmup = max(1, round(WARMUP_FRACTION * recipe.steps))
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, recipe.steps)
         # On a machine with several, the Trainer would hand a batch for each to one process.
         arguments._n_gpu = min(arguments.n_gpu, 1)
