@@ -38,22 +38,23 @@ from castlora.bench.reading import Reading, cell_recipe, read_text
 from castlora.bench.results import make_cells, read_results
 from castlora.bench.spec import BenchmarkSpec
 from castlora.bench.trained import Distilled
-from castlora.config import Recipe, Tuning
+from castlora.config import Recipe, Start, Tuning
 from castlora.distill import HeldOut, Student, measure_held_out, total_loss
 from castlora.fitting import ridge_maps, solve_in_parts
 from castlora.maps import balance
 from castlora.pairing import Pairing
 from castlora.positions import AlignedPassage, collate
 from castlora.scaling import SOLVED_SCALES, best_scale, losses_by_scale
-from castlora.stages import STATISTICS_PASSAGES, hold_teacher
+from castlora.stages import STATISTICS_PASSAGES, hold_teacher, last_layer_to_solve
 from castlora.starts import BranchMaps, Maps, attach_lora, fold_maps, lora_maps, parametrize_by_maps, start_from_factors
 from castlora.teacher import Teacher
 from castlora.training import ADAM_BETAS, WARMUP_FRACTION, peak_learning_rate, reading_order
 
 PAIR = "llama-s:mistral-s"
 ADAPTERS = (*GRID_SKILLS, "topic", "record", "shakespeare")
-BRIDGE = "bridge"
-STARTS = (BRIDGE, "default", "fresh, rehearsed")
+BRIDGES: dict[str, Start] = {"bridge": "ridge", "bridge, last layer solved": "readout"}
+"""Methods that start from shared maps → the start that they replace the maps of."""
+STARTS = (*BRIDGES, "default", "default, last layer solved", "fresh, rehearsed")
 """Methods that differ in what they start from."""
 _BRIDGE_BATCH, _BATCH = 16, 4
 _LOOKS = 8
@@ -71,15 +72,17 @@ skill. One seed; `python -m benchmarks.bridges` runs and renders it.
 
 @dataclass(frozen=True)
 class FromBridge(Distilled):
-    """The default recipe, started from given maps."""
+    """The default recipe, started from given maps instead of the closed form."""
 
     maps: Maps = field(default_factory=dict)
 
     def start_student(self, reading: Reading, recipe: Recipe, seed: int) -> Student:
-        """The target with the balanced factors of the adapter's fold through the maps."""
+        """The target with the balanced factors of the adapter's fold through the maps; the last layer is free."""
         torch.manual_seed(seed)
         models, plan = reading.models, reading.plan
-        model = attach_lora(models.target, plan.target_modules, plan.rank(recipe, None))
+        last_layer = last_layer_to_solve(models, plan, recipe)
+        solved = {last_layer.module} if last_layer else set()
+        model = attach_lora(models.target, {*plan.target_modules, *solved}, plan.rank(recipe, None))
         folded = fold_maps(plan.pairing, plan.factors, self.maps)
         start_from_factors(model, {name: balance(lora) for name, lora in folded.items()})
         return Student(model, models.target.config.hidden_size, models.source.config.hidden_size, with_head=False)
@@ -308,8 +311,9 @@ def render(found: Mapping[int, Mapping[str, float]], bridges: Sequence[Mapping[s
         "\n".join(carried),
         "## What they save as a start",
         f"Mean lift over the skills left out by the number of steps of {_BATCH} prompts of the skill, by the default "
-        f"recipe: from the shared maps (`{BRIDGE}`), from the closed form of the skill's own prompts (`default`), and "
-        "from a plain LoRA (`fresh, rehearsed`). Every number is a training of its own, with a schedule of its own.",
+        "recipe: from the shared maps (`bridge`), from the closed form of the skill's own prompts (`default`), from "
+        "each with the target's last layer solved for these prompts, and from a plain LoRA (`fresh, rehearsed`). Every "
+        "number is a training of its own, with a schedule of its own.",
         f"![Lift by steps and start]({chart_name})",
         "\n".join(saved),
     ]
@@ -351,8 +355,9 @@ def main(
     disable_progress_bar()
     models = zoo_models(ZOO, third_party)
     spec = BenchmarkSpec(models, [PAIR], list(skills), str(tasks), str(text)).narrowed(regimes=["prompts"])
+    others = [start for start in STARTS if start not in BRIDGES]
     for number in steps:
-        run_quality(spec, out / "steps" / str(number), STARTS[1:], seeds=1, steps=number, batch_size=_BATCH)
+        run_quality(spec, out / "steps" / str(number), others, seeds=1, steps=number, batch_size=_BATCH)
     (out / "learned").mkdir(parents=True, exist_ok=True)
     for skill in skills:
         cell, record = Cell(PAIR, skill, "prompts", 0), out / "learned" / f"{skill}.json"
@@ -360,7 +365,9 @@ def main(
         maps = partial(shared_maps, of_maps, adapters, skill, record, work / f"{skill}.safetensors")
         for number in steps:
             settings = replace(of_maps, steps=number, batch_size=_BATCH)
-            write_missing(record_path(out / "steps" / str(number), cell, BRIDGE), partial(move, settings, cell, maps))
+            for method in BRIDGES:
+                file = record_path(out / "steps" / str(number), cell, method)
+                write_missing(file, partial(move, settings, cell, method, maps))
     found = read_lifts(out / "steps")
     bridges = [json.loads((out / "learned" / f"{skill}.json").read_text(encoding="utf-8")) for skill in skills]
     chart = page.with_suffix(".svg")
@@ -369,10 +376,10 @@ def main(
     chart.write_text(curve_chart(curves, "optimizer steps", "lift"), encoding="utf-8")
 
 
-def move(settings: Settings, cell: Cell, maps: Callable[[], Maps]) -> dict[str, Any]:
+def move(settings: Settings, cell: Cell, method: str, maps: Callable[[], Maps]) -> dict[str, Any]:
     """The record of a training that starts from shared maps."""
-    fields = {"pair": cell.pair, "skill": cell.skill, "regime": cell.regime, "seed": cell.seed, "method": BRIDGE}
-    return {**fields, **FromBridge("default", "ridge", maps=maps()).run(settings, cell)}
+    fields = {"pair": cell.pair, "skill": cell.skill, "regime": cell.regime, "seed": cell.seed, "method": method}
+    return {**fields, **FromBridge("default", BRIDGES[method], maps=maps()).run(settings, cell)}
 
 
 if __name__ == "__main__":

@@ -90,14 +90,18 @@ def test_maps_learn_from_the_other_adapters_alone_and_nothing_is_run_twice(
     out, page = tmp_path / "results", tmp_path / "bridges.md"
     for _ in range(2):
         bridges.main(
-            two_skills, text_file, tmp_path / "work", out, page, tmp_path, SKILLS, SKILLS, steps=[1, 2], bridge_steps=8
+            two_skills, text_file, tmp_path / "work", out, page, tmp_path, SKILLS, SKILLS, steps=[2], bridge_steps=8
         )
     assert learned_from == [["plants"], ["animals"]]
     learned = json.loads((out / "learned" / "animals.json").read_text())
     assert [point["step"] for point in learned["points"]] == list(range(9))
     assert learned["points"][-1]["seen_kl"] < learned["points"][0]["seen_kl"]
     text = page.read_text()
-    assert "| steps | bridge | default | fresh, rehearsed |" in text
+    assert "| steps | bridge | bridge, last layer solved | default | default, last layer solved | fresh, rehe" in text
+    cells = sorted(path.name for path in (out / "steps" / "2").glob("*/animals/*.seed0.json"))
+    assert [name.removesuffix(".prompts.seed0.json") for name in cells] == [
+        "bridge-last-layer-solved", "bridge", "default-last-layer-solved", "default", "fresh-rehearsed",
+    ]  # fmt: skip
     assert "| lift, animals unseen | lift, plants unseen |" in text
     assert page.with_suffix(".svg").read_text().startswith("<svg")
 
@@ -108,7 +112,8 @@ def test_the_page_shows_what_is_carried_and_what_is_saved():
         return {"step": step, "seen_kl": 1.0 - step / 4, "unseen": unseen, "bare_kl": 6.0, "score": score}
 
     bridge = {"skill": "animals", "references": REFERENCES, "points": [point(0, 0.2), point(2, 0.4)]}
-    found = {50: {"bridge": 0.31, "default": 0.1, "fresh, rehearsed": -0.03}}
+    lifts = (0.31, 0.42, 0.1, 0.2, -0.03)
+    found = {50: dict(zip(bridges.STARTS, lifts, strict=True))}
     page = bridges.render(found, [bridge, {**bridge, "skill": "plants"}], "bridges.svg")
     assert "| 0 | 1.00 | 2.50 | 40 % | 0.00 | 0.00 |" in page and "| 2 | 0.50 | 2.50 | 40 % | 0.25 | 0.25 |" in page
-    assert "| 50 | 0.31 | 0.10 | -0.03 |" in page and "the bare target's from the unseen: 6.00" in page
+    assert "| 50 | 0.31 | 0.42 | 0.10 | 0.20 | -0.03 |" in page and "the bare target's from the unseen: 6.00" in page

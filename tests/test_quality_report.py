@@ -11,6 +11,7 @@ from castlora.bench.methods import METHODS
 from castlora.bench.plots import Curve, curve_chart, lift_chart
 from castlora.bench.results import MeanLift, PooledCell, compare, make_cells, read_results
 
+WIDE_LETTER = 7.3  # In pixels: DejaVu Sans at 13 of them; most other fonts are narrower.
 SVG = "{http://www.w3.org/2000/svg}"
 
 ENVIRONMENT = {"commit": "0123456789abcdef", "versions": {"torch": "2.13.0"}, "machine": "x86_64, 2 cores"}
@@ -159,8 +160,7 @@ def test_the_longest_name_of_a_method_fits_beside_its_bar_and_no_lift_is_minus_z
     means = [MeanLift("prompts", longest, 3, -0.001, (-0.01, 0.01), 0.9, None)]
     chart = ElementTree.fromstring(lift_chart(means, {"prompts": "Prompts"}))
     ends = {text.text: float(text.get("x")) for text in chart.iter(f"{SVG}text")}
-    wide_letter = 7.3  # DejaVu Sans at 13 pixels; most other fonts are narrower.
-    assert ends[longest] >= wide_letter * len(longest)
+    assert ends[longest] >= WIDE_LETTER * len(longest)
     assert "0.00 (3 cells)" in ends
 
 
@@ -174,6 +174,17 @@ def test_curves_lie_where_their_points_say_on_a_logarithmic_axis():
     labels = {text.text: float(text.get("y")) for text in chart.iter(f"{SVG}text")}
     assert {"50", "100", "200", "0.0", "1.0", "steps", "lift", "one", "two <b>"} <= labels.keys()
     assert abs(labels["one"] - labels["two <b>"]) >= 16
+
+
+def test_curves_of_all_starts_look_unlike_and_their_longest_name_fits():
+    names = [*list(METHODS)[:6], max(METHODS, key=len)]
+    chart = ElementTree.fromstring(curve_chart([Curve(name, [(50, 0.5), (800, 0.9)]) for name in names], "x", "y"))
+    lines = [(path.get("stroke"), path.get("stroke-dasharray")) for path in chart.iter(f"{SVG}path")]
+    dashed = [line for line in lines if line[1]]
+    assert len(set(dashed)) == len(dashed) == len(names)
+    width = float(chart.get("viewBox").split()[2])
+    starts = {text.text: float(text.get("x")) for text in chart.iter(f"{SVG}text")}
+    assert starts[names[-1]] + WIDE_LETTER * len(names[-1]) <= width
 
 
 def test_a_curve_of_one_point_is_drawn():

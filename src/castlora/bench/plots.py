@@ -15,8 +15,13 @@ _NAMES, _VALUES = 310, 130
 _CURVES_HEIGHT, _LINE = 360, 16
 _DEFAULT_COLOUR, _OTHER_COLOUR, _INK, _FAINT = "#0b6e75", "#8c959f", "#1f2328", "#d0d7de"
 _MOST_TICKS = 8
-_LINES = ((_DEFAULT_COLOUR, "none", 4), ("#b35900", "7 4", 3), ("#6e4fa3", "2 3", 3))
+_LINES = (
+    (_DEFAULT_COLOUR, "none", 4), ("#b35900", "7 4", 3), ("#6e4fa3", "2 3", 3), ("#57606a", "12 4", 3),
+    ("#b02a5b", "8 3 2 3", 3), ("#2f6f2f", "4 2", 3), ("#1f5fbf", "1 5", 3),
+)  # fmt: skip
 """Colour, dashes and size of the marks of each line."""
+_LETTER = 7.5
+"""Room in pixels for a letter of a name."""
 
 
 def lift_chart(means: Sequence[MeanLift], titles: Mapping[Regime, str]) -> str:
@@ -65,7 +70,8 @@ def curve_chart(curves: Sequence[Curve], x_title: str, y_title: str) -> str:
     every = [point for curve in curves for point in curve.points]
     first, last = min(x for x, _ in every), max(x for x, _ in every)
     low, high = (f(bound, *(y for _, y in every)) for f, bound in ((min, 0.0), (max, 1.0)))
-    left, right, top, bottom = 60, _WIDTH - _VALUES, 2 * _MARGIN, _CURVES_HEIGHT - 50
+    longest = max(len(curve.name) for curve in curves)
+    left, right, top, bottom = 60, _WIDTH - max(_VALUES, _LETTER * longest + _MARGIN), 2 * _MARGIN, _CURVES_HEIGHT - 50
 
     def place(x: float, y: float) -> tuple[float, float]:
         along = math.log(x / first) / math.log(last / first) if first < last else 0.5
