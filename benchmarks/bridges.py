@@ -56,6 +56,9 @@ BRIDGES: dict[str, Start] = {"bridge": "ridge", "bridge, last layer solved": "re
 """Methods that start from shared maps → the start that they replace the maps of."""
 STARTS = (*BRIDGES, "default", "default, last layer solved", "fresh, rehearsed")
 """Methods that differ in what they start from."""
+SharedMaps = dict[tuple[str, str], BranchMaps]
+"""(target module, source module) → maps, for sources without fused modules. The index of a branch would not do: where
+an adapter leaves out the keys, the values have their place."""
 _BRIDGE_BATCH, _BATCH = 16, 4
 _LOOKS = 8
 """How often the maps are looked at while they are trained."""
@@ -74,7 +77,7 @@ skill. One seed; `python -m benchmarks.bridges` runs and renders it.
 class FromBridge(Distilled):
     """The default recipe, started from given maps instead of the closed form."""
 
-    maps: Maps = field(default_factory=dict)
+    maps: SharedMaps = field(default_factory=dict)
 
     def start_student(self, reading: Reading, recipe: Recipe, seed: int) -> Student:
         """The target with the balanced factors of the adapter's fold through the maps; the last layer is free."""
@@ -83,7 +86,7 @@ class FromBridge(Distilled):
         last_layer = last_layer_to_solve(models, plan, recipe)
         solved = {last_layer.module} if last_layer else set()
         model = attach_lora(models.target, {*plan.target_modules, *solved}, plan.rank(recipe, None))
-        folded = fold_maps(plan.pairing, plan.factors, self.maps)
+        folded = fold_maps(plan.pairing, plan.factors, maps_along(plan.pairing, self.maps))
         start_from_factors(model, {name: balance(lora) for name, lora in folded.items()})
         return Student(model, models.target.config.hidden_size, models.source.config.hidden_size, with_head=False)
 
@@ -130,30 +133,39 @@ def solve_maps(taught: Sequence[TaughtAdapter], recipe: Recipe) -> Maps:
 
 
 def carry(model: PeftModel, pairing: Pairing, factors: Mapping[str, LowRank]) -> None:
-    """Puts another adapter between the maps of a model that is parametrized by them; zeros where it has no update."""
+    """Puts another adapter between the maps of a model that is parametrized by them; nothing where it has no update."""
     for pair in pairing.mapped:
         lora_a, lora_b = lora_maps(model, pair.target.name)
         folded_a, folded_b = (one_map.parametrizations.weight[0] for one_map in (lora_a, lora_b))
         for index, branch in enumerate(pair.branches):
             a, b = folded_a.get_buffer(f"lora_a{index}"), folded_b.get_buffer(f"lora_b{index}")
             update = factors.get(branch.source_module)
-            setattr(folded_a, f"lora_a{index}", update.a if update else torch.zeros_like(a))
-            setattr(folded_b, f"lora_b{index}", update.b[branch.source_rows] if update else torch.zeros_like(b))
+            # No update takes no rank, since branches of one module share its ranks.
+            setattr(folded_a, f"lora_a{index}", update.a if update else a.new_zeros(0, a.shape[1]))
+            setattr(folded_b, f"lora_b{index}", update.b[branch.source_rows] if update else b.new_zeros(b.shape[0], 0))
 
 
-def maps_of(model: PeftModel, pairing: Pairing) -> Maps:
+def maps_along(pairing: Pairing, shared: SharedMaps) -> Maps:
+    """Those of the maps that an adapter goes through."""
+    return {
+        (pair.target.name, index): shared[pair.target.name, one.source_module]
+        for pair, index, one in pairing.branches()
+    }
+
+
+def maps_of(model: PeftModel, pairing: Pairing) -> SharedMaps:
     """The maps as they stand in a model that is parametrized by them."""
     maps = {}
-    for pair, index, _ in pairing.branches():
+    for pair, index, branch in pairing.branches():
         weights = [linear.parametrizations.weight for linear in lora_maps(model, pair.target.name)]
         to_source, from_source = (getattr(weight, f"original{index}").detach().clone() for weight in weights)
-        maps[pair.target.name, index] = BranchMaps(to_source, from_source)
+        maps[pair.target.name, branch.source_module] = BranchMaps(to_source, from_source)
     return maps
 
 
 def learn_maps(
     taught: Sequence[TaughtAdapter], start: Maps, rank: int, recipe: Recipe, look: Callable[[int, Student], None]
-) -> Maps:
+) -> SharedMaps:
     """Trains one set of maps to move every adapter, a random one at each step.
 
     Args:
@@ -225,7 +237,7 @@ def look_at(
     }  # fmt: skip
 
 
-def learn_bridge(settings: Settings, adapters: Sequence[str], skill: str) -> tuple[Maps, dict[str, Any]]:
+def learn_bridge(settings: Settings, adapters: Sequence[str], skill: str) -> tuple[SharedMaps, dict[str, Any]]:
     """Trains maps on all adapters but that of a skill, and tells how they did on the way."""
     cell = Cell(PAIR, skill, "prompts", 0)
     recipe = cell_recipe(settings, cell, "default", "ridge", Tuning(trained="maps", rehearsal_weight=0.0))
@@ -242,7 +254,7 @@ def learn_bridge(settings: Settings, adapters: Sequence[str], skill: str) -> tup
     return maps, {**reference_scores(settings.spec, PAIR, skill), "recipe": asdict(recipe), "points": points}
 
 
-def shared_maps(settings: Settings, adapters: Sequence[str], skill: str, record: Path, maps_file: Path) -> Maps:
+def shared_maps(settings: Settings, adapters: Sequence[str], skill: str, record: Path, maps_file: Path) -> SharedMaps:
     """The maps that have not seen a skill's adapter, learned if they are not there."""
     if not maps_file.exists():
         maps, learned = learn_bridge(settings, adapters, skill)
@@ -252,22 +264,22 @@ def shared_maps(settings: Settings, adapters: Sequence[str], skill: str, record:
     return read_maps(maps_file)
 
 
-def write_maps(maps: Maps, file: Path) -> None:
+def write_maps(maps: SharedMaps, file: Path) -> None:
     """Writes maps for `read_maps`."""
     tensors = {}
-    for (name, index), one in maps.items():
-        tensors[f"{name}/{index}/to_source"] = one.to_source.contiguous()
-        tensors[f"{name}/{index}/from_source"] = one.from_source.contiguous()
+    for (target_module, source_module), one in maps.items():
+        tensors[f"{target_module}/{source_module}/to_source"] = one.to_source.contiguous()
+        tensors[f"{target_module}/{source_module}/from_source"] = one.from_source.contiguous()
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file)
 
 
-def read_maps(file: Path) -> Maps:
+def read_maps(file: Path) -> SharedMaps:
     """The maps that `write_maps` wrote."""
-    sides: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
+    sides: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(file).items():
-        name, index, side = key.rsplit("/", 2)
-        sides.setdefault((name, int(index)), {})[side] = tensor
+        target_module, source_module, side = key.split("/")
+        sides.setdefault((target_module, source_module), {})[side] = tensor
     return {key: BranchMaps(**of_branch) for key, of_branch in sides.items()}
 
 
@@ -376,7 +388,7 @@ def main(
     chart.write_text(curve_chart(curves, "optimizer steps", "lift"), encoding="utf-8")
 
 
-def move(settings: Settings, cell: Cell, method: str, maps: Callable[[], Maps]) -> dict[str, Any]:
+def move(settings: Settings, cell: Cell, method: str, maps: Callable[[], SharedMaps]) -> dict[str, Any]:
     """The record of a training that starts from shared maps."""
     fields = {"pair": cell.pair, "skill": cell.skill, "regime": cell.regime, "seed": cell.seed, "method": method}
     return {**fields, **FromBridge("default", BRIDGES[method], maps=maps()).run(settings, cell)}
