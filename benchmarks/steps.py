@@ -22,7 +22,9 @@ from castlora.bench.spec import BenchmarkSpec
 STEPS = (50, 100, 200, 400, 800)
 PAIRS = ("llama-s:mistral-s", "gpt2-s:gpt2-m")
 SKILLS = ("question-type", "operation")
-METHODS = ("ridge start", "readout start", "fresh", "paper start")
+METHODS = (
+    "default", "default, last layer solved", "fresh, rehearsed", "ridge start", "readout start", "fresh", "paper start",
+)  # fmt: skip
 _BATCH = 4
 
 
@@ -37,7 +39,7 @@ def read_means(out: Path) -> dict[int, dict[str, MeanLift]]:
 
 def render(found: dict[int, dict[str, MeanLift]], chart_name: str) -> str:
     """The page: a chart and its numbers."""
-    methods = list(dict.fromkeys(method for means in found.values() for method in means))
+    methods = _methods(found)
     rows = ["| steps | " + " | ".join(methods) + " |", "|---" * (1 + len(methods)) + "|"]
     for steps, means in found.items():
         rows.append(f"| {steps} | " + " | ".join(_figure(means.get(method)) for method in methods) + " |")
@@ -45,7 +47,8 @@ def render(found: dict[int, dict[str, MeanLift]], chart_name: str) -> str:
     introduction = (
         f"Mean lift over {cells} pairs and skills with unlabelled prompts, batches of {_BATCH}, seed 0, with a "
         "bootstrap 95 % interval over pairs and skills. Every point is a training of its own whose learning rate falls "
-        "to zero at its end."
+        "to zero at its end. `ridge start`, `readout start` and `fresh` are `default`, `default, last layer solved` "
+        "and `fresh, rehearsed` without rehearsal, and `paper start`, maps that are random at first, goes without it."
     )
     return (
         "\n\n".join(["# Steps against lift", introduction, f"![Steps against lift]({chart_name})", "\n".join(rows)])
@@ -61,11 +64,16 @@ def _figure(mean: MeanLift | None) -> str:
 
 def curves(found: dict[int, dict[str, MeanLift]]) -> list[Curve]:
     """A curve per method."""
-    methods = dict.fromkeys(method for means in found.values() for method in means)
     return [
         Curve(method, [(steps, means[method].lift) for steps, means in found.items() if method in means])
-        for method in methods
+        for method in _methods(found)
     ]
+
+
+def _methods(found: dict[int, dict[str, MeanLift]]) -> list[str]:
+    """Those that have run, as the page names them."""
+    run = {method for means in found.values() for method in means}
+    return [method for method in METHODS if method in run] + sorted(run - set(METHODS))
 
 
 def main(

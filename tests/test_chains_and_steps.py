@@ -51,11 +51,11 @@ def test_lift_is_shown_by_number_of_steps():
     def mean(method: str, lift: float) -> MeanLift:
         return MeanLift("prompts", method, 4, lift, (lift - 0.1, lift + 0.1), 0.5, None)
 
-    found = {50: {"fresh": mean("fresh", 0.3)}, 100: {"fresh": mean("fresh", 0.6), "ridge start": mean("r", 0.7)}}
+    found = {50: {"fresh": mean("fresh", 0.3)}, 100: {"fresh": mean("fresh", 0.6), "default": mean("default", 0.7)}}
     page = steps.render(found, "steps.svg")
-    assert "| steps | fresh | ridge start |" in page
-    assert "| 50 | 0.30 [0.20, 0.40] | – |" in page and "| 100 | 0.60 [0.50, 0.70] | 0.70 [0.60, 0.80] |" in page
-    assert [curve.points for curve in steps.curves(found)] == [[(50, 0.3), (100, 0.6)], [(100, 0.7)]]
+    assert "| steps | default | fresh |" in page
+    assert "| 50 | – | 0.30 [0.20, 0.40] |" in page and "| 100 | 0.70 [0.60, 0.80] | 0.60 [0.50, 0.70] |" in page
+    assert [curve.points for curve in steps.curves(found)] == [[(100, 0.7)], [(50, 0.3), (100, 0.6)]]
 
 
 def test_the_time_to_a_lift_is_read_off_the_line_between_points():
