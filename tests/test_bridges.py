@@ -25,7 +25,7 @@ def test_another_adapter_with_fewer_modules_is_carried_by_the_same_maps(paired, 
     source, model, pairing, factors = paired("llama", target)
     maps = random_maps(pairing, factors, seed=0)
     other = {
-        name: LowRank(torch.randn(3, lora.a.shape[1]), torch.randn(lora.b.shape[0], 3))
+        name: LowRank(torch.randn(5, lora.a.shape[1]), torch.randn(lora.b.shape[0], 5))
         for name, lora in factors.items()
         if "mlp" not in name and "k_proj" not in name
     }
