@@ -143,6 +143,20 @@ def test_a_run_of_which_one_process_was_killed_goes_on_to_the_same_bytes(undistu
 
 
 @pytest.mark.slow
+def test_several_targets_are_moved_to_one_after_the_other_by_all(undisturbed, request_words, base_model, tmp_path):
+    out = tmp_path / "moved"
+    words = [*request_words(out), "--target", str(base_model("mistral")), "--json", "true"]
+    started = launched(tmp_path / "said", 3, run_castlora, *words)
+    finish(started)
+    assert sorted(path.name for path in out.iterdir()) == ["comparison.html", "gpt2", "mistral", "taught.jsonl"]
+    written = [json.loads((out / name / "castlora.json").read_text()) for name in ("gpt2", "mistral")]
+    assert [manifest["processes"] for manifest in written] == [3, 3]
+    assert list(json.loads(started[0].stdout).values()) == written
+    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (out / "gpt2", undisturbed[1])]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
 def test_bad_input_that_one_process_finds_is_said_once_and_ends_all(request_words, tmp_path):
     finished = run(torchrun(2, TESTS / "in_processes.py", *request_words(tmp_path / "out")))
     # torchrun has its own sentences about processes that failed.

@@ -1,0 +1,270 @@
+"""What each lever of the default is worth, moved alone: the start, what is trained, its rates, the objective.
+
+    python -m benchmarks.levers --tasks TASKS --text CORPUS/train-05.jsonl.gz
+
+Runs that are already there are skipped. The records are rendered into docs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks import lever_starts
+from benchmarks.quality import ZOO, zoo_models
+from benchmarks.zoo.specs import GRID_SKILLS
+from castlora.bench.grid import Cell, Settings, record_path, write_missing
+from castlora.bench.quality import reference_scores
+from castlora.bench.reading import Reading
+from castlora.bench.results import PooledCell, compare, make_cells, read_results
+from castlora.bench.spec import BenchmarkSpec
+from castlora.bench.tables import arrow
+from castlora.bench.trained import Distilled
+from castlora.config import Recipe, Tuning
+from castlora.distill import Student
+
+PAIRS = ("llama-s:mistral-s", "gpt2-s:gpt2-m")
+SHARED_TOKENIZER = ("gpt2-s:gpt2-m", "llama-s:llama-m", "llama-m:llama-s")
+"""Pairs whose logits can be added up."""
+SHORT, LONG = STEPS = (200, 800)
+_BATCH, _PASSAGES, _MAX_LENGTH, _RUNNING_LENGTH = 4, 1000, 96, 48
+"""As in the grid."""
+
+
+@dataclass(frozen=True)
+class Begun(Distilled):
+    """The default recipe from another start."""
+
+    begin: lever_starts.Begin = lever_starts.unbalanced
+
+    def start_student(self, reading: Reading, recipe: Recipe, seed: int) -> Student:
+        """The target with what is trained."""
+        return self.begin(reading, recipe, seed)
+
+
+@dataclass(frozen=True)
+class Shifted(Distilled):
+    """Taught are the bare target's logits, shifted by what the adapter changes in the source's: proxy tuning."""
+
+    def train(self, reading: Reading, student: Student, recipe: Recipe, seed: int) -> tuple[Student, dict[str, Any]]:
+        """The trained student, and how its training went."""
+        teacher = ShiftedLogits(reading.models.teacher, student.model)
+        shifted = replace(reading, models=replace(reading.models, teacher=teacher))
+        return super().train(shifted, student, recipe, seed)
+
+
+class ShiftedLogits(nn.Module):
+    """What the target would predict with the change of logits that the adapter makes in a source of its vocabulary."""
+
+    def __init__(self, teacher: PeftModel, student: PeftModel) -> None:
+        super().__init__()
+        self.teacher, self.student = teacher, student
+        self.config = teacher.config
+
+    def forward(self, **inputs: Tensor) -> CausalLMOutputWithPast:
+        """Reads tokens that mean the same to both models."""
+        moved = self.teacher(**inputs)
+        with self.teacher.disable_adapter(), self.student.disable_adapter():
+            before, bare = self.teacher(**inputs), self.student(**inputs)
+        return CausalLMOutputWithPast(logits=bare.logits + moved.logits - before.logits)
+
+
+@dataclass(frozen=True)
+class Lever:
+    """One departure from the default."""
+
+    title: str
+    method: Distilled
+    steps: tuple[int, ...] = (SHORT, LONG)
+    pairs: tuple[str, ...] = PAIRS
+
+
+def _tuned(title: str, **tuning: Any) -> Lever:
+    return Lever(title, Distilled("default", "ridge", Tuning(**tuning)), steps=(LONG,))
+
+
+def _begun(title: str, begin: lever_starts.Begin, **tuning: Any) -> Lever:
+    return Lever(title, Begun("default", "ridge", Tuning(**tuning), begin=begin))
+
+
+LEVERS: dict[str, dict[str, Lever]] = {
+    "Where it starts": {
+        "fresh": Lever("a fresh LoRA", Distilled("default", "fresh")),
+        "inputs": _begun("A of the closed form, B zero", lever_starts.inputs_alone),
+        "outputs": _begun("B of the closed form, A zero", lever_starts.outputs_alone),
+        "sequential": Lever(
+            "each module solved with the earlier ones adapted, in source and target",
+            Begun("default", "ridge", begin=lever_starts.earlier_modules_adapted),
+            steps=(SHORT,),
+        ),
+        "gradients": _begun("`map_from_source` from gradients of the text", lever_starts.outputs_by_gradients),
+        "alike": _begun("layers paired by CKA of their hidden states", lever_starts.layers_most_alike),
+        "reversed": _begun("layers paired in reverse", lever_starts.layers_reversed),
+    },
+    "What is trained, and how fast": {
+        "unbalanced": _begun("factors as the maps fold into them, not balanced", lever_starts.unbalanced),
+        "whitened": _begun("A beside whitened inputs", lever_starts.whitened, map_learning_rate_ratio=1.0),
+        "b-16": _begun("B sixteen times as fast as A", lever_starts.b_apart, map_learning_rate_ratio=16.0),
+        "rate-0.5": _tuned("half the learning rate", learning_rate_scale=0.6),
+        "rate-2": _tuned("twice the learning rate", learning_rate_scale=2.4),
+        "rank-4": Lever("rank 4", Begun("default", "ridge", begin=lever_starts.of_rank(4)), steps=(LONG,)),
+        "rank-32": Lever("rank 32", Begun("default", "ridge", begin=lever_starts.of_rank(32)), steps=(LONG,)),
+    },
+    "What is minimised": {
+        "temperature-2": _tuned("temperature 2", temperature=2.0),
+        "no-chunks": _tuned("no chunk loss (tokens that the tokenizers cut unlike)", chunk_weight=0.0),
+        "first-token": _tuned("answers of one token alone", answer_tokens=1),
+        "hidden-states": _tuned("final hidden states taught too", mse_weight=1.0),
+    },
+    "The change of predictions instead of the predictions": {
+        "shifted": Lever(
+            "the target's own logits, shifted by what the adapter changes in the source's",
+            Shifted("default", "ridge"),
+            steps=(LONG,),
+            pairs=SHARED_TOKENIZER,
+        ),
+    },
+}
+"""Section of the page → levers by the names of their records."""
+DEFAULT = "default"
+_REFERENCE = Lever("the default", Distilled("default", "ridge"))
+_INTRODUCTION = f"""
+The default with one thing changed, along unlabelled prompts, {_BATCH} at a step. Lift is the mean over the three skills
+of {", ".join(map(arrow, PAIRS))}, one seed; beside it stands what it is above the default's on the same pairs and
+skills, with a bootstrap 95 % interval over them, and on how many it is ahead and behind. Drift is the KL divergence
+from the bare target on text that this wrote itself, in nats per position, after {LONG} steps. Six single runs do not
+tell apart what differs by less than 0.03. `python -m benchmarks.levers` runs and renders it.
+"""
+
+
+def run_missing(spec: BenchmarkSpec, out: Path) -> None:
+    """Runs what is missing of all levers on the pairs of a specification, one JSON file per run."""
+    runs = [
+        (record_path(out / str(settings.steps), cell, name), partial(run_lever, settings, cell, name, lever))
+        for settings, cell, name, lever in planned_runs(spec)
+    ]
+    for steps, pair, skill in product(STEPS, spec.pairs, spec.skills):
+        folder = Cell(pair, skill, "prompts", 0).folder(out / str(steps))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_missing(folder / "references.json", partial(reference_scores, spec, pair, skill))
+    for path, run in tqdm(runs, desc="runs", unit="run"):
+        write_missing(path, run)
+
+
+def planned_runs(spec: BenchmarkSpec) -> Iterator[tuple[Settings, Cell, str, Lever]]:
+    """Every run that the page asks for; each lever goes over all pairs and skills before the next."""
+    levers = {DEFAULT: _REFERENCE, **{name: lever for section in LEVERS.values() for name, lever in section.items()}}
+    compared = {steps: {pair for one in levers.values() if steps in one.steps for pair in one.pairs} for steps in STEPS}
+    for steps, (name, lever) in product(STEPS, levers.items()):
+        settings = Settings(spec, steps, _BATCH, _PASSAGES, _MAX_LENGTH, _RUNNING_LENGTH)
+        pairs = compared[steps] if name == DEFAULT else lever.pairs if steps in lever.steps else ()
+        for pair, skill in product(spec.pairs, spec.skills):
+            if pair in pairs:
+                yield settings, Cell(pair, skill, "prompts", 0), name, lever
+
+
+def run_lever(settings: Settings, cell: Cell, name: str, lever: Lever) -> dict[str, Any]:
+    """The record of one run."""
+    fields = {"pair": cell.pair, "skill": cell.skill, "regime": cell.regime, "seed": cell.seed, "method": name}
+    return {**fields, **lever.method.run(settings, cell)}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured after a number of steps."""
+
+    cells: dict[str, list[PooledCell]]
+    """By lever."""
+    drift: dict[str, dict[tuple[str, str], float]]
+    """By lever, pair and skill."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "Found":
+        """Reads the records of a folder."""
+        references, runs = read_results(folder)
+        found = cls({}, {})
+        for cell in make_cells(references, runs):
+            found.cells.setdefault(cell.method, []).append(cell)
+        for run in runs:
+            found.drift.setdefault(run["method"], {})[run["pair"], run["skill"]] = run["drift"]
+        return found
+
+    def figures(self, name: str, pairs: Sequence[str]) -> tuple[str, str]:
+        """Mean lift of a lever, and what it is above the default's; dashes where it was not run."""
+        cells = self._of(name, pairs)
+        if not cells:
+            return "–", "–"
+        lift = f"{np.mean([cell.lift.lift for cell in cells]):.2f}"
+        comparison = compare(cells, self._of(DEFAULT, pairs)) if name != DEFAULT else None
+        if comparison is None:
+            return lift, "–"
+        low, high = comparison.ci95
+        return lift, f"{comparison.above:+.2f} [{low:+.2f}, {high:+.2f}], {comparison.ahead} and {comparison.behind}"
+
+    def mean_drift(self, name: str, pairs: Sequence[str]) -> str:
+        """A dash where the lever was not run."""
+        drifts = [drift for (pair, _), drift in self.drift.get(name, {}).items() if pair in pairs]
+        return f"{np.mean(drifts):.2f}" if drifts else "–"
+
+    def _of(self, name: str, pairs: Sequence[str]) -> list[PooledCell]:
+        return [cell for cell in self.cells.get(name, []) if cell.pair in pairs]
+
+
+def render(found: dict[int, Found]) -> str:
+    """The page: a table for each kind of lever."""
+    sections = ["# Levers", _INTRODUCTION.strip()]
+    for title, levers in LEVERS.items():
+        pairs = next(iter(levers.values())).pairs
+        rows = [
+            f"| | after {SHORT} steps | against the default | after {LONG} steps | against the default | drift |",
+            "|---" * 6 + "|",
+        ]
+        for name, lever in {DEFAULT: _REFERENCE, **levers}.items():
+            figures = [figure for steps in STEPS for figure in found[steps].figures(name, pairs)]
+            rows.append(f"| {lever.title} | " + " | ".join([*figures, found[LONG].mean_drift(name, pairs)]) + " |")
+        sections += [f"## {title}", "\n".join(rows)]
+        if pairs != PAIRS:
+            sections.append("On " + ", ".join(map(arrow, pairs)) + ", whose models share their tokens.")
+    return "\n\n".join(sections) + "\n"
+
+
+def main(
+    tasks: Path,
+    text: Path,
+    out: Path = Path("benchmarks/results/levers"),
+    page: Path = Path("docs/levers.md"),
+    third_party: Path = Path("../shared/data/models"),
+    pairs: Sequence[str] = tuple(dict.fromkeys((*PAIRS, *SHARED_TOKENIZER))),
+    skills: Sequence[str] = GRID_SKILLS,
+) -> None:
+    """Runs what is missing, and renders all that is there.
+
+    Args:
+        tasks: folder of task files, one folder per skill
+        text: general text
+        out: folder of the results, a folder per number of steps
+        page: Markdown file to write
+        third_party: folder of models that the zoo does not hold
+        pairs: SOURCE:TARGET, each
+        skills: names of skills
+    """
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    spec = BenchmarkSpec(zoo_models(ZOO, third_party), list(pairs), list(skills), str(tasks), str(text))
+    run_missing(spec.narrowed(regimes=["prompts"]), out)
+    page.write_text(render({steps: Found.read(out / str(steps)) for steps in STEPS}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

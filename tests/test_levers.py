@@ -1,0 +1,178 @@
+"""What `python -m benchmarks.levers` changes in the default, and what it renders."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from benchmarks import lever_starts, levers
+from castlora.adapters import LowRank
+from castlora.bench.reading import Reading
+from castlora.bench.results import PooledCell
+from castlora.bench.spec import BenchmarkModel, BenchmarkSpec
+from castlora.capture import change_output
+from castlora.config import DEFAULT
+from castlora.lift import lift_with_interval
+from castlora.plan import plan_transfer
+from castlora.positions import batches, counted_places
+from castlora.stages import load_models
+from castlora.starts import student_factors
+from castlora.teacher import predict
+
+EXACT = replace(DEFAULT, ridge=1e-9)
+
+
+@pytest.fixture
+def reading(base_model, tmp_path):
+    """What a transfer between two tiny models reads.
+
+    Outputs of the adapted modules vary in as many directions as an update can have, so that nothing of it is lost.
+    """
+
+    def read(source: str, target: str) -> Reading:
+        modules = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+        tiny.save_adapter(tmp_path / "adapter", base_model(source), modules, lora_alpha=1)
+        plan = plan_transfer(str(tmp_path / "adapter"), str(base_model(target)), str(base_model(source)))
+        passages = tiny.aligned(source, target, 72)
+        return Reading(plan, load_models(plan), passages[8:], passages[:8], [])
+
+    return read
+
+
+def updates(student, modules) -> dict[str, torch.Tensor]:
+    return {name: lora.b @ lora.a for name, lora in student_factors(student.model, modules).items()}
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lever_starts.unbalanced,
+        lever_starts.whitened,
+        lever_starts.b_apart,
+        lever_starts.earlier_modules_adapted,
+        lever_starts.outputs_by_gradients,
+        lever_starts.layers_most_alike,
+        lever_starts.of_rank(8),
+    ],
+)
+def test_between_identical_models_a_start_is_the_adapter_itself(reading, begin):
+    read = reading("llama", "llama")
+    found = updates(begin(read, EXACT, 0), read.plan.target_modules)
+    assert found.keys() == read.plan.factors.keys()
+    for name, lora in read.plan.factors.items():
+        expected = lora.b @ lora.a
+        # Where each module is solved behind the one before, errors of single precision add up.
+        assert (found[name] - expected).norm() < 0.1 * expected.norm(), name
+
+
+def test_a_start_of_one_side_leaves_the_target_as_it_is(reading):
+    read = reading("llama", "mistral")
+    solved = lever_starts.balanced(lever_starts.closed_form(read, DEFAULT))
+    for begin, side, other in ((lever_starts.inputs_alone, "a", "b"), (lever_starts.outputs_alone, "b", "a")):
+        student = begin(read, DEFAULT, 0)
+        for name, lora in student_factors(student.model, read.plan.target_modules).items():
+            rank = solved[name].rank
+            found = LowRank(lora.a[:rank], lora.b[:, :rank])
+            assert torch.equal(getattr(found, side), getattr(solved[name], side)), name
+            assert not getattr(found, other).any() and not (lora.b @ lora.a).any(), name
+        student.model.unload()
+
+
+def test_whitened_inputs_vary_alike_and_leave_a_as_it_is():
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=random, dtype=torch.float64) @ torch.randn(6, 6, generator=random).double()
+    whitening = lever_starts.Whitening(x.T @ x / len(x), ridge=0.0)
+    white = x.float() @ whitening.get_buffer("inverse_root").T
+    moments = white.T @ white / len(x)
+    torch.testing.assert_close(moments, moments.diagonal().mean() * torch.eye(6), atol=1e-4, rtol=1e-4)
+    a = torch.randn(3, 6, generator=random)
+    torch.testing.assert_close(whitening(whitening.right_inverse(a)), a, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_say_what_a_change_of_a_module_does_to_the_text(reading):
+    read = reading("llama", "gpt2")
+    model, name = read.models.target, "transformer.h.1.mlp.c_proj"
+    (batch,) = batches(read.training[:8], 8, torch.device("cpu"))
+    counts = batch["weights"] > 0
+    (rows,) = lever_starts.output_gradients(model, [name], batch, "target").values()
+    here, length = counted_places(batch["target_positions"], counts), batch["target_ids"].shape[1]
+    direction = torch.randn(len(batch["target_ids"]), length, rows.shape[1], generator=torch.Generator().manual_seed(0))
+    # Where nothing counts nothing is changed.
+    kept = torch.zeros(direction.shape[:2], dtype=torch.bool)
+    kept[here] = True
+    direction *= kept.unsqueeze(-1)
+
+    @torch.no_grad()
+    def log_probability(size: float) -> float:
+        with change_output(model, name, lambda output: output + size * direction):
+            learned = predict(model, batch, "target")
+        places = counted_places(learned.positions, counts)
+        following = learned.ids.roll(-1, dims=1)[places]
+        return float(learned.logits[places].double().log_softmax(-1).gather(1, following[:, None]).sum())
+
+    slope = (log_probability(1e-2) - log_probability(-1e-2)) / 2e-2
+    assert slope == pytest.approx(float((rows * direction[here]).sum()), rel=1e-2)
+
+
+def test_layers_in_reverse_take_what_the_last_ones_say(reading):
+    read = reading("llama", "mistral")
+    layer_map = read.plan.pairing.layer_map
+    changed = [lever_starts._from_layer(pair, layer_map[::-1][pair.target.layer]) for pair in read.plan.pairing.mapped]
+    found = {(pair.target.layer, branch.source_module.split(".")[2]) for pair in changed for branch in pair.branches}
+    assert found == {(layer, str(layer_map[-1 - layer])) for layer in range(len(layer_map))}
+    forwards = updates(lever_starts.unbalanced(read, DEFAULT, 0), read.plan.target_modules)
+    backwards = updates(lever_starts.layers_reversed(reading("llama", "mistral"), DEFAULT, 0), read.plan.target_modules)
+    of_first = [name for name in forwards if ".layers.0." in name]
+    assert of_first
+    assert all((forwards[name] - backwards[name]).norm() > 0.1 * forwards[name].norm() for name in of_first)
+
+
+def test_logits_are_shifted_by_what_the_adapter_changes(reading):
+    read = reading("llama", "llama")
+    student = lever_starts.unbalanced(read, DEFAULT, 0)
+    ids = torch.arange(1, 13).reshape(2, 6)
+    with torch.no_grad():
+        shifted = levers.ShiftedLogits(read.models.teacher, student.model)(input_ids=ids).logits
+        # Source and target are one model here.
+        expected = read.models.teacher(input_ids=ids).logits
+        moved = student.model(input_ids=ids).logits
+    torch.testing.assert_close(shifted, expected, atol=1e-4, rtol=1e-4)
+    assert (moved - expected).abs().max() > 1e-2
+
+
+def test_every_lever_runs_where_the_page_shows_it():
+    names = dict.fromkeys(pair for pairs in (levers.PAIRS, levers.SHARED_TOKENIZER) for pair in pairs)
+    models = {name: BenchmarkModel(name, "{skill}") for pair in names for name in pair.split(":")}
+    spec = BenchmarkSpec(models, list(names), ["one"], "tasks", "text")
+    planned = {(settings.steps, cell.pair, name) for settings, cell, name, _ in levers.planned_runs(spec)}
+    assert {(levers.LONG, pair, levers.DEFAULT) for pair in names} <= planned
+    assert {(levers.SHORT, pair, "gradients") for pair in levers.PAIRS} <= planned
+    assert {pair for _, pair, name in planned if name == "shifted"} == set(levers.SHARED_TOKENIZER)
+    assert (levers.SHORT, "llama-m:llama-s", levers.DEFAULT) not in planned
+    assert len(planned) == len(list(levers.planned_runs(spec)))
+
+
+def test_the_page_compares_with_the_default_on_the_same_pairs():
+    def cell(pair: str, method: str, right: int) -> PooledCell:
+        scores = [np.array([[float(item < count) for item in range(10)]]) for count in (0, right, 10)]
+        lift = lift_with_interval(*scores)
+        return PooledCell(pair, "one", "prompts", method, 1, right / 10, None, lift, {0: lift.lift}, None)
+
+    def found(*cells: PooledCell) -> levers.Found:
+        by_method: dict[str, list[PooledCell]] = {}
+        for one in cells:
+            by_method.setdefault(one.method, []).append(one)
+        drift = {name: {(one.pair, "one"): one.score for one in of_one} for name, of_one in by_method.items()}
+        return levers.Found(by_method, drift)
+
+    long = found(
+        cell(levers.PAIRS[0], "default", 6), cell(levers.PAIRS[1], "default", 8), cell("llama-m:llama-s", "default", 1),
+        cell(levers.PAIRS[0], "fresh", 7), cell(levers.PAIRS[1], "fresh", 5), cell("llama-m:llama-s", "shifted", 3),
+    )  # fmt: skip
+    page = levers.render({levers.SHORT: found(cell(levers.PAIRS[0], "fresh", 2)), levers.LONG: long})
+    assert "| the default | – | – | 0.70 | – | 0.70 |" in page
+    assert "| a fresh LoRA | 0.20 | – | 0.60 | -0.10 [-0.30, +0.10], 1 and 1 | 0.60 |" in page
+    assert "0.30 | +0.20 [+0.20, +0.20], 1 and 0 | 0.30 |" in page
+    assert "| rank 4 | – | – | – | – | – |" in page
