@@ -86,7 +86,7 @@ class Lever:
 
     title: str
     method: Distilled
-    steps: tuple[int, ...] = (SHORT, LONG)
+    steps: tuple[int, ...] = STEPS
     pairs: tuple[str, ...] = PAIRS
 
 
@@ -94,23 +94,23 @@ def _tuned(title: str, **tuning: Any) -> Lever:
     return Lever(title, Distilled("default", "ridge", Tuning(**tuning)), steps=(LONG,))
 
 
-def _begun(title: str, begin: lever_starts.Begin, **tuning: Any) -> Lever:
-    return Lever(title, Begun("default", "ridge", Tuning(**tuning), begin=begin))
+def _begun(title: str, begin: lever_starts.Begin, steps: tuple[int, ...] = STEPS, **tuning: Any) -> Lever:
+    return Lever(title, Begun("default", "ridge", Tuning(**tuning), begin=begin), steps)
 
 
 LEVERS: dict[str, dict[str, Lever]] = {
     "Where it starts": {
-        "fresh": Lever("a fresh LoRA", Distilled("default", "fresh")),
+        "fresh, rehearsed": Lever("a fresh LoRA", Distilled("default", "fresh")),
         "inputs": _begun("A of the closed form, B zero", lever_starts.inputs_alone),
-        "outputs": _begun("B of the closed form, A zero", lever_starts.outputs_alone),
-        "sequential": Lever(
+        "outputs": _begun("B of the closed form, A zero", lever_starts.outputs_alone, (SHORT,)),
+        "sequential": _begun(
             "each module solved with the earlier ones adapted, in source and target",
-            Begun("default", "ridge", begin=lever_starts.earlier_modules_adapted),
-            steps=(SHORT,),
+            lever_starts.earlier_modules_adapted,
+            (SHORT,),
         ),
         "gradients": _begun("`map_from_source` from gradients of the text", lever_starts.outputs_by_gradients),
-        "alike": _begun("layers paired by CKA of their hidden states", lever_starts.layers_most_alike),
-        "reversed": _begun("layers paired in reverse", lever_starts.layers_reversed),
+        "alike": _begun("layers paired by CKA of their hidden states", lever_starts.layers_most_alike, (SHORT,)),
+        "reversed": _begun("layers paired in reverse", lever_starts.layers_reversed, (SHORT,)),
     },
     "What is trained, and how fast": {
         "unbalanced": _begun("factors as the maps fold into them, not balanced", lever_starts.unbalanced),
@@ -118,14 +118,19 @@ LEVERS: dict[str, dict[str, Lever]] = {
         "b-16": _begun("B sixteen times as fast as A", lever_starts.b_apart, map_learning_rate_ratio=16.0),
         "rate-0.5": _tuned("half the learning rate", learning_rate_scale=0.6),
         "rate-2": _tuned("twice the learning rate", learning_rate_scale=2.4),
-        "rank-4": Lever("rank 4", Begun("default", "ridge", begin=lever_starts.of_rank(4)), steps=(LONG,)),
-        "rank-32": Lever("rank 32", Begun("default", "ridge", begin=lever_starts.of_rank(32)), steps=(LONG,)),
+        "rank-4": _begun("rank 4", lever_starts.of_rank(4), (LONG,)),
+        "rank-32": _begun("rank 32", lever_starts.of_rank(32), (LONG,)),
     },
     "What is minimised": {
         "temperature-2": _tuned("temperature 2", temperature=2.0),
-        "no-chunks": _tuned("no chunk loss (tokens that the tokenizers cut unlike)", chunk_weight=0.0),
+        "no-chunks": Lever(
+            f"no chunk loss (tokens that the tokenizers cut unlike), {arrow(PAIRS[0])}",
+            Distilled("default", "ridge", Tuning(chunk_weight=0.0)),
+            steps=(LONG,),
+            pairs=PAIRS[:1],
+        ),
         "first-token": _tuned("answers of one token alone", answer_tokens=1),
-        "hidden-states": _tuned("final hidden states taught too", mse_weight=1.0),
+        "default, hidden states": _tuned("final hidden states taught too", mse_weight=1.0),
     },
     "The change of predictions instead of the predictions": {
         "shifted": Lever(
@@ -139,6 +144,7 @@ LEVERS: dict[str, dict[str, Lever]] = {
 """Section of the page → levers by the names of their records."""
 DEFAULT = "default"
 _REFERENCE = Lever("the default", Distilled("default", "ridge"))
+ALL = {DEFAULT: _REFERENCE, **{name: lever for section in LEVERS.values() for name, lever in section.items()}}
 _INTRODUCTION = f"""
 The default with one thing changed, along unlabelled prompts, {_BATCH} at a step. Lift is the mean over the three skills
 of {", ".join(map(arrow, PAIRS))}, one seed; beside it stands what it is above the default's on the same pairs and
@@ -148,11 +154,12 @@ tell apart what differs by less than 0.03. `python -m benchmarks.levers` runs an
 """
 
 
-def run_missing(spec: BenchmarkSpec, out: Path) -> None:
-    """Runs what is missing of all levers on the pairs of a specification, one JSON file per run."""
+def run_missing(spec: BenchmarkSpec, out: Path, levers: Sequence[str]) -> None:
+    """Runs what is missing of some levers on the pairs of a specification, one JSON file per run."""
     runs = [
         (record_path(out / str(settings.steps), cell, name), partial(run_lever, settings, cell, name, lever))
         for settings, cell, name, lever in planned_runs(spec)
+        if name in levers
     ]
     for steps, pair, skill in product(STEPS, spec.pairs, spec.skills):
         folder = Cell(pair, skill, "prompts", 0).folder(out / str(steps))
@@ -164,9 +171,8 @@ def run_missing(spec: BenchmarkSpec, out: Path) -> None:
 
 def planned_runs(spec: BenchmarkSpec) -> Iterator[tuple[Settings, Cell, str, Lever]]:
     """Every run that the page asks for; each lever goes over all pairs and skills before the next."""
-    levers = {DEFAULT: _REFERENCE, **{name: lever for section in LEVERS.values() for name, lever in section.items()}}
-    compared = {steps: {pair for one in levers.values() if steps in one.steps for pair in one.pairs} for steps in STEPS}
-    for steps, (name, lever) in product(STEPS, levers.items()):
+    compared = {steps: {pair for one in ALL.values() if steps in one.steps for pair in one.pairs} for steps in STEPS}
+    for steps, (name, lever) in product(STEPS, ALL.items()):
         settings = Settings(spec, steps, _BATCH, _PASSAGES, _MAX_LENGTH, _RUNNING_LENGTH)
         pairs = compared[steps] if name == DEFAULT else lever.pairs if steps in lever.steps else ()
         for pair, skill in product(spec.pairs, spec.skills):
@@ -231,8 +237,9 @@ def render(found: dict[int, Found]) -> str:
             "|---" * 6 + "|",
         ]
         for name, lever in {DEFAULT: _REFERENCE, **levers}.items():
-            figures = [figure for steps in STEPS for figure in found[steps].figures(name, pairs)]
-            rows.append(f"| {lever.title} | " + " | ".join([*figures, found[LONG].mean_drift(name, pairs)]) + " |")
+            of_row = pairs if name == DEFAULT else lever.pairs
+            figures = [figure for steps in STEPS for figure in found[steps].figures(name, of_row)]
+            rows.append(f"| {lever.title} | " + " | ".join([*figures, found[LONG].mean_drift(name, of_row)]) + " |")
         sections += [f"## {title}", "\n".join(rows)]
         if pairs != PAIRS:
             sections.append("On " + ", ".join(map(arrow, pairs)) + ", whose models share their tokens.")
@@ -247,6 +254,7 @@ def main(
     third_party: Path = Path("../shared/data/models"),
     pairs: Sequence[str] = tuple(dict.fromkeys((*PAIRS, *SHARED_TOKENIZER))),
     skills: Sequence[str] = GRID_SKILLS,
+    levers: Sequence[str] = tuple(ALL),
 ) -> None:
     """Runs what is missing, and renders all that is there.
 
@@ -258,11 +266,12 @@ def main(
         third_party: folder of models that the zoo does not hold
         pairs: SOURCE:TARGET, each
         skills: names of skills
+        levers: names of levers to run
     """
     torch.set_num_threads(1)
     disable_progress_bar()
     spec = BenchmarkSpec(zoo_models(ZOO, third_party), list(pairs), list(skills), str(tasks), str(text))
-    run_missing(spec.narrowed(regimes=["prompts"]), out)
+    run_missing(spec.narrowed(regimes=["prompts"]), out, levers)
     page.write_text(render({steps: Found.read(out / str(steps)) for steps in STEPS}), encoding="utf-8")
 
 

@@ -167,11 +167,11 @@ def test_the_page_compares_with_the_default_on_the_same_pairs():
         drift = {name: {(one.pair, "one"): one.score for one in of_one} for name, of_one in by_method.items()}
         return levers.Found(by_method, drift)
 
-    long = found(
-        cell(levers.PAIRS[0], "default", 6), cell(levers.PAIRS[1], "default", 8), cell("llama-m:llama-s", "default", 1),
-        cell(levers.PAIRS[0], "fresh", 7), cell(levers.PAIRS[1], "fresh", 5), cell("llama-m:llama-s", "shifted", 3),
-    )  # fmt: skip
-    page = levers.render({levers.SHORT: found(cell(levers.PAIRS[0], "fresh", 2)), levers.LONG: long})
+    first, second = levers.PAIRS
+    default, fresh = levers.DEFAULT, "fresh, rehearsed"
+    compared = [cell(first, default, 6), cell(second, default, 8), cell(first, fresh, 7), cell(second, fresh, 5)]
+    long = found(*compared, cell("llama-m:llama-s", default, 1), cell("llama-m:llama-s", "shifted", 3))
+    page = levers.render({levers.SHORT: found(cell(first, fresh, 2)), levers.LONG: long})
     assert "| the default | – | – | 0.70 | – | 0.70 |" in page
     assert "| a fresh LoRA | 0.20 | – | 0.60 | -0.10 [-0.30, +0.10], 1 and 1 | 0.60 |" in page
     assert "0.30 | +0.20 [+0.20, +0.20], 1 and 0 | 0.30 |" in page
