@@ -31,8 +31,12 @@ from castlora.bench.results import PooledCell, compare, make_cells, read_results
 from castlora.bench.spec import BenchmarkSpec
 from castlora.bench.tables import arrow
 from castlora.bench.trained import Distilled
+from castlora.changes import update_divergence
 from castlora.config import Recipe, Tuning
 from castlora.distill import Student
+from castlora.positions import AlignedPassage, batches
+from castlora.stages import Models
+from castlora.teacher import predict
 
 PAIRS = ("llama-s:mistral-s", "gpt2-s:gpt2-m")
 SHARED_TOKENIZER = ("gpt2-s:gpt2-m", "llama-s:llama-m", "llama-m:llama-s")
@@ -40,6 +44,7 @@ SHARED_TOKENIZER = ("gpt2-s:gpt2-m", "llama-s:llama-m", "llama-m:llama-s")
 SHORT, LONG = STEPS = (200, 800)
 _BATCH, _PASSAGES, _MAX_LENGTH, _RUNNING_LENGTH = 4, 1000, 96, 48
 """As in the grid."""
+_EFFECT_BATCH, _LEAST_WEIGHT = 16, 1e-6
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,35 @@ class ShiftedLogits(nn.Module):
         with self.teacher.disable_adapter(), self.student.disable_adapter():
             before, bare = self.teacher(**inputs), self.student(**inputs)
         return CausalLMOutputWithPast(logits=bare.logits + moved.logits - before.logits)
+
+
+@dataclass(frozen=True)
+class WeighedByEffect(Distilled):
+    """A prediction in an answer counts as much as the adapter changes it in the source."""
+
+    def train(self, reading: Reading, student: Student, recipe: Recipe, seed: int) -> tuple[Student, dict[str, Any]]:
+        """The trained student, and how its training went."""
+        training = weighed_by_effect(reading.models, reading.training)
+        return super().train(replace(reading, training=training), student, recipe, seed)
+
+
+@torch.no_grad()
+def weighed_by_effect(models: Models, passages: Sequence[AlignedPassage]) -> list[AlignedPassage]:
+    """Gives each place that counts KL(source + LoRA ‖ source) for its weight, scaled so that their mean is 1."""
+    of_places = []
+    for batch in batches(passages, _EFFECT_BATCH, next(models.teacher.parameters()).device):
+        counts = batch["weights"] > 0
+        moved = predict(models.teacher, batch, "source").aligned(counts)
+        with models.teacher.disable_adapter():
+            bare = predict(models.teacher, batch, "source").aligned(counts)
+        of_places.append(update_divergence(moved, bare, models.shared.source_classes, models.shared.classes))
+    effects = torch.cat(of_places)
+    # A place of no weight at all would not be read.
+    left = iter((effects / effects.mean()).clamp_min(_LEAST_WEIGHT).tolist())
+    return [
+        replace(passage, weights=[next(left) if weight > 0 else 0.0 for weight in passage.weights])
+        for passage in passages
+    ]
 
 
 @dataclass(frozen=True)
@@ -128,6 +162,9 @@ LEVERS: dict[str, dict[str, Lever]] = {
             Distilled("default", "ridge", Tuning(chunk_weight=0.0)),
             steps=(LONG,),
             pairs=PAIRS[:1],
+        ),
+        "by-effect": Lever(
+            "places weighed by what the adapter changes there", WeighedByEffect("default", "ridge"), (LONG,)
         ),
         "first-token": _tuned("answers of one token alone", answer_tokens=1),
         "default, hidden states": _tuned("final hidden states taught too", mse_weight=1.0),

@@ -142,6 +142,22 @@ def test_logits_are_shifted_by_what_the_adapter_changes(reading):
     assert (moved - expected).abs().max() > 1e-2
 
 
+def test_a_place_weighs_what_the_adapter_changes_there(reading):
+    read = reading("llama", "mistral")
+    weighed = levers.weighed_by_effect(read.models, read.training)
+    weights = [weight for passage in weighed for weight in passage.weights]
+    assert len(weights) == sum(len(passage.weights) for passage in read.training) and min(weights) > 0
+    assert sum(weights) / len(weights) == pytest.approx(1.0, abs=1e-4)
+    ids = torch.tensor([read.training[0].source_ids])
+    moved = tiny.logits(read.models.teacher, ids)[0].log_softmax(-1)
+    with read.models.teacher.disable_adapter():
+        bare = tiny.logits(read.models.teacher, ids)[0].log_softmax(-1)
+    effects = (moved.exp() * (moved - bare)).sum(-1)[read.training[0].source_positions]
+    # Classes of tokens are coarser than tokens where the vocabularies differ; these hardly do.
+    correlation = torch.corrcoef(torch.stack([effects, torch.tensor(weighed[0].weights)]))[0, 1]
+    assert correlation > 0.99
+
+
 def test_every_lever_runs_where_the_page_shows_it():
     names = dict.fromkeys(pair for pairs in (levers.PAIRS, levers.SHARED_TOKENIZER) for pair in pairs)
     models = {name: BenchmarkModel(name, "{skill}") for pair in names for name in pair.split(":")}
