@@ -204,11 +204,21 @@ def probes(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]
 
 def whitened(reading: Reading, recipe: Recipe, seed: int) -> Student:
     """The default's start, whose A is trained as A·C^½ beside a frozen C^-½, C the second moments of the inputs."""
-    models, plan = reading.models, reading.plan
-    student = student_with(reading, recipe, seed, balanced(closed_form(reading, recipe)))
+    return _beside_whitened(
+        reading, recipe, student_with(reading, recipe, seed, balanced(closed_form(reading, recipe)))
+    )
+
+
+def fresh_whitened(reading: Reading, recipe: Recipe, seed: int) -> Student:
+    """A fresh LoRA, whose A is trained likewise."""
+    return _beside_whitened(reading, recipe, student_with(reading, recipe, seed, {}))
+
+
+def _beside_whitened(reading: Reading, recipe: Recipe, student: Student) -> Student:
+    models, pairing = reading.models, reading.plan.pairing
     with models.teacher.disable_adapter(), student.model.disable_adapter():
-        moments = collect_moments(models.source, models.target, plan.pairing, reading.training[:STATISTICS_PASSAGES])
-    for pair in plan.pairing.mapped:
+        moments = collect_moments(models.source, models.target, pairing, reading.training[:STATISTICS_PASSAGES])
+    for pair in pairing.mapped:
         second_moments, _ = moments.inputs[input_site(pair, pair.branches[0])].raw()
         whitening = Whitening(second_moments, recipe.ridge)
         parametrize.register_parametrization(lora_maps(student.model, pair.target.name)[0], "weight", whitening)

@@ -124,8 +124,8 @@ class Lever:
     pairs: tuple[str, ...] = PAIRS
 
 
-def _tuned(title: str, **tuning: Any) -> Lever:
-    return Lever(title, Distilled("default", "ridge", Tuning(**tuning)), steps=(LONG,))
+def _tuned(title: str, steps: tuple[int, ...] = (LONG,), **tuning: Any) -> Lever:
+    return Lever(title, Distilled("default", "ridge", Tuning(**tuning)), steps)
 
 
 def _begun(title: str, begin: lever_starts.Begin, steps: tuple[int, ...] = STEPS, **tuning: Any) -> Lever:
@@ -149,9 +149,12 @@ LEVERS: dict[str, dict[str, Lever]] = {
     "What is trained, and how fast": {
         "unbalanced": _begun("factors as the maps fold into them, not balanced", lever_starts.unbalanced),
         "whitened": _begun("A beside whitened inputs", lever_starts.whitened, map_learning_rate_ratio=1.0),
+        "fresh-whitened": _begun(
+            "a fresh LoRA, A beside whitened inputs", lever_starts.fresh_whitened, map_learning_rate_ratio=1.0
+        ),
         "b-16": _begun("B sixteen times as fast as A", lever_starts.b_apart, map_learning_rate_ratio=16.0),
-        "rate-0.5": _tuned("half the learning rate", learning_rate_scale=0.6),
-        "rate-2": _tuned("twice the learning rate", learning_rate_scale=2.4),
+        "rate-0.5": _tuned("half the learning rate", STEPS, learning_rate_scale=0.6),
+        "rate-2": _tuned("twice the learning rate", STEPS, learning_rate_scale=2.4),
         "rank-4": _begun("rank 4", lever_starts.of_rank(4), (LONG,)),
         "rank-32": _begun("rank 32", lever_starts.of_rank(32), (LONG,)),
     },
