@@ -202,37 +202,46 @@ def probes(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]
             handle.remove()
 
 
-def whitened(reading: Reading, recipe: Recipe, seed: int) -> Student:
-    """The default's start, whose A is trained as A·C^½ beside a frozen C^-½, C the second moments of the inputs."""
-    return _beside_whitened(
-        reading, recipe, student_with(reading, recipe, seed, balanced(closed_form(reading, recipe)))
-    )
+def whitened(directions: int | None = None, is_fresh: bool = False) -> Begin:
+    """The default's start or a fresh LoRA, whose A is trained as A·C^½ beside a frozen C^-½.
 
+    Args:
+        directions: in which inputs vary most, and whose variance is made equal; by default all
+        is_fresh: whether it is a fresh LoRA
+    """
 
-def fresh_whitened(reading: Reading, recipe: Recipe, seed: int) -> Student:
-    """A fresh LoRA, whose A is trained likewise."""
-    return _beside_whitened(reading, recipe, student_with(reading, recipe, seed, {}))
+    def begin(reading: Reading, recipe: Recipe, seed: int) -> Student:
+        models, pairing = reading.models, reading.plan.pairing
+        factors = {} if is_fresh else balanced(closed_form(reading, recipe))
+        student = student_with(reading, recipe, seed, factors)
+        with models.teacher.disable_adapter(), student.model.disable_adapter():
+            moments = collect_moments(models.source, models.target, pairing, reading.training[:STATISTICS_PASSAGES])
+        for pair in pairing.mapped:
+            second_moments, _ = moments.inputs[input_site(pair, pair.branches[0])].raw()
+            whitening = Whitening(second_moments, recipe.ridge, directions)
+            parametrize.register_parametrization(lora_maps(student.model, pair.target.name)[0], "weight", whitening)
+        return student
 
-
-def _beside_whitened(reading: Reading, recipe: Recipe, student: Student) -> Student:
-    models, pairing = reading.models, reading.plan.pairing
-    with models.teacher.disable_adapter(), student.model.disable_adapter():
-        moments = collect_moments(models.source, models.target, pairing, reading.training[:STATISTICS_PASSAGES])
-    for pair in pairing.mapped:
-        second_moments, _ = moments.inputs[input_site(pair, pair.branches[0])].raw()
-        whitening = Whitening(second_moments, recipe.ridge)
-        parametrize.register_parametrization(lora_maps(student.model, pair.target.name)[0], "weight", whitening)
-    return student
+    return begin
 
 
 class Whitening(nn.Module):
     """Parametrization of A by its product with C^½, the root of the inputs' second moments scaled to mean 1."""
 
-    def __init__(self, second_moments: Tensor, ridge: float) -> None:
+    def __init__(self, second_moments: Tensor, ridge: float, directions: int | None = None) -> None:
+        """Solves for the root.
+
+        Args:
+            second_moments: C, shape (d_in, d_in)
+            ridge: added to the diagonal, relative to its mean
+            directions: that are told apart; all others have the mean variance of them. By default all are
+        """
         super().__init__()
         scaled = second_moments / second_moments.diagonal().mean()
         scaled.diagonal().add_(ridge)
         values, vectors = torch.linalg.eigh(scaled)
+        if directions is not None:
+            values[:-directions] = values[:-directions].mean()
         self.register_buffer("root", (vectors * values.sqrt() @ vectors.T).float(), persistent=False)
         self.register_buffer("inverse_root", (vectors * values.rsqrt() @ vectors.T).float(), persistent=False)
 

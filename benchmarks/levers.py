@@ -148,9 +148,18 @@ LEVERS: dict[str, dict[str, Lever]] = {
     },
     "What is trained, and how fast": {
         "unbalanced": _begun("factors as the maps fold into them, not balanced", lever_starts.unbalanced),
-        "whitened": _begun("A beside whitened inputs", lever_starts.whitened, map_learning_rate_ratio=1.0),
+        "whitened": _begun("A beside whitened inputs", lever_starts.whitened(), map_learning_rate_ratio=1.0),
         "fresh-whitened": _begun(
-            "a fresh LoRA, A beside whitened inputs", lever_starts.fresh_whitened, map_learning_rate_ratio=1.0
+            "a fresh LoRA, A beside whitened inputs",
+            lever_starts.whitened(is_fresh=True),
+            (SHORT,),
+            map_learning_rate_ratio=1.0,
+        ),
+        "whitened-8": _begun(
+            "A beside inputs whose 8 directions of most variance are whitened",
+            lever_starts.whitened(directions=8),
+            (SHORT,),
+            map_learning_rate_ratio=1.0,
         ),
         "b-16": _begun("B sixteen times as fast as A", lever_starts.b_apart, map_learning_rate_ratio=16.0),
         "rate-0.5": _tuned("half the learning rate", STEPS, learning_rate_scale=0.6),

@@ -49,12 +49,13 @@ def updates(student, modules) -> dict[str, torch.Tensor]:
     "begin",
     [
         lever_starts.unbalanced,
-        lever_starts.whitened,
+        pytest.param(lever_starts.whitened(), id="whitened"),
+        pytest.param(lever_starts.whitened(directions=8), id="whitened along 8 directions"),
         lever_starts.b_apart,
         lever_starts.earlier_modules_adapted,
         lever_starts.outputs_by_gradients,
         lever_starts.layers_most_alike,
-        lever_starts.of_rank(8),
+        pytest.param(lever_starts.of_rank(8), id="rank 8"),
     ],
 )
 def test_between_identical_models_a_start_is_the_adapter_itself(reading, begin):
@@ -87,6 +88,13 @@ def test_whitened_inputs_vary_alike_and_leave_a_as_it_is():
     white = x.float() @ whitening.get_buffer("inverse_root").T
     moments = white.T @ white / len(x)
     torch.testing.assert_close(moments, moments.diagonal().mean() * torch.eye(6), atol=1e-4, rtol=1e-4)
+    c = (x.T @ x / len(x)).float()
+    c /= c.diagonal().mean()
+    of_two = lever_starts.Whitening(c.double(), ridge=0.0, directions=2).get_buffer("inverse_root")
+    vectors = torch.linalg.eigh(c).eigenvectors
+    along = (vectors.T @ of_two @ c @ of_two @ vectors).diagonal()
+    torch.testing.assert_close(along[-2:], torch.ones(2), atol=1e-3, rtol=1e-3)
+    assert along[:-2].mean() == pytest.approx(1.0, rel=1e-3) and along[:-2].max() > 1.1 * along[:-2].min()
     a = torch.randn(3, 6, generator=random)
     torch.testing.assert_close(whitening(whitening.right_inverse(a)), a, atol=1e-4, rtol=1e-4)
 
