@@ -8,7 +8,7 @@ Runs that are already there are skipped. The records are rendered into docs.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import product, starmap
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks import lever_starts
+from benchmarks.quality import PAIRS as GRID_PAIRS
 from benchmarks.quality import ZOO, zoo_models
 from benchmarks.zoo.specs import GRID_SKILLS
 from castlora.bench.grid import Cell, Settings, record_path, write_missing
@@ -124,12 +125,18 @@ class Lever:
     pairs: tuple[str, ...] = PAIRS
 
 
-def _tuned(title: str, steps: tuple[int, ...] = (LONG,), **tuning: Any) -> Lever:
-    return Lever(title, Distilled("default", "ridge", Tuning(**tuning)), steps)
+def _tuned(title: str, steps: tuple[int, ...] = (LONG,), pairs: tuple[str, ...] = PAIRS, **tuning: Any) -> Lever:
+    return Lever(title, Distilled("default", "ridge", Tuning(**tuning)), steps, pairs)
 
 
-def _begun(title: str, begin: lever_starts.Begin, steps: tuple[int, ...] = STEPS, **tuning: Any) -> Lever:
-    return Lever(title, Begun("default", "ridge", Tuning(**tuning), begin=begin), steps)
+def _begun(
+    title: str,
+    begin: lever_starts.Begin,
+    steps: tuple[int, ...] = STEPS,
+    pairs: tuple[str, ...] = PAIRS,
+    **tuning: Any,
+) -> Lever:
+    return Lever(title, Begun("default", "ridge", Tuning(**tuning), begin=begin), steps, pairs)
 
 
 LEVERS: dict[str, dict[str, Lever]] = {
@@ -181,6 +188,12 @@ LEVERS: dict[str, dict[str, Lever]] = {
         "first-token": _tuned("answers of one token alone", answer_tokens=1),
         "default, hidden states": _tuned("final hidden states taught too", mse_weight=1.0),
     },
+    "After few steps, on every pair": {
+        "rate-2": _tuned("twice the learning rate", (SHORT,), GRID_PAIRS, learning_rate_scale=2.4),
+        "whitened": _begun(
+            "A beside whitened inputs", lever_starts.whitened(), (SHORT,), GRID_PAIRS, map_learning_rate_ratio=1.0
+        ),
+    },
     "The change of predictions instead of the predictions": {
         "shifted": Lever(
             "the target's own logits, shifted by what the adapter changes in the source's",
@@ -192,14 +205,18 @@ LEVERS: dict[str, dict[str, Lever]] = {
 }
 """Section of the page → levers by the names of their records."""
 DEFAULT = "default"
-_REFERENCE = Lever("the default", Distilled("default", "ridge"))
-ALL = {DEFAULT: _REFERENCE, **{name: lever for section in LEVERS.values() for name, lever in section.items()}}
+_DEFAULT = Distilled("default", "ridge")
+ALL: dict[str, Lever] = {
+    DEFAULT: Lever("the default", _DEFAULT),
+    **{name: lever for section in LEVERS.values() for name, lever in section.items()},
+}
 _INTRODUCTION = f"""
-The default with one thing changed, along unlabelled prompts, {_BATCH} at a step. Lift is the mean over the three skills
-of {", ".join(map(arrow, PAIRS))}, one seed; beside it stands what it is above the default's on the same pairs and
-skills, with a bootstrap 95 % interval over them, and on how many it is ahead and behind. Drift is the KL divergence
-from the bare target on text that this wrote itself, in nats per position, after {LONG} steps. Six single runs do not
-tell apart what differs by less than 0.03. `python -m benchmarks.levers` runs and renders it.
+The default with one thing changed, along unlabelled prompts, {_BATCH} at a step. Lift is the mean over three skills of
+each pair, one seed; beside it stands what it is above the default's on the same pairs and skills, with a bootstrap 95 %
+interval over them, and on how many it is ahead and behind. Drift is the KL divergence from the bare target on text that
+this wrote itself, in nats per position. On two pairs, six single runs do not tell apart what differs by less than 0.03.
+Measured elsewhere: [the text, the rehearsal, maps instead of factors](results.md#what-each-part-adds) and
+[the number of steps](steps.md). `python -m benchmarks.levers` runs and renders it.
 """
 
 
@@ -220,13 +237,17 @@ def run_missing(spec: BenchmarkSpec, out: Path, levers: Sequence[str]) -> None:
 
 def planned_runs(spec: BenchmarkSpec) -> Iterator[tuple[Settings, Cell, str, Lever]]:
     """Every run that the page asks for; each lever goes over all pairs and skills before the next."""
-    compared = {steps: {pair for one in ALL.values() if steps in one.steps for pair in one.pairs} for steps in STEPS}
-    for steps, (name, lever) in product(STEPS, ALL.items()):
+    shown = [(name, lever) for section in LEVERS.values() for name, lever in section.items()]
+    for steps in STEPS:
         settings = Settings(spec, steps, _BATCH, _PASSAGES, _MAX_LENGTH, _RUNNING_LENGTH)
-        pairs = compared[steps] if name == DEFAULT else lever.pairs if steps in lever.steps else ()
-        for pair, skill in product(spec.pairs, spec.skills):
+        pairs_of: dict[str, set[str]] = {DEFAULT: set()}
+        for name, lever in shown:
+            if steps in lever.steps:
+                pairs_of.setdefault(name, set()).update(lever.pairs)
+                pairs_of[DEFAULT].update(lever.pairs)
+        for (name, pairs), pair, skill in product(pairs_of.items(), spec.pairs, spec.skills):
             if pair in pairs:
-                yield settings, Cell(pair, skill, "prompts", 0), name, lever
+                yield settings, Cell(pair, skill, "prompts", 0), name, ALL[name]
 
 
 def run_lever(settings: Settings, cell: Cell, name: str, lever: Lever) -> dict[str, Any]:
@@ -255,22 +276,19 @@ class Found:
             found.drift.setdefault(run["method"], {})[run["pair"], run["skill"]] = run["drift"]
         return found
 
-    def figures(self, name: str, pairs: Sequence[str]) -> tuple[str, str]:
-        """Mean lift of a lever, and what it is above the default's; dashes where it was not run."""
+    def figures(self, name: str, pairs: Sequence[str]) -> list[str]:
+        """Mean lift of a lever, what it is above the default's, and its mean drift; dashes where it was not run."""
         cells = self._of(name, pairs)
         if not cells:
-            return "–", "–"
+            return ["–"] * 3
         lift = f"{np.mean([cell.lift.lift for cell in cells]):.2f}"
+        drift = f"{np.mean([drift for (pair, _), drift in self.drift[name].items() if pair in pairs]):.2f}"
         comparison = compare(cells, self._of(DEFAULT, pairs)) if name != DEFAULT else None
         if comparison is None:
-            return lift, "–"
+            return [lift, "–", drift]
         low, high = comparison.ci95
-        return lift, f"{comparison.above:+.2f} [{low:+.2f}, {high:+.2f}], {comparison.ahead} and {comparison.behind}"
-
-    def mean_drift(self, name: str, pairs: Sequence[str]) -> str:
-        """A dash where the lever was not run."""
-        drifts = [drift for (pair, _), drift in self.drift.get(name, {}).items() if pair in pairs]
-        return f"{np.mean(drifts):.2f}" if drifts else "–"
+        above = f"{comparison.above:+.2f} [{low:+.2f}, {high:+.2f}], {comparison.ahead} and {comparison.behind}"
+        return [lift, above, drift]
 
     def _of(self, name: str, pairs: Sequence[str]) -> list[PooledCell]:
         return [cell for cell in self.cells.get(name, []) if cell.pair in pairs]
@@ -278,21 +296,24 @@ class Found:
 
 def render(found: dict[int, Found]) -> str:
     """The page: a table for each kind of lever."""
-    sections = ["# Levers", _INTRODUCTION.strip()]
-    for title, levers in LEVERS.items():
-        pairs = next(iter(levers.values())).pairs
-        rows = [
-            f"| | after {SHORT} steps | against the default | after {LONG} steps | against the default | drift |",
-            "|---" * 6 + "|",
-        ]
-        for name, lever in {DEFAULT: _REFERENCE, **levers}.items():
-            of_row = pairs if name == DEFAULT else lever.pairs
-            figures = [figure for steps in STEPS for figure in found[steps].figures(name, of_row)]
-            rows.append(f"| {lever.title} | " + " | ".join([*figures, found[LONG].mean_drift(name, of_row)]) + " |")
-        sections += [f"## {title}", "\n".join(rows)]
-        if pairs != PAIRS:
-            sections.append("On " + ", ".join(map(arrow, pairs)) + ", whose models share their tokens.")
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(["# Levers", _INTRODUCTION.strip(), *starmap(partial(_section, found), LEVERS.items())]) + "\n"
+
+
+def _section(found: dict[int, Found], title: str, levers: dict[str, Lever]) -> str:
+    shown = [steps for steps in STEPS if any(steps in lever.steps for lever in levers.values())]
+    heads = " | ".join(f"lift after {steps} steps | against the default | drift" for steps in shown)
+    pairs = next(iter(levers.values())).pairs
+    rows = [f"| | {heads} |", "|---" * (1 + 3 * len(shown)) + "|"]
+    for name, lever in {DEFAULT: Lever("the default", _DEFAULT, STEPS, pairs), **levers}.items():
+        figures = [figure for steps in shown for figure in _figures(found[steps], name, lever, steps)]
+        rows.append(f"| {lever.title} | " + " | ".join(figures) + " |")
+    of_pairs = f"{len(pairs)} pairs: " + ", ".join(map(arrow, pairs)) + "."
+    return "\n\n".join([f"## {title}", of_pairs, "\n".join(rows)])
+
+
+def _figures(found: Found, name: str, lever: Lever, steps: int) -> list[str]:
+    # What was run for another section with other pairs does not stand here.
+    return found.figures(name, lever.pairs if steps in lever.steps else ())
 
 
 def main(
@@ -301,7 +322,7 @@ def main(
     out: Path = Path("benchmarks/results/levers"),
     page: Path = Path("docs/levers.md"),
     third_party: Path = Path("../shared/data/models"),
-    pairs: Sequence[str] = tuple(dict.fromkeys((*PAIRS, *SHARED_TOKENIZER))),
+    pairs: Sequence[str] = GRID_PAIRS,
     skills: Sequence[str] = GRID_SKILLS,
     levers: Sequence[str] = tuple(ALL),
 ) -> None:

@@ -167,14 +167,16 @@ def test_a_place_weighs_what_the_adapter_changes_there(reading):
 
 
 def test_every_lever_runs_where_the_page_shows_it():
-    names = dict.fromkeys(pair for pairs in (levers.PAIRS, levers.SHARED_TOKENIZER) for pair in pairs)
+    names = levers.GRID_PAIRS
     models = {name: BenchmarkModel(name, "{skill}") for pair in names for name in pair.split(":")}
     spec = BenchmarkSpec(models, list(names), ["one"], "tasks", "text")
     planned = {(settings.steps, cell.pair, name) for settings, cell, name, _ in levers.planned_runs(spec)}
-    assert {(levers.LONG, pair, levers.DEFAULT) for pair in names} <= planned
+    compared = {pair for steps, pair, name in planned if (steps, name) == (levers.LONG, levers.DEFAULT)}
+    assert compared == {*levers.PAIRS, *levers.SHARED_TOKENIZER}
+    assert {(levers.SHORT, pair, name) for pair in names for name in (levers.DEFAULT, "rate-2")} <= planned
     assert {(levers.SHORT, pair, "gradients") for pair in levers.PAIRS} <= planned
     assert {pair for _, pair, name in planned if name == "shifted"} == set(levers.SHARED_TOKENIZER)
-    assert (levers.SHORT, "llama-m:llama-s", levers.DEFAULT) not in planned
+    assert {pair for steps, pair, name in planned if (steps, name) == (levers.LONG, "rate-2")} == set(levers.PAIRS)
     assert len(planned) == len(list(levers.planned_runs(spec)))
 
 
@@ -196,7 +198,7 @@ def test_the_page_compares_with_the_default_on_the_same_pairs():
     compared = [cell(first, default, 6), cell(second, default, 8), cell(first, fresh, 7), cell(second, fresh, 5)]
     long = found(*compared, cell("llama-m:llama-s", default, 1), cell("llama-m:llama-s", "shifted", 3))
     page = levers.render({levers.SHORT: found(cell(first, fresh, 2)), levers.LONG: long})
-    assert "| the default | – | – | 0.70 | – | 0.70 |" in page
-    assert "| a fresh LoRA | 0.20 | – | 0.60 | -0.10 [-0.30, +0.10], 1 and 1 | 0.60 |" in page
-    assert "0.30 | +0.20 [+0.20, +0.20], 1 and 0 | 0.30 |" in page
-    assert "| rank 4 | – | – | – | – | – |" in page
+    assert "| the default | – | – | – | 0.70 | – | 0.70 |" in page
+    assert "| a fresh LoRA | 0.20 | – | 0.20 | 0.60 | -0.10 [-0.30, +0.10], 1 and 1 | 0.60 |" in page
+    assert "| 0.30 | +0.20 [+0.20, +0.20], 1 and 0 | 0.30 |" in page
+    assert "| rank 4 | – | – | – | – | – | – |" in page
