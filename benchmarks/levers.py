@@ -43,6 +43,7 @@ PAIRS = ("llama-s:mistral-s", "gpt2-s:gpt2-m")
 SHARED_TOKENIZER = ("gpt2-s:gpt2-m", "llama-s:llama-m", "llama-m:llama-s")
 """Pairs whose logits can be added up."""
 SHORT, LONG = STEPS = (200, 800)
+_NOT_RUN = "–"
 _BATCH, _PASSAGES, _MAX_LENGTH, _RUNNING_LENGTH = 4, 1000, 96, 48
 """As in the grid."""
 _EFFECT_BATCH, _LEAST_WEIGHT = 16, 1e-6
@@ -280,12 +281,12 @@ class Found:
         """Mean lift of a lever, what it is above the default's, and its mean drift; dashes where it was not run."""
         cells = self._of(name, pairs)
         if not cells:
-            return ["–"] * 3
+            return [_NOT_RUN] * 3
         lift = f"{np.mean([cell.lift.lift for cell in cells]):.2f}"
         drift = f"{np.mean([drift for (pair, _), drift in self.drift[name].items() if pair in pairs]):.2f}"
         comparison = compare(cells, self._of(DEFAULT, pairs)) if name != DEFAULT else None
         if comparison is None:
-            return [lift, "–", drift]
+            return [lift, _NOT_RUN, drift]
         low, high = comparison.ci95
         above = f"{comparison.above:+.2f} [{low:+.2f}, {high:+.2f}], {comparison.ahead} and {comparison.behind}"
         return [lift, above, drift]
@@ -296,19 +297,25 @@ class Found:
 
 def render(found: dict[int, Found]) -> str:
     """The page: a table for each kind of lever."""
-    return "\n\n".join(["# Levers", _INTRODUCTION.strip(), *starmap(partial(_section, found), LEVERS.items())]) + "\n"
+    sections = filter(None, starmap(partial(_section, found), LEVERS.items()))
+    return "\n\n".join(["# Levers", _INTRODUCTION.strip(), *sections]) + "\n"
 
 
 def _section(found: dict[int, Found], title: str, levers: dict[str, Lever]) -> str:
+    """A table of what was run; nothing where no lever was."""
     shown = [steps for steps in STEPS if any(steps in lever.steps for lever in levers.values())]
-    heads = " | ".join(f"lift after {steps} steps | against the default | drift" for steps in shown)
     pairs = next(iter(levers.values())).pairs
-    rows = [f"| | {heads} |", "|---" * (1 + 3 * len(shown)) + "|"]
+    rows = {}
     for name, lever in {DEFAULT: Lever("the default", _DEFAULT, STEPS, pairs), **levers}.items():
         figures = [figure for steps in shown for figure in _figures(found[steps], name, lever, steps)]
-        rows.append(f"| {lever.title} | " + " | ".join(figures) + " |")
+        if set(figures) != {_NOT_RUN}:
+            rows[name] = f"| {lever.title} | " + " | ".join(figures) + " |"
+    if rows.keys() <= {DEFAULT}:
+        return ""
+    heads = " | ".join(f"lift after {steps} steps | against the default | drift" for steps in shown)
+    table = [f"| | {heads} |", "|---" * (1 + 3 * len(shown)) + "|", *rows.values()]
     of_pairs = f"{len(pairs)} pairs: " + ", ".join(map(arrow, pairs)) + "."
-    return "\n\n".join([f"## {title}", of_pairs, "\n".join(rows)])
+    return "\n\n".join([f"## {title}", of_pairs, "\n".join(table)])
 
 
 def _figures(found: Found, name: str, lever: Lever, steps: int) -> list[str]:
