@@ -215,7 +215,8 @@ _INTRODUCTION = f"""
 The default with one thing changed, along unlabelled prompts, {_BATCH} at a step. Lift is the mean over three skills of
 each pair, one seed; beside it stands what it is above the default's on the same pairs and skills, with a bootstrap 95 %
 interval over them, and on how many it is ahead and behind. Drift is the KL divergence from the bare target on text that
-this wrote itself, in nats per position. On two pairs, six single runs do not tell apart what differs by less than 0.03.
+this wrote itself, in nats per position. Six single runs on two pairs tell little
+apart, as the intervals say.
 Measured elsewhere: [the text, the rehearsal, maps instead of factors](results.md#what-each-part-adds) and
 [the number of steps](steps.md). `python -m benchmarks.levers` runs and renders it.
 """
