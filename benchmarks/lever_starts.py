@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -90,20 +91,17 @@ def unbalanced(reading: Reading, recipe: Recipe, seed: int) -> Student:
     return student_with(reading, recipe, seed, closed_form(reading, recipe))
 
 
-def inputs_alone(reading: Reading, recipe: Recipe, seed: int) -> Student:
-    """A of the closed form; B is zero, as in a fresh LoRA, so that training starts at the bare target."""
-    solved = balanced(closed_form(reading, recipe))
-    return student_with(
-        reading, recipe, seed, {name: LowRank(lora.a, torch.zeros_like(lora.b)) for name, lora in solved.items()}
-    )
+def one_side(side: Literal["a", "b"]) -> Begin:
+    """One factor of the closed form; the other is zero, so that training starts at the bare target."""
 
+    def begin(reading: Reading, recipe: Recipe, seed: int) -> Student:
+        alone = {}
+        for name, lora in balanced(closed_form(reading, recipe)).items():
+            nothing = LowRank(torch.zeros_like(lora.a), torch.zeros_like(lora.b))
+            alone[name] = replace(nothing, **{side: getattr(lora, side)})
+        return student_with(reading, recipe, seed, alone)
 
-def outputs_alone(reading: Reading, recipe: Recipe, seed: int) -> Student:
-    """B of the closed form; A is zero, so that training starts at the bare target."""
-    solved = balanced(closed_form(reading, recipe))
-    return student_with(
-        reading, recipe, seed, {name: LowRank(torch.zeros_like(lora.a), lora.b) for name, lora in solved.items()}
-    )
+    return begin
 
 
 def earlier_modules_adapted(reading: Reading, recipe: Recipe, seed: int) -> Student:

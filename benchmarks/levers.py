@@ -30,11 +30,12 @@ from castlora.bench.quality import reference_scores
 from castlora.bench.reading import Reading
 from castlora.bench.results import PooledCell, compare, make_cells, read_results
 from castlora.bench.spec import BenchmarkSpec
-from castlora.bench.tables import arrow
+from castlora.bench.tables import arrow, measured_with
 from castlora.bench.trained import Distilled
 from castlora.changes import update_divergence
 from castlora.config import Recipe, Tuning
 from castlora.distill import Student
+from castlora.errors import UserError
 from castlora.positions import AlignedPassage, batches
 from castlora.stages import Models
 from castlora.teacher import predict
@@ -143,8 +144,8 @@ def _begun(
 LEVERS: dict[str, dict[str, Lever]] = {
     "Where it starts": {
         "fresh, rehearsed": Lever("a fresh LoRA", Distilled("default", "fresh")),
-        "inputs": _begun("A of the closed form, B zero", lever_starts.inputs_alone),
-        "outputs": _begun("B of the closed form, A zero", lever_starts.outputs_alone, (SHORT,)),
+        "inputs": _begun("A of the closed form, B zero", lever_starts.one_side("a")),
+        "outputs": _begun("B of the closed form, A zero", lever_starts.one_side("b"), (SHORT,)),
         "sequential": _begun(
             "each module solved with the earlier ones adapted, in source and target",
             lever_starts.earlier_modules_adapted,
@@ -266,12 +267,13 @@ class Found:
     """By lever."""
     drift: dict[str, dict[tuple[str, str], float]]
     """By lever, pair and skill."""
+    runs: list[dict[str, Any]]
 
     @classmethod
     def read(cls, folder: Path) -> "Found":
         """Reads the records of a folder."""
         references, runs = read_results(folder)
-        found = cls({}, {})
+        found = cls({}, {}, runs)
         for cell in make_cells(references, runs):
             found.cells.setdefault(cell.method, []).append(cell)
         for run in runs:
@@ -299,7 +301,8 @@ class Found:
 def render(found: dict[int, Found]) -> str:
     """The page: a table for each kind of lever."""
     sections = filter(None, starmap(partial(_section, found), LEVERS.items()))
-    return "\n\n".join(["# Levers", _INTRODUCTION.strip(), *sections]) + "\n"
+    environment = measured_with([run for of_steps in found.values() for run in of_steps.runs])
+    return "\n\n".join(["# Levers", _INTRODUCTION.strip(), *sections, "## Environment", environment]) + "\n"
 
 
 def _section(found: dict[int, Found], title: str, levers: dict[str, Lever]) -> str:
@@ -345,7 +348,13 @@ def main(
         pairs: SOURCE:TARGET, each
         skills: names of skills
         levers: names of levers to run
+
+    Raises:
+        UserError: a lever is unknown, or tasks, text or models are not there.
     """
+    unknown = [name for name in levers if name not in ALL]
+    if unknown:
+        raise UserError(f"Lever {unknown[0]!r} is unknown; choose from {'; '.join(ALL)}.")
     torch.set_num_threads(1)
     disable_progress_bar()
     spec = BenchmarkSpec(zoo_models(ZOO, third_party), list(pairs), list(skills), str(tasks), str(text))

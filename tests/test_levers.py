@@ -14,6 +14,7 @@ from castlora.bench.results import PooledCell
 from castlora.bench.spec import BenchmarkModel, BenchmarkSpec
 from castlora.capture import change_output
 from castlora.config import DEFAULT
+from castlora.errors import UserError
 from castlora.lift import lift_with_interval
 from castlora.plan import plan_transfer
 from castlora.positions import batches, counted_places
@@ -71,8 +72,8 @@ def test_between_identical_models_a_start_is_the_adapter_itself(reading, begin):
 def test_a_start_of_one_side_leaves_the_target_as_it_is(reading):
     read = reading("llama", "mistral")
     solved = lever_starts.balanced(lever_starts.closed_form(read, DEFAULT))
-    for begin, side, other in ((lever_starts.inputs_alone, "a", "b"), (lever_starts.outputs_alone, "b", "a")):
-        student = begin(read, DEFAULT, 0)
+    for side, other in (("a", "b"), ("b", "a")):
+        student = lever_starts.one_side(side)(read, DEFAULT, 0)
         for name, lora in student_factors(student.model, read.plan.target_modules).items():
             rank = solved[name].rank
             found = LowRank(lora.a[:rank], lora.b[:, :rank])
@@ -191,8 +192,9 @@ def test_the_page_compares_with_the_default_on_the_same_pairs():
         for one in cells:
             by_method.setdefault(one.method, []).append(one)
         drift = {name: {(one.pair, "one"): one.score for one in of_one} for name, of_one in by_method.items()}
-        return levers.Found(by_method, drift)
+        return levers.Found(by_method, drift, [{"seed": 0, "environment": environment}])
 
+    environment = {"commit": "0123456789abcdef", "machine": "two cores", "versions": {"torch": "2"}}
     first, second = levers.PAIRS
     default, fresh = levers.DEFAULT, "fresh, rehearsed"
     compared = [cell(first, default, 6), cell(second, default, 8), cell(first, fresh, 7), cell(second, fresh, 5)]
@@ -201,4 +203,11 @@ def test_the_page_compares_with_the_default_on_the_same_pairs():
     assert "| the default | – | – | – | 0.70 | – | 0.70 |" in page
     assert "| a fresh LoRA | 0.20 | – | 0.20 | 0.60 | -0.10 [-0.30, +0.10], 1 and 1 | 0.60 |" in page
     assert "| 0.30 | +0.20 [+0.20, +0.20], 1 and 0 | 0.30 |" in page
+    assert page.endswith("## Environment\n\nCommits 0123456789; seeds 0; two cores; torch 2.\n")
     assert "rank 4" not in page and "What is minimised" not in page
+
+
+def test_an_unknown_lever_is_named_and_nothing_is_written(tmp_path):
+    with pytest.raises(UserError, match="Lever 'magic' is unknown; choose from default; fresh, rehearsed; inputs;"):
+        levers.main(tmp_path, tmp_path, tmp_path / "out", tmp_path / "page.md", levers=["magic"])
+    assert not list(tmp_path.iterdir())

@@ -99,7 +99,7 @@ def render(references: References, runs: Sequence[dict[str, Any]], cells: Sequen
         sections += ["## What each part adds", parts]
     if measured := drifts(references, cells):
         sections += ["## General ability", _drift_table(measured)]
-    sections += ["## Environment", _environment(runs)]
+    sections += ["## Environment", measured_with(runs)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -210,7 +210,8 @@ def _drift_table(measured: Sequence[Drift]) -> str:
     return "\n".join([note, "", *rows])
 
 
-def _environment(runs: Sequence[dict[str, Any]]) -> str:
+def measured_with(runs: Sequence[dict[str, Any]]) -> str:
+    """Commits, seeds, machines and versions of some runs, as a sentence."""
     commits = _listed(sorted({run["environment"]["commit"][:10] for run in runs}))
     machines = _listed(sorted({run["environment"]["machine"] for run in runs}))
     packages = {f"{k} {v}" for run in runs for k, v in run["environment"]["versions"].items()}
