@@ -225,17 +225,12 @@ Measured elsewhere: [the text, the rehearsal, maps instead of factors](results.m
 
 def run_missing(spec: BenchmarkSpec, out: Path, levers: Sequence[str]) -> None:
     """Runs what is missing of some levers on the pairs of a specification, one JSON file per run."""
-    runs = [
-        (record_path(out / str(settings.steps), cell, name), partial(run_lever, settings, cell, name, lever))
-        for settings, cell, name, lever in planned_runs(spec)
-        if name in levers
-    ]
-    for steps, pair, skill in product(STEPS, spec.pairs, spec.skills):
-        folder = Cell(pair, skill, "prompts", 0).folder(out / str(steps))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_missing(folder / "references.json", partial(reference_scores, spec, pair, skill))
-    for path, run in tqdm(runs, desc="runs", unit="run"):
-        write_missing(path, run)
+    planned = [run for run in planned_runs(spec) if run[2] in levers]
+    for settings, cell, name, lever in tqdm(planned, desc="runs", unit="run"):
+        path = record_path(out / str(settings.steps), cell, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_missing(path.with_name("references.json"), partial(reference_scores, spec, cell.pair, cell.skill))
+        write_missing(path, partial(run_lever, settings, cell, name, lever))
 
 
 def planned_runs(spec: BenchmarkSpec) -> Iterator[tuple[Settings, Cell, str, Lever]]:

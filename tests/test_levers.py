@@ -167,10 +167,15 @@ def test_a_place_weighs_what_the_adapter_changes_there(reading):
     assert correlation > 0.99
 
 
-def test_every_lever_runs_where_the_page_shows_it():
+@pytest.fixture
+def spec() -> BenchmarkSpec:
+    """All pairs of the grid, with one skill."""
+    models = {name: BenchmarkModel(name, "{skill}") for pair in levers.GRID_PAIRS for name in pair.split(":")}
+    return BenchmarkSpec(models, list(levers.GRID_PAIRS), ["one"], "tasks", "text")
+
+
+def test_every_lever_runs_where_the_page_shows_it(spec):
     names = levers.GRID_PAIRS
-    models = {name: BenchmarkModel(name, "{skill}") for pair in names for name in pair.split(":")}
-    spec = BenchmarkSpec(models, list(names), ["one"], "tasks", "text")
     planned = {(settings.steps, cell.pair, name) for settings, cell, name, _ in levers.planned_runs(spec)}
     compared = {pair for steps, pair, name in planned if (steps, name) == (levers.LONG, levers.DEFAULT)}
     assert compared == {*levers.PAIRS, *levers.SHARED_TOKENIZER}
@@ -179,6 +184,15 @@ def test_every_lever_runs_where_the_page_shows_it():
     assert {pair for _, pair, name in planned if name == "shifted"} == set(levers.SHARED_TOKENIZER)
     assert {pair for steps, pair, name in planned if (steps, name) == (levers.LONG, "rate-2")} == set(levers.PAIRS)
     assert len(planned) == len(list(levers.planned_runs(spec)))
+
+
+def test_a_lever_alone_runs_on_its_pairs_beside_their_references(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(levers, "run_lever", lambda *run: {})
+    monkeypatch.setattr(levers, "reference_scores", lambda *cell: {})
+    levers.run_missing(spec, tmp_path, ["rank-4"])
+    folders = [f"{levers.LONG}/{pair.replace(':', '--')}/one" for pair in levers.PAIRS]
+    expected = {f"{folder}/{name}.json" for folder in folders for name in ("references", "rank-4.prompts.seed0")}
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")} == expected
 
 
 def test_the_page_compares_with_the_default_on_the_same_pairs():
