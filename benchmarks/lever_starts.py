@@ -95,10 +95,8 @@ def one_side(side: Literal["a", "b"]) -> Begin:
     """One factor of the closed form; the other is zero, so that training starts at the bare target."""
 
     def begin(reading: Reading, recipe: Recipe, seed: int) -> Student:
-        alone = {}
-        for name, lora in balanced(closed_form(reading, recipe)).items():
-            nothing = LowRank(torch.zeros_like(lora.a), torch.zeros_like(lora.b))
-            alone[name] = replace(nothing, **{side: getattr(lora, side)})
+        solved = balanced(closed_form(reading, recipe))
+        alone = {name: LowRank(lora.a * (side == "a"), lora.b * (side == "b")) for name, lora in solved.items()}
         return student_with(reading, recipe, seed, alone)
 
     return begin
