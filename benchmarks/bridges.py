@@ -8,9 +8,7 @@ training, beside the two starts that need no other adapter. What is already ther
 into docs.
 """
 
-import json
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -27,15 +25,15 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.bridge_page import BATCH, BRIDGE_BATCH, PAIR, STARTS, Found, render
 from benchmarks.quality import ZOO, zoo_models
 from benchmarks.steps import STEPS
 from benchmarks.zoo.specs import GRID_SKILLS
 from castlora.adapters import LowRank
 from castlora.bench.grid import Cell, Settings, record_path, score, write_missing
-from castlora.bench.plots import Curve, curve_chart
+from castlora.bench.plots import curve_chart
 from castlora.bench.quality import reference_scores, run_quality
 from castlora.bench.reading import Reading, cell_recipe, read_text
-from castlora.bench.results import make_cells, read_results
 from castlora.bench.spec import BenchmarkSpec
 from castlora.bench.trained import Distilled
 from castlora.config import Recipe, Start, Tuning
@@ -50,27 +48,17 @@ from castlora.starts import BranchMaps, Maps, attach_lora, fold_maps, lora_maps,
 from castlora.teacher import Teacher
 from castlora.training import ADAM_BETAS, WARMUP_FRACTION, peak_learning_rate, reading_order
 
-PAIR = "llama-s:mistral-s"
 ADAPTERS = (*GRID_SKILLS, "topic", "record", "shakespeare")
 BRIDGES: dict[str, Start] = {"bridge": "ridge", "bridge, last layer solved": "readout"}
 """Methods that start from shared maps → the start that they replace the maps of."""
-STARTS = (*BRIDGES, "default", "default, last layer solved", "fresh, rehearsed")
-"""Methods that differ in what they start from."""
 SharedMaps = dict[tuple[str, str], BranchMaps]
 """(target module, source module) → maps, for sources without fused modules. The index of a branch would not do: where
 an adapter leaves out the keys, the values have their place."""
-_BRIDGE_BATCH, _BATCH = 16, 4
 _LOOKS = 8
 """How often the maps are looked at while they are trained."""
 _MAX_GRADIENT_NORM = 1.0
 _PASSAGES, _MAX_LENGTH, _RUNNING_LENGTH = 1000, 96, 48
 """As in the grid."""
-_INTRODUCTION = f"""
-Can maps be learned once for a pair of models, and then move adapters that they have never seen? Here maps from
-`{PAIR.split(":")[0]}` to `{PAIR.split(":")[1]}` were trained on five adapters along unlabelled prompts of their skills,
-a random adapter at each step of {_BRIDGE_BATCH} prompts, from their closed form. Then they moved the adapter of a sixth
-skill. One seed; `python -m benchmarks.bridges` runs and renders it.
-"""
 
 
 @dataclass(frozen=True)
@@ -251,7 +239,8 @@ def learn_bridge(settings: Settings, adapters: Sequence[str], skill: str) -> tup
 
     rank = max(adapter.reading.plan.rank(recipe, None) for adapter in (*seen, unseen))
     maps = learn_maps(seen, solve_maps(seen, recipe), rank, recipe, look)
-    return maps, {**reference_scores(settings.spec, PAIR, skill), "recipe": asdict(recipe), "points": points}
+    references = reference_scores(settings.spec, PAIR, skill)
+    return maps, {**references, "seed": cell.seed, "recipe": asdict(recipe), "points": points}
 
 
 def shared_maps(settings: Settings, adapters: Sequence[str], skill: str, record: Path, maps_file: Path) -> SharedMaps:
@@ -281,60 +270,6 @@ def read_maps(file: Path) -> SharedMaps:
         target_module, source_module, side = key.split("/")
         sides.setdefault((target_module, source_module), {})[side] = tensor
     return {key: BranchMaps(**of_branch) for key, of_branch in sides.items()}
-
-
-def read_lifts(out: Path) -> dict[int, dict[str, float]]:
-    """Mean lift over the skills by number of steps and method."""
-    found = {}
-    for folder in sorted(out.iterdir(), key=lambda folder: int(folder.name)):
-        lifts = defaultdict(list)
-        for cell in make_cells(*read_results(folder)):
-            lifts[cell.method].append(cell.lift.lift)
-        found[int(folder.name)] = {method: float(np.mean(lifts[method])) for method in STARTS}
-    return found
-
-
-def render(found: Mapping[int, Mapping[str, float]], bridges: Sequence[Mapping[str, Any]], chart_name: str) -> str:
-    """The page: what shared maps carry by themselves, and what they save as a start."""
-    skills = [bridge["skill"] for bridge in bridges]
-    carried = [
-        "| steps | KL, adapters seen | KL, unseen | next tokens as source + LoRA's, unseen | "
-        + " | ".join(f"lift, {skill} unseen" for skill in skills)
-        + " |",
-        "|---" * (4 + len(skills)) + "|",
-    ]
-    for points in zip(*(bridge["points"] for bridge in bridges), strict=True):
-        kl, agreement = (np.mean([point["unseen"][name] for point in points]) for name in ("kl", "agreement"))
-        seen = np.mean([point["seen_kl"] for point in points])
-        lifts = " | ".join(f"{_lift(bridge, point):.2f}" for bridge, point in zip(bridges, points, strict=True))
-        carried.append(f"| {points[0]['step']} | {seen:.2f} | {kl:.2f} | {100 * agreement:.0f} % | {lifts} |")
-    saved = ["| steps | " + " | ".join(STARTS) + " |", "|---" * (1 + len(STARTS)) + "|"]
-    for steps, lifts_of in found.items():
-        saved.append(f"| {steps} | " + " | ".join(f"{lifts_of[start]:.2f}" for start in STARTS) + " |")
-    bare = np.mean([bridge["points"][0]["bare_kl"] for bridge in bridges])
-    sections = [
-        "# Maps shared by many adapters",
-        _INTRODUCTION.strip(),
-        "## What they carry by themselves",
-        "By the number of steps that the maps were trained for: KL divergence from source + LoRA on held-out prompts, "
-        f"in nats (the bare target's from the unseen: {bare:.2f}), and the lift of each skill that was left out. Of "
-        f"{len(SOLVED_SCALES)} scales of the update, 0 among them, the one is taken that fits held-out prompts of the "
-        "skill best.",
-        "\n".join(carried),
-        "## What they save as a start",
-        f"Mean lift over the skills left out by the number of steps of {_BATCH} prompts of the skill, by the default "
-        "recipe: from the shared maps (`bridge`), from the closed form of the skill's own prompts (`default`), from "
-        "each with the target's last layer solved for these prompts, and from a plain LoRA (`fresh, rehearsed`). Every "
-        "number is a training of its own, with a schedule of its own.",
-        f"![Lift by steps and start]({chart_name})",
-        "\n".join(saved),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _lift(bridge: Mapping[str, Any], point: Mapping[str, Any]) -> float:
-    bare, retrained = (bridge["references"][name]["score"] for name in ("bare target", "retrained"))
-    return float((point["score"] - bare) / (retrained - bare))
 
 
 def main(
@@ -369,23 +304,20 @@ def main(
     spec = BenchmarkSpec(models, [PAIR], list(skills), str(tasks), str(text)).narrowed(regimes=["prompts"])
     others = [start for start in STARTS if start not in BRIDGES]
     for number in steps:
-        run_quality(spec, out / "steps" / str(number), others, seeds=1, steps=number, batch_size=_BATCH)
+        run_quality(spec, out / "steps" / str(number), others, seeds=1, steps=number, batch_size=BATCH)
     (out / "learned").mkdir(parents=True, exist_ok=True)
     for skill in skills:
         cell, record = Cell(PAIR, skill, "prompts", 0), out / "learned" / f"{skill}.json"
-        of_maps = Settings(spec, bridge_steps, _BRIDGE_BATCH, _PASSAGES, _MAX_LENGTH, _RUNNING_LENGTH)
+        of_maps = Settings(spec, bridge_steps, BRIDGE_BATCH, _PASSAGES, _MAX_LENGTH, _RUNNING_LENGTH)
         maps = partial(shared_maps, of_maps, adapters, skill, record, work / f"{skill}.safetensors")
         for number in steps:
-            settings = replace(of_maps, steps=number, batch_size=_BATCH)
+            settings = replace(of_maps, steps=number, batch_size=BATCH)
             for method in BRIDGES:
                 file = record_path(out / "steps" / str(number), cell, method)
                 write_missing(file, partial(move, settings, cell, method, maps))
-    found = read_lifts(out / "steps")
-    bridges = [json.loads((out / "learned" / f"{skill}.json").read_text(encoding="utf-8")) for skill in skills]
-    chart = page.with_suffix(".svg")
-    page.write_text(render(found, bridges, chart.name), encoding="utf-8")
-    curves = [Curve(start, [(number, lifts[start]) for number, lifts in found.items()]) for start in STARTS]
-    chart.write_text(curve_chart(curves, "optimizer steps", "lift"), encoding="utf-8")
+    found, chart = Found.read(out, skills), page.with_suffix(".svg")
+    page.write_text(render(found, chart.name), encoding="utf-8")
+    chart.write_text(curve_chart(found.curves(), "optimizer steps", "lift"), encoding="utf-8")
 
 
 def move(settings: Settings, cell: Cell, method: str, maps: Callable[[], SharedMaps]) -> dict[str, Any]:

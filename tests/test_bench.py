@@ -9,7 +9,7 @@ import tiny
 import yaml
 from filelock import FileLock
 
-from castlora.bench import reading
+from castlora.bench import grid, reading
 from castlora.bench.methods import METHODS
 from castlora.bench.quality import plan_runs, run_quality
 from castlora.bench.spec import BenchmarkModel, BenchmarkSpec, read_spec
@@ -155,6 +155,18 @@ def test_runs_of_other_length_are_not_mixed_in(spec, tmp_path):
     run_briefly(spec, tmp_path, ["direct copy"])
     with pytest.raises(UserError, match="holds runs with steps 2, not 3; give another folder"):
         run_quality(spec, tmp_path, ["direct copy"], 1, steps=3, batch_size=2, passages=8, max_length=64)
+
+
+def test_text_is_written_once_for_all_starts_and_schedules(spec, tmp_path, monkeypatch):
+    written = []
+    teach = grid.teach_text
+    monkeypatch.setattr(grid, "teach_text", lambda *args: written.append(args) or teach(*args))
+    spec = spec.narrowed(regimes=["prompts"])
+    for steps, batch_size in ((2, 2), (3, 1)):
+        out = tmp_path / f"results-{steps}"
+        run_quality(spec, out, ["default", "ridge start"], 1, steps, batch_size, passages=8, max_length=64)
+        assert len(records(out)) == 2
+    assert len(written) == 1
 
 
 def test_seeds_come_outermost_and_weights_alone_have_none(spec):

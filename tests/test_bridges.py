@@ -122,9 +122,15 @@ def test_the_page_shows_what_is_carried_and_what_is_saved():
         unseen = {"loss": 3.0, "kl": 2.5, "agreement": 0.4}
         return {"step": step, "seen_kl": 1.0 - step / 4, "unseen": unseen, "bare_kl": 6.0, "score": score}
 
-    bridge = {"skill": "animals", "references": REFERENCES, "points": [point(0, 0.2), point(2, 0.4)]}
+    measured = {"seed": 0, "environment": {"commit": "0123456789abcdef", "versions": {}, "machine": "2 cores"}}
+    bridge = {"skill": "animals", "references": REFERENCES, "points": [point(0, 0.2), point(2, 0.4)], **measured}
     lifts = (0.31, 0.42, 0.1, 0.2, -0.03)
-    found = {50: dict(zip(bridges.STARTS, lifts, strict=True))}
-    page = bridges.render(found, [bridge, {**bridge, "skill": "plants"}], "bridges.svg")
+    found = bridges.Found(
+        {50: dict(zip(bridges.STARTS, lifts, strict=True))},
+        [bridge, {**bridge, "skill": "plants"}],
+        [measured | {"seed": 1}],
+    )
+    page = bridges.render(found, "bridges.svg")
+    assert "Commits 0123456789; seeds 0, 1; 2 cores;" in page
     assert "| 0 | 1.00 | 2.50 | 40 % | 0.00 | 0.00 |" in page and "| 2 | 0.50 | 2.50 | 40 % | 0.25 | 0.25 |" in page
     assert "| 50 | 0.31 | 0.42 | 0.10 | 0.20 | -0.03 |" in page and "the bare target's from the unseen: 6.00" in page

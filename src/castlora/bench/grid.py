@@ -90,10 +90,10 @@ def record_path(out: Path, cell: Cell, method: str) -> Path:
 
 
 @lru_cache(maxsize=64)
-def taught_passages(settings: Settings, cell: Cell, recipe: Recipe) -> list[Passage]:
-    """The text of a run, answers included; all starts of a recipe learn from the same."""
-    models = load_models(cell.plan(settings.spec))
-    text = cell.text_source(settings.spec)
+def taught_passages(spec: BenchmarkSpec, cell: Cell, recipe: Recipe) -> list[Passage]:
+    """The text of a run, answers included; all starts and schedules of a recipe learn from the same."""
+    models = load_models(cell.plan(spec))
+    text = cell.text_source(spec)
     formats = prompt_formats(models, text, recipe, cell.seed)
     return teach_text(models, text, formats, recipe, cell.seed)
 
