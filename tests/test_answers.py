@@ -1,9 +1,12 @@
+import logging
+
 import pytest
 import tiny
+import torch
 from peft import PeftModel
 
 from castlora import completions
-from castlora.answers import write_answers
+from castlora.answers import prompt_batches, write_answers
 from castlora.completions import batches_by_length
 from castlora.text import Passage
 
@@ -51,6 +54,15 @@ def test_prompts_that_are_too_long_are_left_out(write):
     ]
     assert sorted(written) == sorted(prompt for prompt, length in lengths.items() if length <= limit)
     assert write("gpt2", max_prompt_tokens=0) == []
+
+
+def test_nothing_warns_of_prompts_that_no_model_reads(base_model, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer = tiny.tokenizer_of(base_model("gpt2"))
+    tokenizer.model_max_length = 4
+    asked = [Passage(prompt, len(prompt.encode())) for prompt in PROMPTS]
+    (batch,) = prompt_batches(tokenizer, asked, 4, 8, torch.device("cpu"))
+    assert 0 < len(batch.ids) < len(PROMPTS) and caplog.text == ""
 
 
 def test_answers_have_at_most_the_given_number_of_tokens(write):

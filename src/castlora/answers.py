@@ -39,8 +39,10 @@ def prompt_batches(
 
     A prompt longer than `max_prompt_tokens` is left out, and batches of long ones have fewer than `batch_size`.
     """
+    # Not verbose: it would warn of prompts that are too long for the model, and no model reads those.
     encoded = [
-        (tokenizer(prompt.text, add_special_tokens=not prompt.is_chat)["input_ids"], prompt) for prompt in prompts
+        (tokenizer(prompt.text, add_special_tokens=not prompt.is_chat, verbose=False)["input_ids"], prompt)
+        for prompt in prompts
     ]
     kept = [pair for pair in encoded if len(pair[0]) <= max_prompt_tokens]
     pad = tokenizer.eos_token_id or 0
