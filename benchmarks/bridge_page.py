@@ -12,10 +12,13 @@ import numpy as np
 from castlora.bench.plots import Curve
 from castlora.bench.results import make_cells, read_results
 from castlora.bench.tables import measured_with
+from castlora.config import Start
 from castlora.scaling import SOLVED_SCALES
 
 PAIR = "llama-s:mistral-s"
-STARTS = ("bridge", "bridge, last layer solved", "default", "default, last layer solved", "fresh, rehearsed")
+BRIDGES: dict[str, Start] = {"bridge": "ridge", "bridge, last layer solved": "readout"}
+"""Methods that start from shared maps → the start that they replace the maps of."""
+STARTS = (*BRIDGES, "default", "default, last layer solved", "fresh, rehearsed")
 """Methods that differ in what they start from."""
 BRIDGE_BATCH, BATCH = 16, 4
 """Passages at a step of the maps' training, and of the trainings that start from them."""
@@ -93,7 +96,7 @@ def render(found: Found, chart_name: str) -> str:
         f"![Lift by steps and start]({chart_name})",
         "\n".join(saved),
         "## Environment",
-        measured_with([*found.bridges, *found.runs]),
+        measured_with([*bridges, *found.runs]),
     ]
     return "\n\n".join(sections) + "\n"
 

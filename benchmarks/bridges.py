@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.bridge_page import BATCH, BRIDGE_BATCH, PAIR, STARTS, Found, render
+from benchmarks.bridge_page import BATCH, BRIDGE_BATCH, BRIDGES, PAIR, STARTS, Found, render
 from benchmarks.quality import ZOO, zoo_models
 from benchmarks.steps import STEPS
 from benchmarks.zoo.specs import GRID_SKILLS
@@ -36,7 +36,7 @@ from castlora.bench.quality import reference_scores, run_quality
 from castlora.bench.reading import Reading, cell_recipe, read_text
 from castlora.bench.spec import BenchmarkSpec
 from castlora.bench.trained import Distilled
-from castlora.config import Recipe, Start, Tuning
+from castlora.config import Recipe, Tuning
 from castlora.distill import HeldOut, Student, measure_held_out, total_loss
 from castlora.fitting import ridge_maps, solve_in_parts
 from castlora.maps import balance
@@ -49,8 +49,6 @@ from castlora.teacher import Teacher
 from castlora.training import ADAM_BETAS, WARMUP_FRACTION, peak_learning_rate, reading_order
 
 ADAPTERS = (*GRID_SKILLS, "topic", "record", "shakespeare")
-BRIDGES: dict[str, Start] = {"bridge": "ridge", "bridge, last layer solved": "readout"}
-"""Methods that start from shared maps → the start that they replace the maps of."""
 SharedMaps = dict[tuple[str, str], BranchMaps]
 """(target module, source module) → maps, for sources without fused modules. The index of a branch would not do: where
 an adapter leaves out the keys, the values have their place."""

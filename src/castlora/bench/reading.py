@@ -33,8 +33,8 @@ def read_text(settings: Settings, cell: Cell, recipe: Recipe) -> Reading:
     """The cell's models, and its training and held-out passages."""
     # Only the length of running text depends on the target; prompts serve all targets of a source.
     read_for = cell if _reads_running_text(cell, recipe) else replace(cell, pair=f"{cell.source}:{cell.source}")
-    of_text = replace(recipe, start="fresh", trained="maps", rehearsal_weight=0.0, steps=1, batch_size=1)
-    passages = taught_passages(settings.spec, read_for, of_text)
+    any_training = replace(recipe, start="fresh", trained="maps", rehearsal_weight=0.0, steps=1, batch_size=1)
+    passages = taught_passages(settings.spec, read_for, any_training)
     plan = cell.plan(settings.spec)
     models = load_models(plan)
     return Reading(plan, models, *align_text(models, passages, recipe), write_rehearsed(models, recipe, cell.seed))
