@@ -58,7 +58,7 @@ def test_a_transfer_between_every_two_families(base_model, quick_transfer, sourc
     assert manifest == result.manifest
     assert manifest["rank"] == rank
     assert manifest["logit_difference"] <= 1e-4
-    assert manifest["passages"] == {"training": 24, "held_out": 17}
+    assert manifest["passages"] == {"training": 24, "held_out": 17, "variants": 0}
     assert (manifest["source"]["name"], manifest["target"]["name"]) == (source, target)
     assert len(manifest["pairing"]) == len(result.pairing.pairs)
     assert result.log[-1]["step"] == 3
@@ -243,7 +243,7 @@ def test_text_that_comes_to_nothing_leaves_nothing(quick_transfer, tmp_path, pro
 def test_little_text_is_read_again_and_again(quick_transfer, tmp_path):
     (tmp_path / "text.txt").write_text("The fox finds the hen.\n\nThe miller hides the ring.")
     result = quick_transfer("gpt2", "llama", text=str(tmp_path / "text.txt"))
-    assert result.manifest["passages"] == {"training": 1, "held_out": 1}
+    assert result.manifest["passages"] == {"training": 1, "held_out": 1, "variants": 0}
 
 
 def test_an_adapter_that_computes_something_else_is_not_published(base_model, quick_transfer, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ MANIFEST: dict[str, Any] = {
     "recipe": {"name": "default", **{field.name: getattr(DEFAULT, field.name) for field in fields(Recipe)}},
     "seed": 0,
     "versions": {"castlora": "0.1.0", "torch": "2.13"},
-    "passages": {"training": 24, "held_out": 6},
+    "passages": {"training": 24, "held_out": 6, "variants": 0},
     "held_out_sha256": "c",
     "losses": {
         "held_out_before": 3.0, "kl_before": 2.5, "agreement_before": 0.25, "held_out_after": 0.5, "kl_after": 0.375,

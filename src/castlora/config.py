@@ -61,6 +61,9 @@ class Recipe:
     passages: int
     """Passages of running text, or given prompts, drawn for training; they are read again when the steps outlast
     them."""
+    fewest_prompts: int
+    """Given prompts that are fewer are filled up to this number with variants of themselves; 0 leaves them as they
+    are."""
     filled_passages: int
     """Prompts made of general text that are kept for training."""
     candidates: int
@@ -97,6 +100,7 @@ PAPER = Recipe(
     map_learning_rate_ratio=0.1,
     ridge=0.1,
     passages=16000,
+    fewest_prompts=0,
     filled_passages=16000,
     candidates=1,
     sentences=1,
@@ -118,6 +122,7 @@ DEFAULT = replace(
     context_weight=0.0,
     write_answers=True,
     passages=8000,
+    fewest_prompts=500,
     filled_passages=2000,
     candidates=32,
     sentences=3,
@@ -136,7 +141,7 @@ _ABOVE_ZERO = (
 )  # fmt: skip
 _ZERO_OR_MORE = (
     "steps", "kl_weight", "mse_weight", "chunk_weight", "context_weight", "ridge", "map_learning_rate_ratio",
-    "format_candidates", "rehearsal_weight",
+    "fewest_prompts", "format_candidates", "rehearsal_weight",
 )  # fmt: skip
 
 
@@ -146,6 +151,8 @@ class TextTuning:
 
     passages: int | None = None
     """passages of running text, or given prompts, drawn for training"""
+    fewest_prompts: int | None = None
+    """given prompts that are fewer are filled up to this number with variants of themselves; 0 leaves them as given"""
     filled_passages: int | None = None
     """prompts made of general text that are kept for training"""
     candidates: int | None = None

@@ -78,7 +78,7 @@ def compare_answers(
     asked = [passage for passage in passages if passage.answer_start]
     if not asked:
         return None
-    in_source = [passage.text.encode()[: passage.answer_start].decode() for passage in asked]
+    in_source = [passage.prompt for passage in asked]
     in_target = [passage.target_prompt or prompt for passage, prompt in zip(asked, in_source, strict=True)]
 
     def answers(

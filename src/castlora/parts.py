@@ -46,6 +46,10 @@ class Parts:
         self._write(name, inputs, save(value))
         return value
 
+    def under(self, name: str) -> "Parts":
+        """A folder of its own for the parts of another stage."""
+        return Parts(self.folder and self.folder / name)
+
     def _read(self, name: str, inputs: Sequence[str]) -> bytes | None:
         if self.folder is None or not (self.folder / name).is_file():
             return None
@@ -55,7 +59,7 @@ class Parts:
 
     def _write(self, name: str, inputs: Sequence[str], content: bytes) -> None:
         if self.folder is not None:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / name, _digest(inputs, content) + content)
 
 

@@ -198,7 +198,11 @@ def transfer(
             "versions": versions(),
             "processes": this_process().count,
             "resumed": resumed,
-            "passages": {"training": len(training), "held_out": len(held_out)},
+            "passages": {
+                "training": len(training),
+                "held_out": len(held_out),
+                "variants": sum(passage.is_variant for passage in reading.passages),
+            },
             "held_out_sha256": text_sha256(held_out),
             "shared_vocabulary": masses,
             "start_loss": asdict(start_loss),

@@ -159,19 +159,24 @@ def _source_ends(teacher: PeftModel, tokenizer: PreTrainedTokenizerFast) -> tupl
 def align_text(
     models: Models, passages: Sequence[Passage], recipe: Recipe
 ) -> tuple[list[AlignedPassage], list[AlignedPassage]]:
-    """Passages in both tokenizers, split into training and held-out ones.
+    """Passages in both tokenizers, split into training and held-out ones; no variant is held out.
 
     Raises:
         UserError: too little text has aligned positions.
     """
-    aligned = list(
-        align_passages(passages, models.source_bytes, models.target_bytes, recipe.max_length, recipe.context_weight)
-    )
-    if len(aligned) < 2:
+    in_both = models.source_bytes, models.target_bytes, recipe.max_length, recipe.context_weight
+    given = list(align_passages([passage for passage in passages if not passage.is_variant], *in_both))
+    variants = list(align_passages([passage for passage in passages if passage.is_variant], *in_both))
+    if len(given) < 2:
         raise UserError("Too little of the text has positions where both tokenizers agree; give longer text.")
-    held_out = max(1, min(HELD_OUT_PASSAGES, len(aligned) // 5))
-    logger.debug("%d of %d passages have positions where both tokenizers agree", len(aligned), len(passages))
-    return aligned[:-held_out][: recipe.passages], aligned[-held_out:]
+    held_out = held_out_count(len(given))
+    logger.debug("%d of %d passages have positions where both tokenizers agree", len(given + variants), len(passages))
+    return (given[:-held_out] + variants)[: recipe.passages], given[-held_out:]
+
+
+def held_out_count(passages: int) -> int:
+    """How many passages at the end of those given are held out."""
+    return max(1, min(HELD_OUT_PASSAGES, passages // 5))
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,23 @@ from castlora.errors import UserError
 from castlora.run_directory import write_whole
 from castlora.text import Passage, parse_line, read_lines, text_field
 
-_TAUGHT_BY = "adapter_sha256"
+_TAUGHT_BY, _VARIANT = "adapter_sha256", "variant"
 
 
 def write_taught(path: Path, passages: Iterable[Passage], adapter_sha256: str) -> None:
-    """Writes answered prompts as JSON lines: `prompt`, or the `messages` of a chat, `answer`, and who gave it."""
+    """Writes answered prompts as JSON lines: `prompt`, or the `messages` of a chat, `answer`, and who gave it.
+
+    Lines with `variant` have prompts that were made of others.
+    """
     lines = []
     for passage in passages:
-        text = passage.text.encode()
-        answer = text[passage.answer_start :].decode()
+        answer = passage.text.encode()[passage.answer_start :].decode()
         if passage.messages is None:
-            asked: dict[str, Any] = {"prompt": text[: passage.answer_start].decode()}
+            asked: dict[str, Any] = {"prompt": passage.prompt}
         else:
             asked = {"messages": json.loads(passage.messages)}
-        record = {**asked, "answer": answer, _TAUGHT_BY: adapter_sha256}
+        made = {_VARIANT: True} if passage.is_variant else {}
+        record = {**asked, "answer": answer, **made, _TAUGHT_BY: adapter_sha256}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_whole(path, "".join(lines))
 
@@ -66,7 +69,7 @@ def read_taught(
     chats = [record for record in records if "messages" in record]
     in_templates = iter(chat_passages([record["messages"] for record in chats], source, target) if chats else ())
     return [
-        _answered(next(in_templates) if "messages" in record else _asked(record["prompt"]), record["answer"])
+        _answered(next(in_templates) if "messages" in record else _asked(record["prompt"]), record)
         for record in records
     ]
 
@@ -75,8 +78,8 @@ def _asked(prompt: str) -> Passage:
     return Passage(prompt, len(prompt.encode()))
 
 
-def _answered(passage: Passage, answer: str) -> Passage:
-    return replace(passage, text=passage.text + answer)
+def _answered(passage: Passage, record: dict[str, Any]) -> Passage:
+    return replace(passage, text=passage.text + record["answer"], is_variant=record[_VARIANT])
 
 
 def _read_records(path: str) -> list[dict[str, Any]]:
@@ -92,6 +95,8 @@ def _read_records(path: str) -> list[dict[str, Any]]:
 
 def _parse(line: str, path: str, number: int) -> dict[str, Any]:
     answer = text_field(line, path, number, ("answer",))
-    if "messages" in parse_line(line, path, number):
-        return {"messages": parse_conversation(line, path, number), "answer": answer}
-    return {"prompt": text_field(line, path, number, ("prompt",)), "answer": answer}
+    record = parse_line(line, path, number)
+    known = {"answer": answer, _VARIANT: record.get(_VARIANT) is True}
+    if "messages" in record:
+        return {"messages": parse_conversation(line, path, number), **known}
+    return {"prompt": text_field(line, path, number, ("prompt",)), **known}

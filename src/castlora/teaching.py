@@ -1,9 +1,10 @@
 """What a run reads: text is drawn, put into prompt formats, chosen, and answered by source + LoRA."""
 
+import json
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from transformers import set_seed
@@ -21,7 +22,7 @@ from castlora.plan import plan_transfer
 from castlora.positions import bytes_per_token
 from castlora.run_directory import check_output_file, open_file_run
 from castlora.selection import most_informative, mutual_information, predict_first_tokens
-from castlora.stages import HELD_OUT_PASSAGES, Models, load_teacher
+from castlora.stages import HELD_OUT_PASSAGES, Models, held_out_count, load_teacher
 from castlora.taught import check_taught, read_taught, write_taught
 from castlora.text import (
     GENERIC_FORMATS,
@@ -37,6 +38,7 @@ from castlora.text import (
     read_documents,
     read_prompts,
 )
+from castlora.variants import vary_prompts
 
 logger = logging.getLogger("castlora")
 
@@ -180,7 +182,12 @@ def teach_text(
     drawn = draw_text(models, text, formats, recipe, seed)
     logger.info("Text: %s, %d passages", text.regime, len(drawn))
     chosen = choose_prompts(models, drawn, recipe, parts) if formats else drawn
-    return answer_prompts(models, chosen, recipe, seed, parts)
+    answered = answer_prompts(models, chosen, recipe, seed, parts)
+    if text.prompts is None:
+        return answered
+    # The last passages are held out.
+    variants = draw_variants(models, answered, recipe, seed)
+    return [*answer_prompts(models, variants, recipe, seed, parts.under("variants")), *answered]
 
 
 def teach(
@@ -265,6 +272,31 @@ def choose_prompts(
     )  # fmt: skip
     chosen = {first_tokens.prompts[index] for index in indices.tolist()}
     return [passage for passage in passages if passage in chosen]
+
+
+def draw_variants(models: Models, given: Sequence[Passage], recipe: Recipe, seed: int) -> list[Passage]:
+    """What is missing of the fewest prompts, made of those that are not held out; still without an answer.
+
+    Args:
+        models: both models
+        given: answered prompts, of which the last will be held out
+        recipe: how much text
+        seed: of the draw
+    """
+    to_vary = given[: -held_out_count(len(given))]
+    missing = min(recipe.fewest_prompts, recipe.passages) - len(to_vary)
+    if missing <= 0 or not recipe.write_answers:
+        return []
+    chats = [json.loads(passage.messages) for passage in to_vary if passage.messages is not None]
+    asked = [chat[-1]["content"] for chat in chats] or [passage.prompt for passage in to_vary]
+    variants = vary_prompts(asked, missing, seed)
+    logger.info("%d prompts to learn from are few; %d variants of them are answered too.", len(to_vary), len(variants))
+    if chats:
+        in_chats = ([*chats[of.origin][:-1], {**chats[of.origin][-1], "content": of.text}] for of in variants)
+        passages = _in_templates(models, list(in_chats))
+    else:
+        passages = _unanswered([variant.text for variant in variants])
+    return [replace(passage, is_variant=True) for passage in passages]
 
 
 def answer_prompts(

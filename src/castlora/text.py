@@ -47,6 +47,13 @@ class Passage:
     prompts then have their special tokens written out."""
     messages: str | None = None
     """The conversation behind the prompt, as JSON, where it comes from one."""
+    is_variant: bool = False
+    """Whether its prompt was made of one that was given; such a passage is never held out."""
+
+    @property
+    def prompt(self) -> str:
+        """What stands before the answer, as the source reads it."""
+        return self.text.encode()[: self.answer_start].decode()
 
     @property
     def is_chat(self) -> bool:

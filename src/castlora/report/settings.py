@@ -23,6 +23,7 @@ _INPUTS = {
     "formats filled": ("text", "formats"),
     "training passages": ("passages", "training"),
     "held-out passages": ("passages", "held_out"),
+    "variants made of prompts": ("passages", "variants"),
     "seed": ("seed",),
 }
 RECIPE_WORDS = {
@@ -42,6 +43,7 @@ RECIPE_WORDS = {
     "map_learning_rate_ratio": "learning rate of maps, as a share",
     "ridge": "ridge penalty",
     "passages": "most passages drawn",
+    "fewest_prompts": "prompts that variants fill up to",
     "filled_passages": "most prompts made of text",
     "candidates": "prompts tried for each kept",
     "sentences": "most sentences in a prompt",
