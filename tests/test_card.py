@@ -66,6 +66,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "start_loss": {"low_rank": 0.0, "cut": 0.0},
         "seed": 17,
         "versions": {"torch": "2.13.0", "peft": "0.21.2"},
+        "passages": {"training": 24, "held_out": 6, "variants": 0},
         "scale": {"scale": 0.75, "tried": [0.0, 0.75, 1.0], "losses": [3.0, 0.552, 0.6]},
         "losses": {
             "held_out_bare": 2.91, "held_out_after": 0.552, "agreement_bare": 0.31, "agreement_after": 0.84,

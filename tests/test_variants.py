@@ -137,6 +137,7 @@ def test_a_transfer_from_few_prompts_counts_its_variants_and_is_that_from_the_ta
         settings = {"steps": 2, "batch_size": 4, "tuning": tiny.SHORT}
         result = transfer(**places, target=str(base_model("mistral")), out=str(tmp_path / name), **settings, **text)
         assert result.manifest["passages"] == {"training": 24, "held_out": 4, "variants": 8}
+        assert "; 8 of 24 passages are variants of prompts |" in (result.folder / "README.md").read_text()
         weights.append((result.folder / "adapter_model.safetensors").read_bytes())
     assert weights[0] == weights[1]
 

@@ -215,7 +215,7 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         *([("also trained in the source", _beyond(beyond))] if beyond else []),
         ("source base model", _model(manifest["source"]) + _precision(manifest["source_bits"])),
         ("target base model", _model(manifest["target"]) + _precision(manifest["target_bits"])),
-        ("text", _text(manifest["text"])),
+        ("text", _text(manifest["text"]) + _variants(manifest["passages"])),
         ("recipe", _code(recipe["name"]) + (f" with {departures}" if departures else "")),
         ("start", _code(recipe["start"]) + _start_loss(manifest)),
         ("objective", _objective(recipe)),
@@ -276,6 +276,12 @@ def _model(record: Mapping[str, Any]) -> str:
 def _text(record: Mapping[str, Any]) -> str:
     names = [_name(record[kind]) for kind in ("text", "prompts", "taught") if record[kind]]
     return ", ".join([_code(record["regime"]), *names])
+
+
+def _variants(passages: Mapping[str, int]) -> str:
+    if not passages["variants"]:
+        return ""
+    return f"; {passages['variants']} of {passages['training']} passages are variants of prompts"
 
 
 def _objective(recipe: Mapping[str, Any]) -> str:
