@@ -175,9 +175,9 @@ def test_lift_is_shown_by_the_number_of_prompts(tmp_path, monkeypatch):
             tmp_path / "tasks", tmp_path / "out", tmp_path / "prompts.md", pairs=["s:t"], skills=["colours"],
             counts=[16, 1000],
         )  # fmt: skip
-    assert runs == [(16, None), (16, 0), (1000, None)]
+    assert runs == [(16, None), (16, 0), (1000, 0)]
     page = (tmp_path / "prompts.md").read_text()
     assert "| 16 | 0.25 [0.25, 0.25] | 0.50 [0.50, 0.50] | +0.25 [+0.25, +0.25], 1 and 0 |" in page
-    assert "| 1000 | 0.75 [0.75, 0.75] | no variants | – |" in page
+    assert "| 1000 | 0.75 [0.75, 0.75] | – | – |" in page
     assert "| s → t | colours | 0.25 | 0.50 | 0.75 |" in page
     assert (tmp_path / "prompts.svg").read_text().count("<svg") == 1
