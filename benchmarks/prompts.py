@@ -40,7 +40,9 @@ METHODS: dict[Taken, Distilled] = {
     "as given": Distilled("default", "ridge", Tuning(fewest_prompts=0)),
 }
 COUNTS = (64, 16, 256, 1000)
-PAIRS = ("llama-s:mistral-s", "gpt2-s:gpt2-m")
+TUNED_ON = ("llama-s:mistral-s", "gpt2-s:gpt2-m")
+"""Pairs on which it was chosen how many variants there are, and how many of their words are exchanged."""
+OTHERS, COUNTS_OF_OTHERS = ("llama-s:llama-m", "llama-m:llama-s"), (64,)
 _STEPS, _BATCH, _PASSAGES, _MAX_LENGTH = 800, 4, 1000, 96
 """As in the grid."""
 
@@ -67,6 +69,8 @@ def method_name(count: int, taken: Taken) -> str:
 def planned_runs(pairs: Sequence[str], skills: Sequence[str], counts: Sequence[int]) -> Iterator[Run]:
     """Every run; prompts that are enough have no variants."""
     for count, pair, skill, taken in product(counts, pairs, skills, METHODS):
+        if pair not in TUNED_ON and count not in COUNTS_OF_OTHERS:
+            continue
         if taken == "as given" or count < DEFAULT.fewest_prompts:
             yield Run(Cell(pair, skill, "prompts", 0), count, taken)
 
@@ -110,28 +114,47 @@ def render(cells: Mapping[str, list[PooledCell]], runs: Sequence[dict[str, Any]]
         runs: all records
         chart: file name of the chart
     """
-    pairs, skills = (", ".join(dict.fromkeys(run[field] for run in runs)) for field in ("pair", "skill"))
+    tuned_on, others = _of_pairs(cells, is_tuned_on=True), _of_pairs(cells, is_tuned_on=False)
+    skills = ", ".join(sorted({run["skill"] for run in runs}))
     introduction = (
-        f"Mean lift of the default recipe over pairs ({', '.join(map(arrow, pairs.split(', ')))}) and skills "
-        f"({skills}), {_STEPS} steps of {_BATCH}, seed 0, by the number of unlabelled prompts that are given, of which "
-        "a fifth, at most 64, are held out (operations have 924 in all); intervals are bootstrap 95 % over pairs and "
-        "skills. `as given` learns from these alone. By default prompts below "
+        f"Mean lift of the default recipe, {_STEPS} steps of {_BATCH}, seed 0, by the number of unlabelled prompts "
+        "that are given, of which a fifth, at most 64, are held out (operations have 924 in all); intervals are bootstrap "
+        f"95 % over pairs and skills ({skills}). `as given` learns from these alone. By default prompts below "
         f"{DEFAULT.fewest_prompts} are filled up with variants of themselves, in which up to half of the words come "
         "from other prompts, and source + LoRA answers them too ([how](how-it-works.md#few-prompts))."
     )
-    table = [
-        "| prompts | as given | with variants | variants add [95 %], ahead and behind |",
-        "|---|---|---|---|",
-        *(_row(cells, count) for count in sorted(COUNTS)),
-    ]
-    each = ["| pair | skill | " + " | ".join(_heads(cells)) + " |", "|---" * (2 + len(_heads(cells))) + "|"]
-    places = dict.fromkeys((cell.pair, cell.skill) for of_name in cells.values() for cell in of_name)
-    each += [_places_row(cells, pair, skill) for pair, skill in sorted(places)]
-    parts = [
-        "# Lift against the number of prompts", introduction, f"![Number of prompts against lift]({chart})",
-        "\n".join(table), "## By pair and skill", "\n".join(each), "## Environment", measured_with(runs),
-    ]  # fmt: skip
+    parts = ["# Lift against the number of prompts", introduction, f"![Number of prompts against lift]({chart})"]
+    parts += [f"{_pairs(tuned_on)}:", _table(tuned_on)]
+    if others:
+        parts += [
+            f"How many variants there are and how many of their words are exchanged was chosen on these pairs. On "
+            f"{_pairs(others)}, which took no part in that:",
+            _table(others),
+        ]
+    parts += ["## By pair and skill", _each(cells), "## Environment", measured_with(runs)]
     return "\n\n".join(parts) + "\n"
+
+
+def _of_pairs(cells: Mapping[str, list[PooledCell]], is_tuned_on: bool) -> dict[str, list[PooledCell]]:
+    kept = {name: [cell for cell in found if (cell.pair in TUNED_ON) == is_tuned_on] for name, found in cells.items()}
+    return {name: found for name, found in kept.items() if found}
+
+
+def _pairs(cells: Mapping[str, list[PooledCell]]) -> str:
+    return ", ".join(map(arrow, sorted({cell.pair for found in cells.values() for cell in found})))
+
+
+def _table(cells: Mapping[str, list[PooledCell]]) -> str:
+    heads = ["| prompts | as given | with variants | variants add [95 %], ahead and behind |", "|---|---|---|---|"]
+    run = [count for count in sorted(COUNTS) if any(method_name(count, taken) in cells for taken in METHODS)]
+    return "\n".join([*heads, *(_row(cells, count) for count in run)])
+
+
+def _each(cells: Mapping[str, list[PooledCell]]) -> str:
+    heads = _heads(cells)
+    places = sorted({(cell.pair, cell.skill) for found in cells.values() for cell in found})
+    rows = ["| pair | skill | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
+    return "\n".join([*rows, *(_places_row(cells, pair, skill) for pair, skill in places)])
 
 
 def _row(cells: Mapping[str, list[PooledCell]], count: int) -> str:
@@ -184,7 +207,7 @@ def main(
     out: Path = Path("benchmarks/results/prompts"),
     page: Path = Path("docs/prompts.md"),
     third_party: Path = Path("../shared/data/models"),
-    pairs: Sequence[str] = PAIRS,
+    pairs: Sequence[str] = TUNED_ON + OTHERS,
     skills: Sequence[str] = GRID_SKILLS,
     counts: Sequence[int] = COUNTS,
 ) -> None:
@@ -195,7 +218,7 @@ def main(
         out: folder of the results
         page: Markdown file to write; the chart goes beside it
         third_party: folder of models that the zoo does not hold
-        pairs: SOURCE:TARGET, each
+        pairs: SOURCE:TARGET, each; those that nothing was chosen on are run with some of the numbers
         skills: names of skills
         counts: numbers of prompts
     """
@@ -208,7 +231,7 @@ def main(
     for cell in make_cells(references, runs):
         cells.setdefault(cell.method, []).append(cell)
     chart = page.with_suffix(".svg")
-    chart.write_text(curve_chart(curves(cells), "prompts", "lift"), encoding="utf-8")
+    chart.write_text(curve_chart(curves(_of_pairs(cells, is_tuned_on=True)), "prompts", "lift"), encoding="utf-8")
     page.write_text(render(cells, runs, chart.name), encoding="utf-8")
 
 
