@@ -43,6 +43,12 @@ def test_variants_depend_on_the_seed_alone():
     assert vary_prompts(PROMPTS, 9, seed=1) == vary_prompts(PROMPTS, 9, seed=1) != vary_prompts(PROMPTS, 9, seed=2)
 
 
+def test_no_variant_is_a_prompt_that_is_kept_out():
+    prompts, kept_out = ["red fox", "blue hen"], ["red hen", "blue fox"]
+    assert {variant.text for variant in vary_prompts(prompts, 9, seed=0)} & set(kept_out)
+    assert not {variant.text for variant in vary_prompts(prompts, 9, seed=0, kept_out=kept_out)} & set(kept_out)
+
+
 @pytest.mark.parametrize("given", [[], ["Say a"], ["Say a"] * 3, ["Say a", "Say b"]])
 def test_prompts_that_leave_nothing_to_exchange_have_no_variants(given):
     assert vary_prompts(given, 10, seed=0) == []

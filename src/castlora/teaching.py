@@ -283,14 +283,17 @@ def draw_variants(models: Models, given: Sequence[Passage], recipe: Recipe, seed
         recipe: how much text
         seed: of the draw
     """
-    to_vary = given[: -held_out_count(len(given))]
-    missing = min(recipe.fewest_prompts, recipe.passages) - len(to_vary)
+    held_out = held_out_count(len(given))
+    missing = min(recipe.fewest_prompts, recipe.passages) - (len(given) - held_out)
     if missing <= 0 or not recipe.write_answers:
         return []
-    chats = [json.loads(passage.messages) for passage in to_vary if passage.messages is not None]
-    asked = [chat[-1]["content"] for chat in chats] or [passage.prompt for passage in to_vary]
-    variants = vary_prompts(asked, missing, seed)
-    logger.info("%d prompts to learn from are few; %d variants of them are answered too.", len(to_vary), len(variants))
+    chats = [json.loads(passage.messages) for passage in given if passage.messages is not None]
+    asked = [chat[-1]["content"] for chat in chats] or [passage.prompt for passage in given]
+    variants = vary_prompts(asked[:-held_out], missing, seed, kept_out=asked[-held_out:])
+    logger.info(
+        "%d prompts to learn from are few; %d variants of them are answered too.",
+        len(given) - held_out, len(variants),
+    )  # fmt: skip
     if chats:
         in_chats = ([*chats[of.origin][:-1], {**chats[of.origin][-1], "content": of.text}] for of in variants)
         passages = _in_templates(models, list(in_chats))

@@ -20,7 +20,7 @@ class Variant:
     text: str
 
 
-def vary_prompts(prompts: Sequence[str], count: int, seed: int) -> list[Variant]:
+def vary_prompts(prompts: Sequence[str], count: int, seed: int, kept_out: Sequence[str] = ()) -> list[Variant]:
     """Prompts in which up to half of the words are exchanged for words from anywhere in the prompts.
 
     Words that nearly all prompts have belong to their format and stay, as does the space between words. What comes out
@@ -30,9 +30,10 @@ def vary_prompts(prompts: Sequence[str], count: int, seed: int) -> list[Variant]
         prompts: what was given
         count: how many variants, at most; prompts that are too few or too short have fewer, a single one has none
         seed: of the draw
+        kept_out: prompts that no variant may be
 
     Returns:
-        variants that differ from each other and from all that was given
+        variants that differ from each other and from all that was given or kept out
     """
     pieces = [re.findall(r"\s+|\S+", prompt) for prompt in prompts]
     having = Counter(piece for of_prompt in pieces for piece in set(of_prompt))
@@ -42,7 +43,7 @@ def vary_prompts(prompts: Sequence[str], count: int, seed: int) -> list[Variant]
 
     words = [piece for of_prompt in pieces for piece in of_prompt if is_free(piece)]
     chance = random.Random(seed)
-    given, drawn = set(prompts), dict[str, Variant]()
+    taken, drawn = {*prompts, *kept_out}, dict[str, Variant]()
     for _ in range(_DRAWS_PER_VARIANT * count if words else 0):
         if len(drawn) == count:
             break
@@ -51,6 +52,6 @@ def vary_prompts(prompts: Sequence[str], count: int, seed: int) -> list[Variant]
             chance.choice(words) if is_free(piece) and chance.random() < share else piece for piece in pieces[origin]
         )
         text = "".join(exchanged)
-        if text not in given:
+        if text not in taken:
             drawn.setdefault(text, Variant(origin, text))
     return list(drawn.values())
