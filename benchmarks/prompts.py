@@ -40,6 +40,7 @@ METHODS: dict[Taken, Distilled] = {
     "as given": Distilled("default", "ridge", Tuning(fewest_prompts=0)),
 }
 COUNTS = (64, 16, 256, 1000)
+"""Numbers of prompts, in the order in which they are run."""
 TUNED_ON = ("llama-s:mistral-s", "gpt2-s:gpt2-m")
 """Pairs on which it was chosen how many variants there are, and how many of their words are exchanged."""
 OTHERS, COUNTS_OF_OTHERS = ("llama-s:llama-m", "llama-m:llama-s"), (64,)
@@ -64,6 +65,11 @@ class Run:
 def method_name(count: int, taken: Taken) -> str:
     """What the records call a number of prompts and how they were taken."""
     return f"{count} prompts {taken}"
+
+
+def _counts(cells: Mapping[str, list[PooledCell]]) -> list[int]:
+    """The numbers of prompts in the names of some records."""
+    return sorted({int(name.split()[0]) for name in cells})
 
 
 def planned_runs(pairs: Sequence[str], skills: Sequence[str], counts: Sequence[int]) -> Iterator[Run]:
@@ -146,8 +152,7 @@ def _pairs(cells: Mapping[str, list[PooledCell]]) -> str:
 
 def _table(cells: Mapping[str, list[PooledCell]]) -> str:
     heads = ["| prompts | as given | with variants | variants add [95 %], ahead and behind |", "|---|---|---|---|"]
-    run = [count for count in sorted(COUNTS) if any(method_name(count, taken) in cells for taken in METHODS)]
-    return "\n".join([*heads, *(_row(cells, count) for count in run)])
+    return "\n".join([*heads, *(_row(cells, count) for count in _counts(cells))])
 
 
 def _each(cells: Mapping[str, list[PooledCell]]) -> str:
@@ -176,7 +181,7 @@ def _mean(cells: Sequence[PooledCell]) -> str:
 
 
 def _heads(cells: Mapping[str, list[PooledCell]]) -> list[str]:
-    ordered = [method_name(count, taken) for count in sorted(COUNTS) for taken in ("as given", "with variants")]
+    ordered = [method_name(count, taken) for count in _counts(cells) for taken in ("as given", "with variants")]
     return [name for name in ordered if name in cells]
 
 
@@ -193,7 +198,7 @@ def curves(cells: Mapping[str, list[PooledCell]]) -> list[Curve]:
     lines = []
     for taken in METHODS:
         points = []
-        for count in sorted(COUNTS):
+        for count in _counts(cells):
             of_count = cells.get(method_name(count, taken if count < DEFAULT.fewest_prompts else "as given"), [])
             if of_count:
                 points.append((count, float(np.mean([cell.lift.lift for cell in of_count]))))

@@ -171,7 +171,7 @@ def test_lift_is_shown_by_the_number_of_prompts(tmp_path, monkeypatch):
     references = {"bare target": score(0.2), "retrained": score(1.0)}
     known = {"references": references}
     monkeypatch.setattr(prompts, "TUNED_ON", ("s:t",))
-    monkeypatch.setattr(prompts, "COUNTS_OF_OTHERS", (16,))
+    monkeypatch.setattr(prompts, "COUNTS_OF_OTHERS", (32,))
     monkeypatch.setattr(prompts, "reference_scores", lambda _, pair, skill: {**known, "pair": pair, "skill": skill})
     monkeypatch.setattr("castlora.bench.grid.environment", lambda: ENVIRONMENT)
     skill = tmp_path / "tasks" / "colours"
@@ -181,13 +181,13 @@ def test_lift_is_shown_by_the_number_of_prompts(tmp_path, monkeypatch):
     for _ in range(2):
         prompts.main(
             tmp_path / "tasks", tmp_path / "out", tmp_path / "prompts.md", pairs=["s:t", "t:s"],
-            skills=["colours"], counts=[16, 1000],
+            skills=["colours"], counts=[32, 1000],
         )  # fmt: skip
-    assert runs == [(16, None), (16, 0)] * 2 + [(1000, 0)]
+    assert runs == [(32, None), (32, 0)] * 2 + [(1000, 0)]
     page, others = (tmp_path / "prompts.md").read_text().split("which took no part in that:")
     others, each = others.split("## By pair and skill")
-    assert "| 16 | 0.25 [0.25, 0.25] | 0.50 [0.50, 0.50] | +0.25 [+0.25, +0.25], 1 and 0 |" in page
+    assert "| 32 | 0.25 [0.25, 0.25] | 0.50 [0.50, 0.50] | +0.25 [+0.25, +0.25], 1 and 0 |" in page
     assert "| 1000 | 0.75 [0.75, 0.75] | – | – |" in page
-    assert "| 16 | 0.25 [0.25, 0.25] | 0.50" in others and "| 1000 |" not in others
+    assert "| 32 | 0.25 [0.25, 0.25] | 0.50" in others and "| 1000 |" not in others
     assert "| s → t | colours | 0.25 | 0.50 | 0.75 |" in each and "| t → s | colours | 0.25 | 0.50 | – |" in each
     assert (tmp_path / "prompts.svg").read_text().count("<svg") == 1
