@@ -32,7 +32,7 @@ def test_an_adapter_answers_the_same_attached_and_merged(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_transfer_is_measured(tmp_path, capsys, monkeypatch, short_demo_skill, checked_in_process):
     monkeypatch.setattr(transfer_and_measure, "demo_skill", lambda: short_demo_skill)
-    briefly = Tuning(rehearsal_passages=8, rehearsal_tokens=12)
+    briefly = Tuning(fewest_prompts=0, rehearsal_passages=8, rehearsal_tokens=12)
     monkeypatch.setattr(castlora, "transfer", partial(castlora.transfer, tuning=briefly))
     transfer_and_measure.main(str(tmp_path / "out"), steps=30)
     printed = capsys.readouterr().out
