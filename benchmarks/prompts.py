@@ -229,7 +229,7 @@ def main(
     """
     torch.set_num_threads(1)
     disable_progress_bar()
-    spec = BenchmarkSpec(zoo_models(ZOO, third_party), list(pairs), list(skills), str(tasks), None)
+    spec = BenchmarkSpec(zoo_models(ZOO, third_party), list(pairs), list(skills), str(tasks))
     run_missing(spec, out, list(planned_runs(pairs, skills, counts)))
     references, runs = read_results(out)
     cells: dict[str, list[PooledCell]] = {}

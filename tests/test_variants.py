@@ -168,11 +168,14 @@ def test_lift_is_shown_by_the_number_of_prompts(tmp_path, monkeypatch):
 
     monkeypatch.setattr(prompts.Distilled, "run", run)
     monkeypatch.setattr(prompts, "zoo_models", lambda *_: {name: BenchmarkModel(name, "{skill}") for name in "st"})
-    references = {"bare target": score(0.2), "retrained": score(1.0)}
-    known = {"references": references}
+
+    def of_references(_spec, pair, skill):
+        scores = {"bare target": score(0.2), "retrained": score(1.0)}
+        return {"pair": pair, "skill": skill, "references": scores}
+
     monkeypatch.setattr(prompts, "TUNED_ON", ("s:t",))
     monkeypatch.setattr(prompts, "COUNTS_OF_OTHERS", (32,))
-    monkeypatch.setattr(prompts, "reference_scores", lambda _, pair, skill: {**known, "pair": pair, "skill": skill})
+    monkeypatch.setattr(prompts, "reference_scores", of_references)
     monkeypatch.setattr("castlora.bench.grid.environment", lambda: ENVIRONMENT)
     skill = tmp_path / "tasks" / "colours"
     skill.mkdir(parents=True)
