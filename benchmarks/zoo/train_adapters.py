@@ -92,6 +92,16 @@ def train(
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
+def adapt(
+    base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: Path, seed: int, steps: int, rate: float
+) -> tuple[PeftModel, list[dict[str, Any]]]:
+    """The base model with a LoRA that has learned the labels of a task, and the log of the loss."""
+    description = json.loads((task / "skill.json").read_text(encoding="utf-8"))
+    torch.manual_seed(seed)
+    model = get_peft_model(base_model, lora_config(description, base_model))
+    return model, train(model, tokenizer, load_task(task / "train.jsonl"), seed, steps, rate)
+
+
 def figures(result: Evaluation) -> dict[str, Any]:
     return {
         "metric": result.metric,
@@ -135,13 +145,11 @@ def train_adapter(
     test_items = load_task(task / "test.jsonl")
     base_model, tokenizer = load_model(str(zoo / "models" / base))
     before = evaluate_model(base_model, tokenizer, test_items)
-    torch.manual_seed(seed)
-    model = get_peft_model(base_model, lora_config(description, base_model))
-    model.peft_config["default"].base_model_name_or_path = f"castlora/zoo-{base}"
     started = time.monotonic()
-    losses = train(model, tokenizer, load_task(task / "train.jsonl"), seed, steps, rate)
+    model, losses = adapt(base_model, tokenizer, task, seed, steps, rate)
     seconds = round(time.monotonic() - started, 1)
     after = evaluate_model(model, tokenizer, test_items)
+    model.peft_config["default"].base_model_name_or_path = f"castlora/zoo-{base}"
     out = adapter_folder(zoo, base, skill, seed)
     model.save_pretrained(out)
     told = {key: description[key] for key in ("rank", "modules", "data", "licence", "prompt_format")}
