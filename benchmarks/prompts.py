@@ -27,10 +27,9 @@ from castlora.bench.plots import Curve, curve_chart
 from castlora.bench.quality import reference_scores
 from castlora.bench.results import PooledCell, compare, make_cells, read_results
 from castlora.bench.spec import BenchmarkSpec
-from castlora.bench.tables import arrow, measured_with
+from castlora.bench.tables import arrow, mean_with_interval, measured_with
 from castlora.bench.trained import Distilled
 from castlora.config import DEFAULT, Tuning
-from castlora.lift import bootstrap_interval
 from castlora.text import read_prompts
 
 Taken = Literal["with variants", "as given"]
@@ -173,11 +172,7 @@ def _row(cells: Mapping[str, list[PooledCell]], count: int) -> str:
 
 
 def _mean(cells: Sequence[PooledCell]) -> str:
-    if not cells:
-        return "–"
-    lifts = np.array([cell.lift.lift for cell in cells])
-    low, high = bootstrap_interval(lifts)
-    return f"{lifts.mean():.2f} [{low:.2f}, {high:.2f}]"
+    return mean_with_interval([cell.lift.lift for cell in cells]) if cells else "–"
 
 
 def _heads(cells: Mapping[str, list[PooledCell]]) -> list[str]:

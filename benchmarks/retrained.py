@@ -24,8 +24,7 @@ from benchmarks.zoo.train_adapters import LEARNING_RATE, adapt
 from castlora.bench.grid import score, write_missing
 from castlora.bench.results import References, read_results
 from castlora.bench.spec import BenchmarkSpec
-from castlora.bench.tables import measured_with
-from castlora.lift import bootstrap_interval
+from castlora.bench.tables import mean_with_interval, measured_with
 from castlora.models import load_model
 
 Learned = tuple[str, str]
@@ -88,19 +87,14 @@ def render(references: References, records: Sequence[dict[str, Any]]) -> str:
         written = " | ".join("–" if value is None else f"{value:.3f}" for value in again)
         rows.append(f"| {target} | {skill} | {bare:.3f} | {retrained:.3f} | {written} |")
     means = [
-        f"Seed {seed}: mean lift {_mean(list(of_seed.values()))} over {len(of_seed)} pairs and skills."
+        f"Seed {seed}: mean lift {mean_with_interval(list(of_seed.values()))} over {len(of_seed)} pairs and skills."
         for seed, of_seed in lifts.items()
     ]
     places = {place for of_seed in lifts.values() for place in of_seed}
     pooled = [float(np.mean([of_seed[place] for of_seed in lifts.values() if place in of_seed])) for place in places]
-    together = f"Together: {_mean(pooled)}; intervals are bootstrap 95 % over pairs and skills."
+    together = f"Together: {mean_with_interval(pooled)}; intervals are bootstrap 95 % over pairs and skills."
     parts = ["# Retrained adapters of other seeds", " ".join(_INTRODUCTION.split()), " ".join([*means, together])]
     return "\n\n".join([*parts, "\n".join(rows), "## Environment", measured_with(records)]) + "\n"
-
-
-def _mean(lifts: Sequence[float]) -> str:
-    low, high = bootstrap_interval(np.array(lifts))
-    return f"{np.mean(lifts):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def main(

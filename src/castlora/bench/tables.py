@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from castlora.bench.plots import lift_chart
 from castlora.bench.results import (
     METHOD_ORDER,
@@ -21,6 +23,7 @@ from castlora.bench.results import (
     reference_method,
 )
 from castlora.config import Regime
+from castlora.lift import bootstrap_interval
 
 REGIME_TITLES: dict[Regime, str] = {
     "none": "Weights alone",
@@ -42,6 +45,9 @@ PARTS: tuple[tuple[str, Regime, str, str], ...] = (
     ("folded factors trained instead of the maps", "format", _SINGLE, f"{_SINGLE}, maps"),
     ("prompts instead of running text", "general", "ridge start", "ridge start, running text"),
     ("formats that the adapter listens to instead of common ones", "general", _SINGLE, _GENERIC),
+    ("the KL divergence alone taught in the paper's recipe", "general", "paper, KL alone", "paper"),
+    ("hidden states alone taught in the paper's recipe", "general", "paper, MSE alone", "paper"),
+    ("nonlinear maps in the paper's recipe", "general", "paper, nonlinear", "paper"),
     ("the choice of telling prompts", "format", _SINGLE, "ridge start, any prompts"),
     ("up to three sentences, of 32 candidates, instead of one, of 8", "general", "ridge start", _SINGLE),
     ("up to three sentences, of 32 candidates, instead of one, of 8", "format", "ridge start", _SINGLE),
@@ -224,6 +230,12 @@ def _summary(cell: PooledCell) -> dict[str, Any]:
     lift = {"lift": cell.lift.lift, "lift_ci95": cell.lift.ci95, "ratio": cell.lift.ratio}
     rest = {"countable": cell.lift.countable, "text_loss_added": cell.text_loss_added}
     return {**{field: vars(cell)[field] for field in fields}, **lift, **rest}
+
+
+def mean_with_interval(lifts: Sequence[float]) -> str:
+    """Mean of the lifts of some pairs and skills, with a bootstrap 95 % interval over these."""
+    low, high = bootstrap_interval(np.array(lifts))
+    return f"{np.mean(lifts):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def arrow(pair: str) -> str:
