@@ -92,6 +92,13 @@ def test_what_ends_an_answer_is_no_part_of_it(write):
     assert any("e" in passage.text[passage.answer_start :] for passage in write("gpt2", ends=[], max_new_tokens=20))
 
 
+def test_an_answer_without_an_end_is_cut(write):
+    tokenizer = tiny.family("gpt2")[1]
+    letters = [token for token in range(len(tokenizer)) if "e" in tokenizer.decode([token])]
+    assert all(passage.is_cut for passage in write("gpt2", ends=[], max_new_tokens=20))
+    assert not any(passage.is_cut for passage in write("gpt2", ends=letters, max_new_tokens=60))
+
+
 @pytest.mark.parametrize(
     ("lengths", "expected"),
     [

@@ -7,9 +7,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, set_seed
 
-from castlora import completions
-from castlora.format_search import find_formats, may_begin_answer, near_best, settled_effect, settled_share
-from castlora.text import GENERIC_FORMATS
+from castlora import completions, format_search
+from castlora.answers import prompt_batches, share_that_ends
+from castlora.format_search import (
+    discounted,
+    find_formats,
+    may_begin_answer,
+    near_best,
+    settled_effect,
+    settled_share,
+)
+from castlora.text import GENERIC_FORMATS, Passage
 from castlora.tokens import ByteTokenizer
 
 KNOWN = "{text}\nThis is"
@@ -76,6 +84,16 @@ def test_formats_near_the_best_are_kept_and_generic_ones_that_reach_half_of_it()
     assert near_best({"a": 0.0, first: -0.1}) == [] == near_best({})
 
 
+def test_an_effect_counts_less_where_fewer_answers_end_unless_they_do_so_nowhere():
+    effects = {"right": 0.8, "like it": 0.7, "prose": 1.5, "silent": 0.0}
+    found = discounted(effects, {"right": 1.0, "like it": 0.9, "prose": 0.1})
+    assert found == {
+        form: pytest.approx(effect) for form, effect in (("right", 0.8), ("like it", 0.63), ("prose", 0.15))
+    }
+    assert discounted(effects, {"right": 0.0, "prose": 0.0}) == {"right": 0.8, "prose": 1.5}
+    assert discounted(effects, {}) == {}
+
+
 @pytest.fixture(scope="module")
 def taught(base_model):
     """A tiny model with a LoRA that tells in one format what happened near the mill, and in others always the same."""
@@ -104,13 +122,35 @@ def taught(base_model):
 def search(taught, formats: list[str], fillings: list[str], longest: int = 80) -> list[str]:
     model, tokenizer = taught
     ends = (tokenizer.eos_token_id,)
-    return find_formats(model, tokenizer, ByteTokenizer.from_tokenizer(tokenizer), ends, formats, fillings, longest)
+    return find_formats(model, tokenizer, ByteTokenizer.from_tokenizer(tokenizer), ends, formats, fillings, longest, 8)
 
 
 @pytest.mark.parametrize("batch_tokens", [8192, 8], ids=["read together", "one by one"])
 def test_the_format_of_the_training_is_found_among_others(taught, monkeypatch, batch_tokens):
     monkeypatch.setattr(completions, "_BATCH_TOKENS", batch_tokens)
     assert search(taught, [*OTHERS, KNOWN], list(tiny.sentences(64, seed=5)))[0] == KNOWN
+
+
+def test_answers_end_at_an_end_and_in_time(taught):
+    model, tokenizer = taught
+    prompts = [Passage(KNOWN.replace("{text}", sentence)) for sentence in tiny.sentences(24, seed=5)]
+    groups = prompt_batches(tokenizer, prompts, 80, 5, model.device)
+    answers = [tokenizer(f"{prompts[0].text}{word}")["input_ids"] for word in (" fox", " hen")]
+    asked = len(tokenizer(prompts[0].text)["input_ids"])
+    fox, hen = (ids[asked] for ids in answers)
+    assert share_that_ends(model, tokenizer, groups, (fox, hen), 1) == 1
+    told = share_that_ends(model, tokenizer, groups, (fox,), 1)
+    assert told == pytest.approx(sum("mill" in prompt.text for prompt in prompts) / 24, abs=0.1)
+    assert share_that_ends(model, tokenizer, groups, (), 3) == 0
+
+
+def test_a_format_in_which_answers_do_not_end_is_not_kept_whatever_its_effect(taught, monkeypatch):
+    def share(model, tokenizer, groups, ends, longest):
+        assert longest == 8
+        return 0.0 if groups[0].passages[0].text.endswith("This is") else 1.0
+
+    monkeypatch.setattr(format_search, "share_that_ends", share)
+    assert KNOWN not in search(taught, [*OTHERS, KNOWN], list(tiny.sentences(64, seed=5)))
 
 
 def test_nothing_is_found_where_no_prompt_fits_or_the_adapter_has_no_effect(taught):

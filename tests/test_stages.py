@@ -6,14 +6,14 @@ import pytest
 import tiny
 import torch
 
-from castlora import stages
+from castlora import stages, teaching
 from castlora.config import DEFAULT
 from castlora.errors import UserError
 from castlora.plan import plan_transfer
 from castlora.positions import AlignedPassage, collate
 from castlora.stages import HELD_OUT_PASSAGES, StartLoss, align_text, hold_teacher, load_models, start_student
 from castlora.starts import student_factors
-from castlora.teaching import TextSource, choose_prompts, draw_text, prompt_formats, teach_text
+from castlora.teaching import TextSource, choose_prompts, draw_text, keep_whole_answers, prompt_formats, teach_text
 from castlora.text import GENERIC_FORMATS, SLOT, Passage
 from castlora.training import reading_order
 
@@ -67,6 +67,20 @@ def test_a_prompt_format_yields_more_candidates_than_are_kept(loaded_models, tmp
     assert len(chosen) == 30 + HELD_OUT_PASSAGES
     assert set(chosen) < set(drawn)
     assert [passage for passage in drawn if passage in chosen] == chosen
+
+
+@pytest.mark.parametrize(("share", "leaves_out"), [(0.95, True), (0.85, False)])
+def test_answers_that_were_cut_are_left_out_where_answers_end(loaded_models, monkeypatch, share, leaves_out):
+    def measured(model, tokenizer, groups, ends, longest):
+        assert {prompt for group in groups for prompt in group.passages} == set(asked)
+        assert ends == loaded_models.shared.source_ends and longest == DEFAULT.answer_tokens
+        return share
+
+    asked = [Passage(f"Who finds the {noun}?", 12) for noun in tiny.NOUNS]
+    monkeypatch.setattr(teaching, "share_that_ends", measured)
+    whole, cut = Passage("Who? The fox.", 4), Passage("Who? The fox who", 4, is_cut=True)
+    kept = keep_whole_answers(loaded_models, asked, [cut, whole], DEFAULT)
+    assert kept == ([whole] if leaves_out else [cut, whole])
 
 
 def test_with_one_candidate_per_prompt_nothing_is_chosen(loaded_models, text_file):

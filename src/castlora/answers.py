@@ -98,8 +98,40 @@ def write_answers(
         )
         # The batches after one that was kept are sampled as if it had just been.
         _set_generator(device, written["generator"])
-        for answer, prompt in zip(written["answers"], group.passages, strict=True):
-            yield replace(prompt, text=prompt.text + answer)
+        for answer, is_cut, prompt in zip(written["answers"], written["cut"], group.passages, strict=True):
+            yield replace(prompt, text=prompt.text + answer, is_cut=is_cut)
+
+
+@torch.no_grad()
+def share_that_ends(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    groups: Sequence[PromptBatch],
+    ends: Sequence[int],
+    max_new_tokens: int,
+) -> float:
+    """Share of the prompts after which the likeliest answer ends the text within `max_new_tokens` tokens.
+
+    Args:
+        model: source + LoRA
+        tokenizer: its tokenizer
+        groups: the prompts, at least one
+        ends: its tokens that end a text
+        max_new_tokens: longest answer, in tokens
+    """
+    ended = []
+    for group in groups:
+        written = model.generate(
+            input_ids=group.ids,
+            attention_mask=group.mask,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id or 0,
+            eos_token_id=list(ends) or None,
+        )
+        answers = written[:, group.ids.shape[1] :]
+        ended.append(torch.isin(answers, torch.tensor(ends, device=answers.device)).any(-1))
+    return float(torch.cat(ended).float().mean())
 
 
 def _sample_answers(
@@ -120,10 +152,12 @@ def _sample_answers(
     )
     # Some of them spell something elsewhere.
     is_new = torch.arange(written.shape[1], device=written.device) >= group.ids.shape[1]
-    written = written.masked_fill(is_new & torch.isin(written, torch.tensor(ends, device=written.device)), pad)
+    is_end = is_new & torch.isin(written, torch.tensor(ends, device=written.device))
+    written = written.masked_fill(is_end, pad)
     read, texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (group.ids, written))
     answers = [text[len(before) :] if text.startswith(before) else "" for before, text in zip(read, texts, strict=True)]
-    return {"answers": answers, "generator": _generator(group.ids.device)}
+    cut = (~is_end.any(-1)).tolist()
+    return {"answers": answers, "cut": cut, "generator": _generator(group.ids.device)}
 
 
 def _generator(device: torch.device) -> str:

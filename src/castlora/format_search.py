@@ -2,12 +2,14 @@
 
 Where the format of its prompts is not known, general text can be put into many. In most of them the adapter's answer
 is vague, or none at all, and nothing of the skill shows. In the format of its training, or one that ends alike, it
-answers with certainty, and differently to different texts, which the base model alone does not.
+answers with certainty, and differently to different texts, which the base model alone does not, and it comes to an
+end, as in its training.
 """
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from castlora.answers import prompt_batches
+from castlora.answers import PromptBatch, prompt_batches, share_that_ends
 from castlora.parts import NOTHING_KEPT, Parts
 from castlora.selection import next_token_probabilities
 from castlora.text import GENERIC_FORMATS, SLOT, Passage
@@ -89,6 +91,44 @@ def settled_effect(adapted: Tensor, bare: Tensor, answers: Tensor) -> float:
     return max(effect, 0.0) * settled_share(torch.cat([adapted, rest], dim=-1), vocabulary)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Source + LoRA, asked in prompt formats."""
+
+    teacher: PeftModel
+    tokenizer: PreTrainedTokenizerFast
+    byte_tokenizer: ByteTokenizer
+    ends: Sequence[int]
+    max_prompt_tokens: int
+    max_answer_tokens: int
+
+    def effect(self, form: str, texts: Sequence[str]) -> float:
+        """What the adapter changes in its first token, as far as the text decides it; none where no prompt fits."""
+        groups = self._prompts(form, texts)
+        if not groups:
+            return 0.0
+        adapted = self._predicted(groups)
+        with self.teacher.disable_adapter():
+            bare = self._predicted(groups)
+        answers = may_begin_answer(self.byte_tokenizer, self.ends, adapted.shape[-1], form[-1].isalnum())
+        return settled_effect(adapted, bare, answers)
+
+    def share_that_ends(self, form: str, texts: Sequence[str]) -> float:
+        """Share of the likeliest answers that end in time; none where no prompt fits."""
+        groups = self._prompts(form, texts)
+        return (
+            share_that_ends(self.teacher, self.tokenizer, groups, self.ends, self.max_answer_tokens) if groups else 0.0
+        )
+
+    def _prompts(self, form: str, texts: Sequence[str]) -> list[PromptBatch]:
+        prompts = [Passage(form.replace(SLOT, text)) for text in texts]
+        device = next(self.teacher.parameters()).device
+        return prompt_batches(self.tokenizer, prompts, self.max_prompt_tokens, len(prompts), device)
+
+    def _predicted(self, groups: Sequence[PromptBatch]) -> Tensor:
+        return torch.cat([next_token_probabilities(self.teacher, self.tokenizer, group) for group in groups])
+
+
 @torch.no_grad()
 def find_formats(
     teacher: PeftModel,
@@ -98,9 +138,10 @@ def find_formats(
     formats: Sequence[str],
     fillings: Sequence[str],
     max_prompt_tokens: int,
+    max_answer_tokens: int,
     parts: Parts = NOTHING_KEPT,
 ) -> list[str]:
-    """The formats in which the adapter has the largest effect that depends on the text.
+    """The formats in which the adapter has the largest effect that depends on the text, and in which answers end.
 
     Every format is tried on a few texts, and the best of them and the generic ones on all.
 
@@ -112,45 +153,49 @@ def find_formats(
         formats: formats to try, each with a `{text}` slot
         fillings: texts for the slot
         max_prompt_tokens: longest prompt, in tokens; longer ones are left out
-        parts: keeps the effect in each format
+        max_answer_tokens: longest answer, in tokens
+        parts: keeps the effect in each format, and how many answers end there
 
     Returns:
         the best format, up to seven that come near it, and the generic ones that come half as near; none where the
         adapter has no such effect in any
     """
-    device = next(teacher.parameters()).device
-    vocabulary = teacher.config.vocab_size
-    answers = {inside: may_begin_answer(byte_tokenizer, ends, vocabulary, inside) for inside in (True, False)}
+    asked = _Asked(teacher, tokenizer, byte_tokenizer, ends, max_prompt_tokens, max_answer_tokens)
 
-    def effect(form: str, texts: Sequence[str]) -> float:
-        prompts = [Passage(form.replace(SLOT, text)) for text in texts]
-        groups = prompt_batches(tokenizer, prompts, max_prompt_tokens, len(prompts), device)
-        if not groups:
-            return 0.0
-
-        def predicted() -> Tensor:
-            return torch.cat([next_token_probabilities(teacher, tokenizer, group) for group in groups])
-
-        adapted = predicted()
-        with teacher.disable_adapter():
-            bare = predicted()
-        return settled_effect(adapted, bare, answers[form[-1].isalnum()])
-
-    def effects(stage: str, forms: Sequence[str], texts: Sequence[str], said: str) -> dict[str, float]:
+    def each(
+        stage: str,
+        measure: Callable[[str, Sequence[str]], float],
+        forms: Sequence[str],
+        texts: Sequence[str],
+        said: str,
+    ) -> dict[str, float]:
         return {
-            form: parts.json(f"{stage}-{index:05d}", [form, *texts], partial(effect, form, texts))
+            form: parts.json(f"{stage}-{index:05d}", [form, *texts], partial(measure, form, texts))
             for index, form in enumerate(tqdm(forms, desc=said, unit="format"))
         }
 
     few = fillings[:_FIRST_FILLINGS]
-    first = effects("format", formats, few, "source + LoRA tries prompt formats")
+    first = each("format", asked.effect, formats, few, "source + LoRA tries prompt formats")
     shortlist = sorted(first, key=lambda form: -first[form])[:_SHORTLIST]
     again = list(dict.fromkeys([*shortlist, *(form for form in formats if form in GENERIC_FORMATS)]))
-    final = effects("format-again", again, fillings, "the best of them again")
-    found = near_best(final)
+    final = each("format-again", asked.effect, again, fillings, "the best of them again")
+    heard = [form for form in again if final[form] > 0]
+    shares = each("format-ends", asked.share_that_ends, heard, few, "source + LoRA answers in them")
+    found = near_best(discounted(final, shares))
     described = ", ".join(f"{form!r} ({final[form]:.2f})" for form in found) or "none"
     logger.info("Prompt formats that the adapter listens to, with its effect there in nats: %s", described)
     return found
+
+
+def discounted(effects: Mapping[str, float], shares: Mapping[str, float]) -> dict[str, float]:
+    """Effects, less what answers end less often than in the format where most of them do.
+
+    Args:
+        effects: effect of the adapter by format, in nats
+        shares: share of the answers that end, for some of these formats
+    """
+    most = max(shares.values(), default=0.0)
+    return {form: effects[form] * (1 - (most - share)) for form, share in shares.items()}
 
 
 def near_best(effects: Mapping[str, float]) -> list[str]:

@@ -5,13 +5,14 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from transformers import set_seed
 
 from castlora import __version__
 from castlora.adapter_files import open_adapter
-from castlora.answers import write_answers
+from castlora.answers import prompt_batches, share_that_ends, write_answers
 from castlora.chat import Conversation, ask, chat_passages, read_conversations
 from castlora.config import Bits, Recipe, TextTuning, check_seed, resolve_recipe
 from castlora.errors import UserError
@@ -43,6 +44,9 @@ from castlora.variants import vary_prompts
 logger = logging.getLogger("castlora")
 
 _SAMPLE_FOR_LENGTH = 64
+_SAMPLE_FOR_ENDS = 64
+_ANSWERS_END = 0.9
+"""Share of likeliest answers from which on they are taken to come to an end."""
 _PROMPT_BATCH = 64
 
 
@@ -127,6 +131,7 @@ def prompt_formats(
         candidate_formats(read_documents(general), recipe.format_candidates),
         draw_fillings(read_documents(general), FILLINGS, seed),
         _longest_prompt(models, recipe),
+        recipe.answer_tokens,
         parts,
     )
     return found or GENERIC_FORMATS
@@ -183,6 +188,8 @@ def teach_text(
     logger.info("Text: %s, %d passages", text.regime, len(drawn))
     chosen = choose_prompts(models, drawn, recipe, parts) if formats else drawn
     answered = answer_prompts(models, chosen, recipe, seed, parts)
+    if formats:
+        return keep_whole_answers(models, drawn, answered, recipe, parts)
     if text.prompts is None:
         return answered
     # The last passages are held out.
@@ -323,6 +330,40 @@ def answer_prompts(
     shuffled = list(answered)
     random.Random(seed).shuffle(shuffled)
     return shuffled
+
+
+def keep_whole_answers(
+    models: Models, asked: Sequence[Passage], answered: Sequence[Passage], recipe: Recipe, parts: Parts = NOTHING_KEPT
+) -> list[Passage]:
+    """Leaves out answers that were cut at their greatest length, where answers of the adapter come to an end.
+
+    To some prompts it has no answer and goes on as text does. These begin unlike all others, so that they are among the
+    first to be chosen, and have more tokens than answers have.
+
+    Args:
+        models: both models
+        asked: prompts before the choice
+        answered: those that were chosen, with their answers
+        recipe: how long answers are
+        parts: keeps how many answers end
+    """
+    sample = asked[:_SAMPLE_FOR_ENDS]
+    groups = prompt_batches(
+        models.source_tokenizer, sample, _longest_prompt(models, recipe), _PROMPT_BATCH, models.source.device
+    )
+    ends = partial(
+        share_that_ends,
+        models.teacher,
+        models.source_tokenizer,
+        groups,
+        models.shared.source_ends,
+        recipe.answer_tokens,
+    )
+    if not groups or parts.json("answers-end", [passage.text for passage in sample], ends) < _ANSWERS_END:
+        return list(answered)
+    whole = [passage for passage in answered if not passage.is_cut]
+    logger.info("Left out %d of %d answers that did not come to an end.", len(answered) - len(whole), len(answered))
+    return whole
 
 
 def _unanswered(prompts: Sequence[str]) -> list[Passage]:
