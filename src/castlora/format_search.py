@@ -97,7 +97,8 @@ class _Asked:
 
     teacher: PeftModel
     tokenizer: PreTrainedTokenizerFast
-    byte_tokenizer: ByteTokenizer
+    answers: Mapping[bool, Tensor]
+    """Which tokens can be the first of an answer, by whether the prompt ends inside a word."""
     ends: Sequence[int]
     max_prompt_tokens: int
     max_answer_tokens: int
@@ -110,8 +111,7 @@ class _Asked:
         adapted = self._predicted(groups)
         with self.teacher.disable_adapter():
             bare = self._predicted(groups)
-        answers = may_begin_answer(self.byte_tokenizer, self.ends, adapted.shape[-1], form[-1].isalnum())
-        return settled_effect(adapted, bare, answers)
+        return settled_effect(adapted, bare, self.answers[form[-1].isalnum()])
 
     def share_that_ends(self, form: str, texts: Sequence[str]) -> float:
         """Share of the likeliest answers that end in time; none where no prompt fits."""
@@ -160,7 +160,9 @@ def find_formats(
         the best format, up to seven that come near it, and the generic ones that come half as near; none where the
         adapter has no such effect in any
     """
-    asked = _Asked(teacher, tokenizer, byte_tokenizer, ends, max_prompt_tokens, max_answer_tokens)
+    vocabulary = teacher.config.vocab_size
+    answers = {inside: may_begin_answer(byte_tokenizer, ends, vocabulary, inside) for inside in (True, False)}
+    asked = _Asked(teacher, tokenizer, answers, ends, max_prompt_tokens, max_answer_tokens)
 
     def each(
         stage: str,
