@@ -90,7 +90,7 @@ def render(references: References, records: Sequence[dict[str, Any]]) -> str:
         f"Seed {seed}: mean lift {mean_with_interval(list(of_seed.values()))} over {len(of_seed)} pairs and skills."
         for seed, of_seed in lifts.items()
     ]
-    places = {place for of_seed in lifts.values() for place in of_seed}
+    places = dict.fromkeys(place for of_seed in lifts.values() for place in of_seed)
     pooled = [float(np.mean([of_seed[place] for of_seed in lifts.values() if place in of_seed])) for place in places]
     together = f"Together: {mean_with_interval(pooled)}; intervals are bootstrap 95 % over pairs and skills."
     parts = ["# Retrained adapters of other seeds", " ".join(_INTRODUCTION.split()), " ".join([*means, together])]

@@ -83,6 +83,12 @@ def test_answers_that_were_cut_are_left_out_where_answers_end(loaded_models, mon
     assert kept == ([whole] if leaves_out else [cut, whole])
 
 
+def test_where_no_answer_was_cut_nothing_is_asked_again(loaded_models, monkeypatch):
+    monkeypatch.setattr(teaching, "share_that_ends", lambda *_: pytest.fail("asked again"))
+    answered = [Passage("Who? The fox.", 4), Passage("Who? The hen.", 4)]
+    assert keep_whole_answers(loaded_models, answered, answered, DEFAULT) == answered
+
+
 def test_with_one_candidate_per_prompt_nothing_is_chosen(loaded_models, text_file):
     recipe = replace(DEFAULT, filled_passages=30, candidates=1)
     drawn = draw_text(loaded_models, TextSource(str(text_file)), [FORMAT], recipe, seed=0)

@@ -347,6 +347,9 @@ def keep_whole_answers(
         recipe: how long answers are
         parts: keeps how many answers end
     """
+    whole = [passage for passage in answered if not passage.is_cut]
+    if len(whole) == len(answered):
+        return whole
     sample = asked[:_SAMPLE_FOR_ENDS]
     groups = prompt_batches(
         models.source_tokenizer, sample, _longest_prompt(models, recipe), _PROMPT_BATCH, models.source.device
@@ -361,7 +364,6 @@ def keep_whole_answers(
     )
     if not groups or parts.json("answers-end", [passage.text for passage in sample], ends) < _ANSWERS_END:
         return list(answered)
-    whole = [passage for passage in answered if not passage.is_cut]
     logger.info("Left out %d of %d answers that did not come to an end.", len(answered) - len(whole), len(answered))
     return whole
 
