@@ -18,7 +18,7 @@ from jsonargparse import auto_cli
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.quality import ZOO, zoo_models
+from benchmarks.quality import PAIRS, ZOO, zoo_models
 from benchmarks.zoo.specs import ADAPTERS, GRID_SKILLS
 from benchmarks.zoo.train_adapters import LEARNING_RATE, adapt
 from castlora.bench.grid import score, write_missing
@@ -29,7 +29,11 @@ from castlora.models import load_model
 
 Learned = tuple[str, str]
 """A base model, or a pair, and a skill."""
-TRAINED = {(adapter.base, adapter.skill): adapter.steps for adapter in ADAPTERS if adapter.skill in GRID_SKILLS}
+TRAINED = {
+    (adapter.base, adapter.skill): adapter.steps
+    for adapter in ADAPTERS
+    if adapter.skill in GRID_SKILLS and any(adapter.base in pair.split(":") for pair in PAIRS)
+}
 """How many steps the adapters of the grid were trained for."""
 _INTRODUCTION = """
 Lift is (transferred − bare target) / (retrained − bare target), and the retrained adapters that it is measured by are

@@ -95,6 +95,12 @@ def test_an_adapter_that_names_no_base_needs_one_from_the_user(base_model, tmp_p
     assert "target module <- source module" in text_of(str(tmp_path), str(base_model("gpt2")), str(base_model("llama")))
 
 
+@pytest.mark.parametrize(("target", "is_alike"), [("llama", True), ("mistral", False)])
+def test_a_target_of_the_same_shapes_may_take_the_adapter_as_it_is(adapter, base_model, target, is_alike):
+    text = text_of(str(adapter("llama")), str(base_model(target)), source=str(base_model("llama")))
+    assert ("try the adapter as it is first" in text) == is_alike
+
+
 def test_the_plan_knows_which_ranks_hold_the_update(adapter, base_model):
     plan = plan_transfer(str(adapter("llama")), str(base_model("phi3")), None)
     assert plan.exact_rank == 12

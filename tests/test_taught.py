@@ -43,9 +43,8 @@ def test_taught_text_gives_the_bytes_of_a_transfer_that_teaches_by_itself(
     text = {"prompts": str(prompts_file)} if "prompts" in known else {"text": str(text_file), **known}
     taught = teach(**places, **text, out=str(tmp_path / "taught.jsonl"), tuning=tiny.SHORT)
     lines = [json.loads(line) for line in taught.read_text().splitlines()]
-    assert all(
-        line.keys() == {"prompt", "answer", "adapter_sha256"} and line["prompt"].endswith("Answer:") for line in lines
-    )
+    keys = {"prompt", "answer", "adapter_sha256"} | (set() if "prompts" in known else {"general"})
+    assert all(line.keys() == keys and line["prompt"].endswith("Answer:") for line in lines)
     by_itself = run(places, base_model, tmp_path, "by-itself", **text)
     monkeypatch.setattr("castlora.teaching.write_answers", None)
     assert run(places, base_model, tmp_path, "taught", taught=str(taught)) == by_itself
@@ -78,17 +77,19 @@ def test_chats_keep_their_messages_so_that_each_target_is_asked_in_its_own_templ
     source.chat_template, target.chat_template = TEMPLATE, TEMPLATE.replace("assistant", "bot")
     messages = [{"role": "user", "content": "Who?"}]
     prompt = "[user] Who?\n[assistant]"
-    answered = Passage(prompt + " The fox.", len(prompt), "anything", json.dumps(messages))
+    answered = Passage(prompt + " The fox.", len(prompt), "anything", json.dumps(messages), is_general=True)
     write_taught(tmp_path / "taught.jsonl", [answered] * 2, "0123")
     assert json.loads((tmp_path / "taught.jsonl").read_text().split("\n")[0]) == {
         "messages": messages,
         "answer": " The fox.",
+        "general": True,
         "adapter_sha256": "0123",
     }
     read = read_taught(str(tmp_path / "taught.jsonl"), 9, source, target)
     assert [passage.text for passage in read] == [prompt + " The fox."] * 2
     assert read[0].target_text == "[user] Who?\n[bot] The fox."
     assert read[0].answer_start == len(prompt)
+    assert read[0].is_general
 
 
 @pytest.mark.parametrize(

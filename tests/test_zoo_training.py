@@ -1,12 +1,15 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.zoo.pretrain import begin
+from benchmarks.zoo.specs import BaseModelSpec
 from benchmarks.zoo.train_adapters import train_adapter, training_set
 from castlora.evaluation import evaluate
 from castlora.tasks import TaskItem
@@ -47,6 +50,23 @@ def test_only_the_completion_and_its_end_are_learned() -> None:
     (row,) = training_set([TaskItem("who fox type:", " character")], word_tokenizer())
     assert row["input_ids"] == [6, 2, 8, 1, 9, 0]
     assert row["labels"] == [-100, -100, -100, -100, 9, 0]
+
+
+def test_a_successor_begins_with_the_weights_of_the_model_before_it(tmp_path: Path) -> None:
+    architecture = dict(
+        model_type="llama", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    write_zoo(tmp_path, architecture, "all-linear")
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "tiny").state_dict()
+    spec = BaseModelSpec("words", architecture, seed=5)
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token
+
+    def same(model: PreTrainedModel) -> bool:
+        return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    assert same(begin(replace(spec, successor_of="tiny"), tokenizer, tmp_path))
+    assert not same(begin(spec, tokenizer, tmp_path))
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ A small {family} language model for the tests, the demo and the benchmarks of ca
 | validation loss | {loss:.3f} nats per token |
 | validation perplexity | {perplexity:.3f} per byte |
 
-Trained from random weights on English Wikipedia (CC BY-SA), public-domain novels, tales and speeches, MedQuAD
+Trained {beginning} on English Wikipedia (CC BY-SA), public-domain novels, tales and speeches, MedQuAD
 (CC BY 4.0), US government web pages (CC0), OpenStax textbooks (CC BY 4.0), TinyStories (CDLA-Sharing-1.0), FairytaleQA
 stories (Apache-2.0) and African Storybook (CC BY); left out: {left_out}. The training script and its settings are in
 `benchmarks/zoo`.
@@ -47,9 +47,11 @@ def bundle_model(name: str, zoo: Path, destination: Path) -> None:
     destination.mkdir(parents=True, exist_ok=True)
     for file in MODEL_FILES:
         shutil.copyfile(source / file, destination / file)
+    spec = BASE_MODELS[name]
     text = CARD.format(
         name=name,
-        family=BASE_MODELS[name].architecture["model_type"],
+        family=spec.architecture["model_type"],
+        beginning=f"on from `{spec.successor_of}`" if spec.successor_of else "from random weights",
         parameters=record["parameters"],
         training_tokens=record["training_tokens"],
         loss=record["validation"]["loss"],

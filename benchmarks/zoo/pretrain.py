@@ -7,6 +7,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.zoo.corpus import load_documents, pretraining_order
-from benchmarks.zoo.specs import BASE_MODELS, BLOCK_LENGTH
+from benchmarks.zoo.specs import BASE_MODELS, BLOCK_LENGTH, BaseModelSpec
 
 BLOCKS_PER_STEP = 16
 HIDDEN_LEARNING_RATE = 0.02
@@ -23,6 +24,9 @@ OTHER_LEARNING_RATE = 4e-3
 WARMUP_FRACTION = 0.03
 CHECKPOINT_EVERY_STEPS = 300
 VALIDATION_DOCUMENTS = 300
+
+Precision = Literal["bfloat16", "float32"]
+"""Of forward and backward passes; bf16 is for processors that compute in it."""
 
 
 def tokenize_blocks(documents, tokenizer: PreTrainedTokenizerFast, token_budget: int) -> np.ndarray:
@@ -69,12 +73,12 @@ def validation_figures(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFas
     return {"loss": loss, "perplexity_per_byte": math.exp(nats_per_byte), "tokens": int(blocks.size)}
 
 
-class _Bf16Training:
-    """Forward and backward in bf16 on a compiled copy; the optimizers keep fp32 weights."""
+class _Training:
+    """Forward and backward on a compiled copy, in bf16 or fp32; the optimizers keep fp32 weights."""
 
-    def __init__(self, master: PreTrainedModel) -> None:
+    def __init__(self, master: PreTrainedModel, dtype: torch.dtype) -> None:
         self.master = list(master.parameters())
-        self.model = AutoModelForCausalLM.from_config(master.config, dtype=torch.bfloat16)
+        self.model = AutoModelForCausalLM.from_config(master.config, dtype=dtype)
         self.compiled = torch.compile(self.model)
 
     def loss_and_gradients(self, batch: torch.Tensor) -> float:
@@ -101,21 +105,27 @@ def _save_checkpoint(path: Path, step: int, model, optimizers, log: list) -> Non
     path.with_suffix(".part").rename(path)
 
 
-def pretrain(name: str, corpus: Path, out: Path) -> dict:
+def begin(spec: BaseModelSpec, tokenizer: PreTrainedTokenizerFast, out: Path) -> PreTrainedModel:
+    """The model before its first step: with random weights, or those of the model that it succeeds."""
+    if spec.successor_of is not None:
+        return AutoModelForCausalLM.from_pretrained(out / "models" / spec.successor_of, dtype=torch.float32)
+    torch.manual_seed(spec.seed)
+    config = spec.config(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def pretrain(name: str, corpus: Path, out: Path, precision: Precision = "bfloat16") -> dict:
     """Trains to the end of the token budget and returns the training record."""
     spec = BASE_MODELS[name]
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizers" / spec.tokenizer)
-    torch.manual_seed(spec.seed)
-    model = AutoModelForCausalLM.from_config(
-        spec.config(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id), dtype=torch.float32
-    )
+    model = begin(spec, tokenizer, out)
     documents = pretraining_order(load_documents(corpus, "train"), seed=spec.seed)
     blocks = tokenize_blocks(documents, tokenizer, spec.tokens)
     order = np.random.default_rng(spec.seed).permutation(len(blocks))
     steps = len(blocks) // BLOCKS_PER_STEP
     optimizers = make_optimizers(model)
     base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    training = _Bf16Training(model)
+    training = _Training(model, getattr(torch, precision))
 
     checkpoint = out / "models" / f"{name}.checkpoint"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -152,6 +162,7 @@ def pretrain(name: str, corpus: Path, out: Path) -> dict:
     record = {
         "model": name,
         "parameters": model.num_parameters(),
+        "precision": precision,
         "training_tokens": steps * BLOCKS_PER_STEP * BLOCK_LENGTH,
         "training_loss": log,
         "validation": validation_figures(model, tokenizer, corpus),
@@ -160,7 +171,7 @@ def pretrain(name: str, corpus: Path, out: Path) -> dict:
     return record
 
 
-def main(model: str, corpus: Path, out: Path, threads: int = 1) -> None:
+def main(model: str, corpus: Path, out: Path, threads: int = 1, precision: Precision = "bfloat16") -> None:
     """Pretrains one base model.
 
     Args:
@@ -168,9 +179,10 @@ def main(model: str, corpus: Path, out: Path, threads: int = 1) -> None:
         corpus: folder with `train-*.jsonl.gz` and `valid.jsonl.gz`
         out: the zoo folder; the model goes to `OUT/models/MODEL`
         threads: processor threads
+        precision: of forward and backward passes
     """
     torch.set_num_threads(threads)
-    record = pretrain(model, corpus, out)
+    record = pretrain(model, corpus, out, precision)
     print(json.dumps(record["validation"]))
 
 

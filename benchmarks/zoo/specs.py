@@ -20,14 +20,16 @@ class TokenizerSpec:
 
 @dataclass(frozen=True)
 class BaseModelSpec:
-    """A base model to pretrain from random weights."""
+    """A base model to pretrain."""
 
     tokenizer: str
     architecture: dict[str, Any]
     """Keyword arguments of `transformers.AutoConfig.for_model`."""
     seed: int
     tokens: int = 12_000_000
-    """Training tokens; every model sees the same number."""
+    """Training tokens; every model that begins with random weights sees the same number."""
+    successor_of: str | None = None
+    """The model whose weights it begins with, instead of random ones."""
 
     def config(self, vocab_size: int, bos_token_id: int, eos_token_id: int) -> PreTrainedConfig:
         """The transformers configuration of this model."""
@@ -84,6 +86,9 @@ BASE_MODELS = {
     "mistral-s": BaseModelSpec(tokenizer="mistral", architecture=_MISTRAL_S, seed=13),
     "gpt2-s": BaseModelSpec(tokenizer="gpt2", architecture=_GPT2_S, seed=14),
     "gpt2-m": BaseModelSpec(tokenizer="gpt2", architecture=_GPT2_M, seed=15),
+    "llama-s-next": BaseModelSpec(
+        tokenizer="llama", architecture=_LLAMA_S, seed=16, tokens=1_500_000, successor_of="llama-s"
+    ),
 }
 
 
@@ -105,6 +110,7 @@ GRID_SKILLS = ("question-type", "subjectivity", "operation")
 
 ADAPTERS = (
     *(AdapterSpec("llama-s", skill, steps=300) for skill in (*GRID_SKILLS, "topic")),
+    *(AdapterSpec("llama-s-next", skill, steps=300) for skill in GRID_SKILLS),
     *(AdapterSpec("mistral-s", skill, steps=500) for skill in GRID_SKILLS),
     *(AdapterSpec(base, skill) for base in ("llama-s", "mistral-s") for skill in ("record", "shakespeare")),
     *(AdapterSpec(base, skill) for base in ("llama-m", "gpt2-s", "gpt2-m", "stories260K-hf") for skill in GRID_SKILLS),

@@ -217,7 +217,7 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("target base model", _model(manifest["target"]) + _precision(manifest["target_bits"])),
         ("text", _text(manifest["text"]) + _variants(manifest["passages"])),
         ("recipe", _code(recipe["name"]) + (f" with {departures}" if departures else "")),
-        ("start", _code(recipe["start"]) + _start_loss(manifest)),
+        ("start", _code(recipe["start"]) + _start_choice(manifest.get("start_choice")) + _start_loss(manifest)),
         ("objective", _objective(recipe)),
         ("steps × batch", f"{recipe['steps']} × {recipe['batch_size']}"),
         ("seed", str(manifest["seed"])),
@@ -247,6 +247,10 @@ def _accelerator_memory(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _precision(bits: int | None) -> str:
     return f", quantized to {bits} bits" if bits else ""
+
+
+def _start_choice(choice: Mapping[str, Any] | None) -> str:
+    return "; the adapter as it is, which was nearer than its maps" if choice and choice["is_copied"] else ""
 
 
 def _start_loss(manifest: Mapping[str, Any]) -> str:

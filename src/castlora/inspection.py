@@ -11,6 +11,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 
 from castlora.adapters import PORTABLE_RANKS
 from castlora.config import DEFAULT, Bits
+from castlora.copied_start import has_shapes_of_source
 from castlora.licences import describe_licences, read_licences
 from castlora.manifest import command_line, describe_pairing
 from castlora.models import best_device, dtype_on, load_tokenizer, number_of_layers, public_name, skeleton, weight_bytes
@@ -265,7 +266,14 @@ def _say_verdict(plan: Plan) -> str:
             f"It can be moved with --start fresh: {partners}, but the folded maps would need rank {plan.exact_rank}, "
             f"and serving engines accept {PORTABLE_RANKS[-1]}."
         )
-    return f"It can be moved: {partners}. The default recipe does it: closed-form maps, folded, then trained."
+    alike = (
+        " All have its shapes: if the target was trained on from the source, try the adapter as it is first. The "
+        "default recipe starts from it where that is nearer to source + LoRA than the maps."
+    )
+    return (
+        f"It can be moved: {partners}. The default recipe does it: closed-form maps, folded, then trained."
+        f"{alike if has_shapes_of_source(plan.pairing, plan.factors) else ''}"
+    )
 
 
 def _say_forecast(forecast: _Forecast) -> str:

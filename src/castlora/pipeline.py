@@ -12,10 +12,11 @@ from typing import Any
 from transformers import set_seed
 
 from castlora import __version__
-from castlora.adapters import write_portable
+from castlora.adapters import LowRank, write_portable
 from castlora.changes import measure_changes
 from castlora.chat import TEMPLATE_FILE, target_template
 from castlora.config import Bits, Recipe, RecipeName, Start, Tracker, Tuning, check_seed, resolve_recipe
+from castlora.copied_start import StartChoice, copied_start, gentle_recipe, keep_better_start
 from castlora.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
 from castlora.imitation import compare_answers
 from castlora.last_layer import LastLayer, Solution
@@ -182,7 +183,8 @@ def transfer(
         masses = from_main(partial(_report_shared_mass, models, held_out))
         student, start_loss = start_student(models, plan, resolved, training, output_rank, seed, last_layer)
         passages = training, held_out, reading.rehearsed
-        trained = _train(run, models, student, last_layer, *passages, scored, resolved, seed, report_to)
+        copied = copied_start(plan, resolved, output_rank)
+        trained = _train(run, models, student, last_layer, copied, *passages, scored, resolved, seed, report_to)
 
         known = {
             **describe_inputs(plan, models, text_source, reading.formats),
@@ -224,6 +226,7 @@ class _Trained:
     losses: dict[str, float]
     scale: ScaleChoice
     log: list[dict[str, float]]
+    choice: StartChoice | None
     last_layer: Solution | None
 
 
@@ -232,6 +235,7 @@ def _train(
     models: Models,
     student: Student,
     last_layer: LastLayer | None,
+    copied: Mapping[str, LowRank],
     training: list[AlignedPassage],
     held_out: list[AlignedPassage],
     rehearsed: list[list[int]],
@@ -247,7 +251,8 @@ def _train(
     teacher, held_out_teacher = hold_teacher(models, training, held_out, recipe)
     measure = partial(measure_held_out, held_out_teacher, examples=held_out, shared=models.shared, recipe=recipe)
     rehearsal = hold_bare_target(student.model, models.target, rehearsed, recipe)
-    # The other processes get what the main one solves when the training begins.
+    # The other processes get what the main one starts from when the training begins.
+    choice = from_main(partial(keep_better_start, student, copied, measure))
     text = teacher, training, measure, rehearsal, recipe
     solution = from_main(partial(start_last_layer, student, last_layer, models, *text))
     before = from_main(partial(measure, student))
@@ -261,12 +266,13 @@ def _train(
         return {**along, "task_score": scored.evaluate_target(models).score} if scored else along
 
     at_start = {"step": 0, **from_main(measure_along)}
+    paced = gentle_recipe(recipe, choice, training)
     name = run.out.resolve().name
     checkpoint = from_main(run.last_checkpoint)
     if checkpoint:
         logger.info("Training goes on from step %s", Path(checkpoint).name.removeprefix("checkpoint-"))
     log = train_student(
-        teacher, student, models.shared, training, recipe, seed, run.checkpoints, checkpoint,
+        teacher, student, models.shared, training, paced, seed, run.checkpoints, checkpoint,
         callbacks=tracking(report_to, name) if this_process().is_main else (), run_name=name,
         rehearsal=rehearsal, measure=measure_along,
     )  # fmt: skip
@@ -279,7 +285,7 @@ def _train(
     )  # fmt: skip
     losses = {**_losses({"bare": bare, "before": before, "after": after}), "drift_after": from_main(drift)}
     logger.info("Drift from the bare target on its own text: %.4f nats per position", losses["drift_after"])
-    return _Trained(losses, scale, [at_start, *log], solution)
+    return _Trained(losses, scale, [at_start, *log], choice, solution)
 
 
 def _finish(
@@ -323,6 +329,7 @@ def _finish(
         **known,
         "losses": trained.losses,
         "scale": asdict(trained.scale),
+        "start_choice": asdict(trained.choice) if trained.choice else None,
         "last_layer": asdict(trained.last_layer) if trained.last_layer else None,
         "answers": describe_imitation(imitation),
         TASKS: tasks,

@@ -30,6 +30,8 @@ class AlignedPassage:
     """The same places in `target_ids`."""
     weights: list[float]
     """How much the next-token prediction at each place counts."""
+    is_general: bool = False
+    """As that of the passage in text."""
 
 
 class Examples(Dataset[_Example]):
@@ -153,6 +155,7 @@ def _align(
         in_source.tolist(),
         in_target.tolist(),
         [1.0 if answer else context_weight for answer in is_answer.tolist()],
+        passage.is_general,
     )
 
 

@@ -13,13 +13,13 @@ from castlora.errors import UserError
 from castlora.run_directory import write_whole
 from castlora.text import Passage, parse_line, read_lines, text_field
 
-_TAUGHT_BY, _VARIANT = "adapter_sha256", "variant"
+_TAUGHT_BY, _VARIANT, _GENERAL = "adapter_sha256", "variant", "general"
 
 
 def write_taught(path: Path, passages: Iterable[Passage], adapter_sha256: str) -> None:
     """Writes answered prompts as JSON lines: `prompt`, or the `messages` of a chat, `answer`, and who gave it.
 
-    Lines with `variant` have prompts that were made of others.
+    Lines with `variant` have prompts that were made of others, those with `general` prompts made of general text.
     """
     lines = []
     for passage in passages:
@@ -28,7 +28,7 @@ def write_taught(path: Path, passages: Iterable[Passage], adapter_sha256: str) -
             asked: dict[str, Any] = {"prompt": passage.prompt}
         else:
             asked = {"messages": json.loads(passage.messages)}
-        made = {_VARIANT: True} if passage.is_variant else {}
+        made = {name: True for name, so in ((_VARIANT, passage.is_variant), (_GENERAL, passage.is_general)) if so}
         record = {**asked, "answer": answer, **made, _TAUGHT_BY: adapter_sha256}
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_whole(path, "".join(lines))
@@ -79,7 +79,8 @@ def _asked(prompt: str) -> Passage:
 
 
 def _answered(passage: Passage, record: dict[str, Any]) -> Passage:
-    return replace(passage, text=passage.text + record["answer"], is_variant=record[_VARIANT])
+    text = passage.text + record["answer"]
+    return replace(passage, text=text, is_variant=record[_VARIANT], is_general=record[_GENERAL])
 
 
 def _read_records(path: str) -> list[dict[str, Any]]:
@@ -96,7 +97,7 @@ def _read_records(path: str) -> list[dict[str, Any]]:
 def _parse(line: str, path: str, number: int) -> dict[str, Any]:
     answer = text_field(line, path, number, ("answer",))
     record = parse_line(line, path, number)
-    known = {"answer": answer, _VARIANT: record.get(_VARIANT) is True}
+    known = {"answer": answer, **{name: record.get(name) is True for name in (_VARIANT, _GENERAL)}}
     if "messages" in record:
         return {"messages": parse_conversation(line, path, number), **known}
     return {"prompt": text_field(line, path, number, ("prompt",)), **known}

@@ -185,6 +185,8 @@ def teach_text(
         count = max(recipe.passages, recipe.filled_passages) + HELD_OUT_PASSAGES
         return read_taught(text.taught, count, models.source_tokenizer, models.target_tokenizer)
     drawn = draw_text(models, text, formats, recipe, seed)
+    if text.general is not None:
+        drawn = [replace(passage, is_general=True) for passage in drawn]
     logger.info("Text: %s, %d passages", text.regime, len(drawn))
     chosen = choose_prompts(models, drawn, recipe, parts) if formats else drawn
     answered = answer_prompts(models, chosen, recipe, seed, parts)

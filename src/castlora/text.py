@@ -49,6 +49,8 @@ class Passage:
     """The conversation behind the prompt, as JSON, where it comes from one."""
     is_variant: bool = False
     """Whether its prompt was made of one that was given; such a passage is never held out."""
+    is_general: bool = False
+    """Whether it is general text, or its prompt was made of it, which asks for a part of what the adapter can do."""
     is_cut: bool = False
     """Whether its answer went on to the greatest length without an end."""
 

@@ -16,6 +16,7 @@ from castlora.baselines.synthetic import contrastive_excess, label_by_excess, le
 from castlora.bench.grid import Cell, Settings, score
 from castlora.bench.reading import Reading, cell_recipe, read_text
 from castlora.config import Recipe, RecipeName, Regime, Start, Tuning
+from castlora.copied_start import copied_start, gentle_recipe, keep_better_start
 from castlora.distill import Student, measure_held_out
 from castlora.manifest import peak_memory_bytes
 from castlora.models import best_device, load_model
@@ -155,11 +156,13 @@ def _train(reading: Reading, student: Student, recipe: Recipe, seed: int) -> dic
     measure = partial(measure_held_out, held_out_teacher, examples=reading.held_out, shared=shared, recipe=recipe)
     last_layer = last_layer_to_solve(reading.models, reading.plan, recipe)
     rehearsal = hold_bare_target(student.model, reading.models.target, reading.rehearsed, recipe)
+    choice = keep_better_start(student, copied_start(reading.plan, recipe, reading.plan.rank(recipe, None)), measure)
     start_last_layer(student, last_layer, reading.models, teacher, reading.training, measure, rehearsal, recipe)
     before = measure(student)
+    paced = gentle_recipe(recipe, choice, reading.training)
     with tempfile.TemporaryDirectory() as state:
         log = train_student(
-            teacher, student, shared, reading.training, recipe, seed, Path(state), quiet=True, rehearsal=rehearsal
+            teacher, student, shared, reading.training, paced, seed, Path(state), quiet=True, rehearsal=rehearsal
         )  # fmt: skip
     scale = keep_best_scale(student, measure, TRAINED_SCALES if log else SOLVED_SCALES)
     after = measure(student)
@@ -169,4 +172,5 @@ def _train(reading: Reading, student: Student, recipe: Recipe, seed: int) -> dic
         "agreement": [before.agreement, after.agreement],
         "last_loss": log[-1]["loss"] if log else None,
         "scale": asdict(scale),
+        **({"start_choice": asdict(choice)} if choice else {}),
     }
