@@ -1,6 +1,7 @@
 """The adapter as it is, as the start where the target has the source's shapes."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tiny
@@ -45,19 +46,26 @@ def test_between_other_shapes_nothing_is_copied(paired, source, target):
     assert not has_shapes_of_source(pairing, factors) and copied_factors(pairing, factors) == {}
 
 
+GIVEN, GENERAL = (AlignedPassage([1], [1], [0], [0], [1.0], is_general) for is_general in (False, True))
+
+
 @pytest.mark.parametrize(
-    ("recipe", "is_copied"),
+    ("changes", "training", "is_copied"),
     [
-        (replace(DEFAULT, start="ridge"), True),
-        (replace(DEFAULT, start="readout"), True),
-        (replace(DEFAULT, start="fresh"), False),
-        (replace(DEFAULT, start="ridge", trained="maps"), False),
+        ({"start": "ridge"}, GENERAL, True),
+        ({"start": "readout"}, GENERAL, True),
+        ({"start": "fresh"}, GENERAL, False),
+        ({"start": "ridge", "trained": "maps"}, GENERAL, False),
+        ({"start": "ridge"}, GIVEN, False),
+        ({"start": "readout", "steps": 0}, GIVEN, True),
     ],
 )
-def test_only_solved_starts_of_factors_have_a_copy_beside_them(base_model, adapter, recipe, is_copied):
+def test_a_copy_stands_beside_solved_factors_that_the_text_may_not_teach_all(
+    base_model, adapter, changes, training, is_copied
+):
     folder = str(base_model("llama"))
     plan = plan_transfer(str(adapter("llama")), folder, folder)
-    copied = copied_start(plan, recipe, rank=2)
+    copied = copied_start(plan, replace(DEFAULT, **changes), 2, [training])
     assert bool(copied) == is_copied
     assert {lora.rank for lora in copied.values()} == ({2} if is_copied else set())
 
@@ -112,38 +120,57 @@ def test_the_bare_target_the_maps_and_the_copy_are_what_is_compared(paired):
     assert not torch.allclose(seen[0], seen[1]) and not torch.allclose(seen[1], seen[2])
 
 
-def test_general_text_teaches_a_copied_start_at_a_tenth_of_the_rate():
+def test_a_copied_start_is_taught_at_a_tenth_of_the_rate():
     copied, solved = StartChoice(True, 4.0, 2.0, 1.0), StartChoice(False, 4.0, 1.0, 2.0)
-    given, general = (AlignedPassage([1], [1], [0], [0], [1.0], is_general) for is_general in (False, True))
-    assert gentle_recipe(DEFAULT, copied, [general]) == replace(DEFAULT, learning_rate_scale=pytest.approx(0.12))
-    assert gentle_recipe(DEFAULT, copied, [given]) == DEFAULT
-    assert gentle_recipe(DEFAULT, solved, [general]) == gentle_recipe(DEFAULT, None, [general]) == DEFAULT
+    assert gentle_recipe(DEFAULT, copied) == replace(DEFAULT, learning_rate_scale=pytest.approx(0.12))
+    assert gentle_recipe(DEFAULT, solved) == gentle_recipe(DEFAULT, None) == DEFAULT
 
 
-@pytest.mark.parametrize(("text", "share"), [("prompts", 1.0), ("text", 0.1)])
-def test_a_target_that_was_trained_on_from_the_source_starts_from_the_adapter_as_it_is(
-    base_model, adapter, checked_in_process, prompts_file, text_file, tmp_path, text, share
-):
-    successor = AutoModelForCausalLM.from_pretrained(base_model("llama"), dtype=torch.float32)
+@pytest.fixture
+def successor(base_model, tmp_path):
+    """A llama that is a little off another."""
+    model = AutoModelForCausalLM.from_pretrained(base_model("llama"), dtype=torch.float32)
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in successor.parameters():
+        for parameter in model.parameters():
             parameter += 0.05 * parameter.std(correction=0) * torch.randn_like(parameter)
-    successor.save_pretrained(tmp_path / "successor")
+    model.save_pretrained(tmp_path / "successor")
     tiny.family("llama")[1].save_pretrained(tmp_path / "successor")
-    result = transfer(
-        str(adapter("llama")), str(tmp_path / "successor"), str(tmp_path / "out"), start="ridge", steps=4, batch_size=4,
-        tuning=tiny.SHORT, **{text: str(prompts_file if text == "prompts" else text_file)},
-    )  # fmt: skip
-    choice, losses = result.manifest["start_choice"], result.manifest["losses"]
+    return str(tmp_path / "successor")
+
+
+@pytest.fixture
+def moved(adapter, successor, checked_in_process, tmp_path):
+    """The manifest, card and log of a transfer to the successor."""
+
+    def move(**options: object) -> tuple[dict[str, Any], str, list[dict[str, float]]]:
+        result = transfer(
+            str(adapter("llama")), successor, str(tmp_path / "out"), batch_size=4, tuning=tiny.SHORT, **options
+        )
+        return result.manifest, (result.folder / "README.md").read_text(), result.log
+
+    return move
+
+
+def test_general_text_gently_teaches_the_adapter_as_it_is(moved, text_file):
+    manifest, card, log = moved(text=str(text_file), start="ridge", steps=4)
+    choice, losses = manifest["start_choice"], manifest["losses"]
     assert choice["is_copied"] and choice["loss_of_copy"] < choice["loss_of_maps"]
     assert losses["held_out_before"] == pytest.approx(choice["loss_of_copy"])
     assert losses["held_out_bare"] == pytest.approx(choice["loss_of_bare"])
-    recipe = replace(DEFAULT, batch_size=4, learning_rate_scale=share * DEFAULT.learning_rate_scale)
-    rates = [entry["learning_rate"] for entry in result.log[1:]]
-    assert max(rates) == pytest.approx(peak_learning_rate(recipe, successor.config.hidden_size))
+    gentle = replace(DEFAULT, batch_size=4, learning_rate_scale=0.1 * DEFAULT.learning_rate_scale)
+    assert max(entry["learning_rate"] for entry in log[1:]) == pytest.approx(peak_learning_rate(gentle, 32))
+    assert "`ridge`; the adapter as it is, which was nearer" in card
 
 
-def test_other_models_have_no_choice(quick_transfer, prompts_file):
-    result = quick_transfer("llama", "mistral", prompts=str(prompts_file), steps=4)
-    assert result.manifest["start_choice"] is None
+def test_prompts_teach_the_maps(moved, prompts_file):
+    manifest, card, log = moved(prompts=str(prompts_file), start="ridge", steps=4)
+    assert manifest["start_choice"] is None and "as it is" not in card
+    whole = peak_learning_rate(replace(DEFAULT, batch_size=4), 32)
+    assert max(entry["learning_rate"] for entry in log[1:]) == pytest.approx(whole)
+
+
+def test_without_a_step_the_last_layer_is_solved_on_top_of_the_adapter(moved, prompts_file):
+    manifest, _, _ = moved(prompts=str(prompts_file), steps=0)
+    assert manifest["start_choice"]["is_copied"]
+    assert manifest["last_layer"]["losses"][0] == pytest.approx(manifest["start_choice"]["loss_of_copy"])

@@ -3,6 +3,7 @@
 Where the target was trained on from the source, its activations still mean much of what they did, and the unchanged
 adapter does much of its work there. Maps that are solved for do less of it: what they cannot predict they leave out.
 Such a start has little to learn, and general text, which does not ask for all of it, would make it forget the rest.
+Prompts of the task ask for all of it, and bring the maps as far and further.
 """
 
 import logging
@@ -39,10 +40,18 @@ class StartChoice:
     """The same with the adapter as it is."""
 
 
-def copied_start(plan: Plan, recipe: Recipe, rank: int) -> dict[str, LowRank]:
-    """The adapter as it is, cut to a rank, where the recipe's start is solved for and might be worse; else nothing."""
+def copied_start(plan: Plan, recipe: Recipe, rank: int, training: Sequence[AlignedPassage]) -> dict[str, LowRank]:
+    """The adapter as it is, where the recipe's start is solved for and may be the worse one; else nothing.
+
+    Args:
+        plan: of the transfer
+        recipe: its numbers
+        rank: of the student's LoRA, to which the adapter is cut
+        training: the text
+    """
     is_solved = recipe.start in ("ridge", "readout") and recipe.trained == "factors"
-    if not is_solved or not plan.adapter.is_plain:
+    teaches_all = recipe.steps > 0 and not any(passage.is_general for passage in training)
+    if not is_solved or teaches_all or not plan.adapter.is_plain:
         return {}
     copied = copied_factors(plan.pairing, plan.factors)
     return {name: LowRank(lora.a[:rank], lora.b[:, :rank]) for name, lora in copied.items()}
@@ -106,14 +115,8 @@ def keep_better_start(
     return StartChoice(is_copied, of_bare, of_maps, of_copy)
 
 
-def gentle_recipe(recipe: Recipe, choice: StartChoice | None, training: Sequence[AlignedPassage]) -> Recipe:
-    """The recipe, with a tenth of its learning rate where general text teaches what starts as the adapter is.
-
-    Args:
-        recipe: of the transfer
-        choice: as `keep_better_start` gives it
-        training: the text
-    """
-    if choice is None or not choice.is_copied or not any(passage.is_general for passage in training):
+def gentle_recipe(recipe: Recipe, choice: StartChoice | None) -> Recipe:
+    """The recipe, with a tenth of its learning rate where the student starts from the adapter as it is."""
+    if choice is None or not choice.is_copied:
         return recipe
     return replace(recipe, learning_rate_scale=_SHARE_OF_RATE * recipe.learning_rate_scale)

@@ -183,7 +183,7 @@ def transfer(
         masses = from_main(partial(_report_shared_mass, models, held_out))
         student, start_loss = start_student(models, plan, resolved, training, output_rank, seed, last_layer)
         passages = training, held_out, reading.rehearsed
-        copied = copied_start(plan, resolved, output_rank)
+        copied = copied_start(plan, resolved, output_rank, training)
         trained = _train(run, models, student, last_layer, copied, *passages, scored, resolved, seed, report_to)
 
         known = {
@@ -266,7 +266,7 @@ def _train(
         return {**along, "task_score": scored.evaluate_target(models).score} if scored else along
 
     at_start = {"step": 0, **from_main(measure_along)}
-    paced = gentle_recipe(recipe, choice, training)
+    paced = gentle_recipe(recipe, choice)
     name = run.out.resolve().name
     checkpoint = from_main(run.last_checkpoint)
     if checkpoint:

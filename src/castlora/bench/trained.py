@@ -156,10 +156,11 @@ def _train(reading: Reading, student: Student, recipe: Recipe, seed: int) -> dic
     measure = partial(measure_held_out, held_out_teacher, examples=reading.held_out, shared=shared, recipe=recipe)
     last_layer = last_layer_to_solve(reading.models, reading.plan, recipe)
     rehearsal = hold_bare_target(student.model, reading.models.target, reading.rehearsed, recipe)
-    choice = keep_better_start(student, copied_start(reading.plan, recipe, reading.plan.rank(recipe, None)), measure)
+    copied = copied_start(reading.plan, recipe, reading.plan.rank(recipe, None), reading.training)
+    choice = keep_better_start(student, copied, measure)
     start_last_layer(student, last_layer, reading.models, teacher, reading.training, measure, rehearsal, recipe)
     before = measure(student)
-    paced = gentle_recipe(recipe, choice, reading.training)
+    paced = gentle_recipe(recipe, choice)
     with tempfile.TemporaryDirectory() as state:
         log = train_student(
             teacher, student, shared, reading.training, paced, seed, Path(state), quiet=True, rehearsal=rehearsal
