@@ -69,9 +69,14 @@ _LONGEST_VALUE = 300
 def settings_in_words(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Every setting of a run and what it is, versions of libraries included."""
     recipe = {name: value for name, value in manifest["recipe"].items() if name != _DERIVED}
+    in_recipe = {RECIPE_WORDS.get(name, str(name)): _recipe_value(name, value) for name, value in recipe.items()}
+    # Most runs have no choice, and those of versions before it do not name it.
+    choice = manifest.get("start_choice")
+    if choice is not None and choice["is_copied"]:
+        in_recipe["start"] = f"the adapter as it is, nearer than {in_recipe['start']}"
     return {
         **{words: in_words(_at(manifest, path)) for words, path in _INPUTS.items()},
-        **{RECIPE_WORDS.get(name, str(name)): _recipe_value(name, value) for name, value in recipe.items()},
+        **in_recipe,
         **{f"version of {package}": in_words(version) for package, version in manifest["versions"].items()},
     }
 
