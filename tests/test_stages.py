@@ -128,6 +128,7 @@ def test_without_written_answers_general_text_is_read_as_it_runs_and_never_chose
     drawn = draw_text(loaded_models, TextSource(str(text_file)), (), recipe, seed=0)
     assert drawn
     assert all(isinstance(passage, Passage) and passage.answer_start == 0 for passage in drawn)
+    assert all(passage.is_general for passage in drawn)
     assert teach_text(loaded_models, TextSource(str(text_file)), (), recipe, seed=0) == drawn
 
 

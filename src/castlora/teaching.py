@@ -165,7 +165,7 @@ def draw_text(models: Models, text: TextSource, formats: Sequence[str], recipe: 
         passages = cut_passages(read_documents(text.text or HUB_DEFAULT), count, max_bytes, seed)
     if len(passages) < 2:
         raise UserError(f"The text yields {len(passages)} passages, at least 2 are needed; give more text.")
-    return passages
+    return passages if text.general is None else [replace(passage, is_general=True) for passage in passages]
 
 
 def teach_text(
@@ -185,8 +185,6 @@ def teach_text(
         count = max(recipe.passages, recipe.filled_passages) + HELD_OUT_PASSAGES
         return read_taught(text.taught, count, models.source_tokenizer, models.target_tokenizer)
     drawn = draw_text(models, text, formats, recipe, seed)
-    if text.general is not None:
-        drawn = [replace(passage, is_general=True) for passage in drawn]
     logger.info("Text: %s, %d passages", text.regime, len(drawn))
     chosen = choose_prompts(models, drawn, recipe, parts) if formats else drawn
     answered = answer_prompts(models, chosen, recipe, seed, parts)
