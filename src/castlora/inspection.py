@@ -267,8 +267,8 @@ def _say_verdict(plan: Plan) -> str:
             f"and serving engines accept {PORTABLE_RANKS[-1]}."
         )
     alike = (
-        " All have its shapes: if the target was trained on from the source, try the adapter as it is first. With "
-        "general text castlora starts from it where that is nearer to source + LoRA than the maps."
+        " All shapes are the source's: if the target was trained on from the source, try the adapter as it is first. "
+        "With general text castlora starts from it where that is nearer to source + LoRA than the maps."
     )
     return (
         f"It can be moved: {partners}. The default recipe does it: closed-form maps, folded, then trained."
