@@ -22,6 +22,7 @@ from castlora.copied_start import (
 from castlora.distill import HeldOut, Student
 from castlora.plan import plan_transfer
 from castlora.positions import AlignedPassage
+from castlora.report.settings import settings_in_words
 from castlora.starts import attach_lora, start_from_factors, student_factors
 from castlora.training import peak_learning_rate
 
@@ -161,11 +162,13 @@ def test_general_text_gently_teaches_the_adapter_as_it_is(moved, text_file):
     gentle = replace(DEFAULT, batch_size=4, learning_rate_scale=0.1 * DEFAULT.learning_rate_scale)
     assert max(entry["learning_rate"] for entry in log[1:]) == pytest.approx(peak_learning_rate(gentle, 32))
     assert "`ridge`; the adapter as it is, which was nearer" in card
+    assert settings_in_words(manifest)["start"] == "the adapter as it is, nearer than closed-form maps (ridge)"
 
 
 def test_prompts_teach_the_maps(moved, prompts_file):
     manifest, card, log = moved(prompts=str(prompts_file), start="ridge", steps=4)
     assert manifest["start_choice"] is None and "as it is" not in card
+    assert settings_in_words(manifest)["start"] == "closed-form maps (ridge)"
     whole = peak_learning_rate(replace(DEFAULT, batch_size=4), 32)
     assert max(entry["learning_rate"] for entry in log[1:]) == pytest.approx(whole)
 

@@ -191,11 +191,6 @@ class TestWords:
         assert in_words(value) == words
         assert len(in_words("x" * 9000)) == 301
 
-    def test_a_start_from_the_adapter_as_it_is_is_told(self, compared) -> None:
-        found = compared({"start_choice": {"is_copied": False}}, {"start_choice": {"is_copied": True}}, {})
-        maps = "closed-form maps (ridge)"
-        assert dict(found.differences) == {"start": [maps, f"the adapter as it is, nearer than {maps}", maps]}
-
     def test_settings_that_one_run_lacks_differ(self, compared) -> None:
         found = compared({}, {"versions": {"castlora": "0.1.0"}, "recipe__start": "fresh"})
         assert dict(found.differences) == {
