@@ -75,7 +75,8 @@ taught beside the answers, those inside prompts included. `fresh, rehearsed` is 
 LoRA. Of the other methods `default, last layer solved` rehearses and what has `rehearsed` in its name; `ridge start` is
 the default without it, and
 `readout start` has the target's last layer solved for what source + LoRA predicts. `maps` trains the maps themselves,
-`paper start` maps that are random at first, `fresh` a plain LoRA.
+`paper start` maps that are random at first, `fresh` a plain LoRA. To a target of the source's shapes closed-form starts
+that general text teaches are the adapter as it is where held-out text has that nearer to source + LoRA.
 General text alone is put into the prompt formats that the adapter listens to, one to three
 sentences each, of which the most telling of 32 is kept; with `single sentences` one sentence, of 8; `generic formats`
 puts these into common formats instead, `any prompts` goes without the choice, and `running text` reads general text as
