@@ -13,7 +13,7 @@ from castlora.bench.plots import Curve
 from castlora.bench.results import make_cells, read_results
 from castlora.bench.tables import measured_with
 from castlora.config import Start
-from castlora.scaling import SOLVED_SCALES
+from castlora.maps.scaling import SOLVED_SCALES
 
 PAIR = "llama-s:mistral-s"
 BRIDGES: dict[str, Start] = {"bridge": "ridge", "bridge, last layer solved": "readout"}

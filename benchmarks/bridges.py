@@ -29,7 +29,9 @@ from benchmarks.bridge_page import BATCH, BRIDGE_BATCH, BRIDGES, PAIR, STARTS, F
 from benchmarks.quality import ZOO, zoo_models
 from benchmarks.steps import STEPS
 from benchmarks.zoo.specs import GRID_SKILLS
-from castlora.adapters import LowRank
+from castlora.adapters.factors import LowRank
+from castlora.adapters.live import attach_lora, lora_maps, start_from_factors
+from castlora.alignment.positions import AlignedPassage, collate
 from castlora.bench.grid import Cell, Settings, record_path, score, write_missing
 from castlora.bench.plots import curve_chart
 from castlora.bench.quality import reference_scores, run_quality
@@ -37,16 +39,15 @@ from castlora.bench.reading import Reading, cell_recipe, read_text
 from castlora.bench.spec import BenchmarkSpec
 from castlora.bench.trained import Distilled
 from castlora.config import Recipe, Tuning
-from castlora.distill import HeldOut, Student, measure_held_out, total_loss
-from castlora.fitting import ridge_maps, solve_in_parts
-from castlora.maps import balance
-from castlora.pairing import Pairing
-from castlora.positions import AlignedPassage, collate
-from castlora.scaling import SOLVED_SCALES, best_scale, losses_by_scale
+from castlora.distillation.distill import HeldOut, Student, measure_held_out, total_loss
+from castlora.distillation.teacher import Teacher
+from castlora.distillation.training import ADAM_BETAS, WARMUP_FRACTION, peak_learning_rate, reading_order
+from castlora.maps.cast_layer import balance
+from castlora.maps.fitting import ridge_maps, solve_in_parts
+from castlora.maps.scaling import SOLVED_SCALES, best_scale, losses_by_scale
+from castlora.maps.starts import BranchMaps, Maps, fold_maps, parametrize_by_maps
+from castlora.models.pairing import Pairing
 from castlora.stages import STATISTICS_PASSAGES, hold_teacher, last_layer_to_solve
-from castlora.starts import BranchMaps, Maps, attach_lora, fold_maps, lora_maps, parametrize_by_maps, start_from_factors
-from castlora.teacher import Teacher
-from castlora.training import ADAM_BETAS, WARMUP_FRACTION, peak_learning_rate, reading_order
 
 ADAPTERS = (*GRID_SKILLS, "topic", "record", "shakespeare")
 SharedMaps = dict[tuple[str, str], BranchMaps]

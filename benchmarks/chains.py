@@ -23,8 +23,8 @@ from benchmarks.zoo.specs import GRID_SKILLS
 from castlora import evaluate, transfer
 from castlora.bench.grid import environment
 from castlora.bench.spec import BenchmarkModel
+from castlora.execution.run_directory import write_whole
 from castlora.lift import bootstrap_interval
-from castlora.run_directory import write_whole
 
 CHAINS = ("llama-s:mistral-s:llama-m", "llama-s:gpt2-s:gpt2-m", "gpt2-s:llama-s:mistral-s")
 _STEPS, _BATCH = 800, 4

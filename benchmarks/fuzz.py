@@ -27,18 +27,18 @@ from tqdm.auto import tqdm
 
 from benchmarks.mutations import JSON_MUTATIONS, TENSOR_MUTATIONS, TEXT_MUTATIONS, Mutation
 from castlora import convert
+from castlora.adapters.portable import check_portable
+from castlora.alignment.tokens import ByteTokenizer
+from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.bench.grid import environment
-from castlora.chat import read_conversations
 from castlora.demonstration.bundle import SOURCE, TARGET, demo_adapters_path, demo_models_path, demo_skill
 from castlora.errors import UserError
-from castlora.models import load_model, load_tokenizer
+from castlora.evaluation.tasks import load_task
+from castlora.models.loading import load_model, load_tokenizer
 from castlora.plan import plan_transfer
-from castlora.portable import check_portable
-from castlora.tasks import load_task
-from castlora.taught import check_taught
-from castlora.text import candidate_formats, cut_passages, draw_fillings, read_documents, read_prompts
-from castlora.tokens import ByteTokenizer
-from castlora.vocabulary import SharedVocabulary
+from castlora.teaching.taught import check_taught
+from castlora.text.chat import read_conversations
+from castlora.text.passages import candidate_formats, cut_passages, draw_fillings, read_documents, read_prompts
 
 _SECONDS = 10
 _TEXT = "This is a fox. Where does the river run? Topic: hens and foxes near the mill.\n\nShe said: no.\n\n"

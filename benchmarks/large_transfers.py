@@ -18,15 +18,16 @@ import torch
 from jsonargparse import auto_cli
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from castlora.adapters import LowRank, write_portable
+from castlora.adapters.factors import LowRank, write_portable
 from castlora.bench.grid import environment
-from castlora.bench.speed_models import SHAPES, Shape, random_adapter
+from castlora.bench.speed.models import SHAPES, Shape, random_adapter
 from castlora.config import ShapeName
 from castlora.demonstration.bundle import SOURCE, TARGET, demo_models_path, demo_skill
-from castlora.models import best_device, linear_slots, skeleton
-from castlora.run_directory import write_whole
-from castlora.runs import MANIFEST_FILE
-from castlora.text import read_prompts
+from castlora.execution.run_directory import write_whole
+from castlora.models.loading import best_device, skeleton
+from castlora.models.modules import linear_slots
+from castlora.publishing.runs import MANIFEST_FILE
+from castlora.text.passages import read_prompts
 
 _UPDATE_SCALE = 0.05
 """Of a random LoRA's B, so that its update is small beside the weights."""

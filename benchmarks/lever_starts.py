@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from castlora.adapters import LowRank
+from castlora.adapters.factors import LowRank
+from castlora.adapters.live import attach_lora, lora_maps, start_from_factors
+from castlora.alignment.positions import AlignedPassage, Batch, Side, batches, counted_places
 from castlora.bench.reading import Reading
 from castlora.config import Recipe
-from castlora.distill import Student
-from castlora.fitting import SiteMoments, collect_moments, input_site, ridge_factors, rows_at, solve_in_parts
-from castlora.maps import balance, fold_from_source, merge_branches
-from castlora.pairing import Branch, ModulePair, Pairing
-from castlora.positions import AlignedPassage, Batch, batches, counted_places
-from castlora.similarity import measure_similarity
-from castlora.solvers import ridge_map
+from castlora.distillation.distill import Student
+from castlora.distillation.teacher import predict
+from castlora.evaluation.similarity import measure_similarity
+from castlora.maps.cast_layer import balance, fold_from_source, merge_branches
+from castlora.maps.fitting import SiteMoments, collect_moments, input_site, ridge_factors, rows_at, solve_in_parts
+from castlora.maps.solvers import ridge_map
+from castlora.maps.statistics import Moments
+from castlora.models.pairing import Branch, ModulePair, Pairing
 from castlora.stages import STATISTICS_PASSAGES
-from castlora.starts import attach_lora, lora_maps, start_from_factors
-from castlora.statistics import Moments
-from castlora.teacher import Side, predict
-from castlora.text import Passage
+from castlora.text.passages import Passage
 
 Begin = Callable[[Reading, Recipe, int], Student]
 _GRADIENT_BATCH = 16

@@ -25,6 +25,7 @@ from benchmarks import lever_starts
 from benchmarks.quality import PAIRS as GRID_PAIRS
 from benchmarks.quality import ZOO, zoo_models
 from benchmarks.zoo.specs import GRID_SKILLS
+from castlora.alignment.positions import AlignedPassage, batches
 from castlora.bench.grid import Cell, Settings, record_path, write_missing
 from castlora.bench.quality import reference_scores
 from castlora.bench.reading import Reading
@@ -32,13 +33,12 @@ from castlora.bench.results import PooledCell, compare, make_cells, read_results
 from castlora.bench.spec import BenchmarkSpec
 from castlora.bench.tables import arrow, measured_with
 from castlora.bench.trained import Distilled
-from castlora.changes import update_divergence
 from castlora.config import Recipe, Tuning
-from castlora.distill import Student
+from castlora.distillation.distill import Student
+from castlora.distillation.teacher import predict
 from castlora.errors import UserError
-from castlora.positions import AlignedPassage, batches
-from castlora.stages import Models
-from castlora.teacher import predict
+from castlora.evaluation.changes import update_divergence
+from castlora.model_pair import Models
 
 PAIRS = ("llama-s:mistral-s", "gpt2-s:gpt2-m")
 SHARED_TOKENIZER = ("gpt2-s:gpt2-m", "llama-s:llama-m", "llama-m:llama-s")

@@ -30,7 +30,7 @@ from castlora.bench.spec import BenchmarkSpec
 from castlora.bench.tables import arrow, mean_with_interval, measured_with
 from castlora.bench.trained import Distilled
 from castlora.config import DEFAULT, Tuning
-from castlora.text import read_prompts
+from castlora.text.passages import read_prompts
 
 Taken = Literal["with variants", "as given"]
 """How prompts that are few are taken."""

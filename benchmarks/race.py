@@ -30,15 +30,16 @@ from castlora.bench.grid import environment
 from castlora.bench.plots import Curve, curve_chart
 from castlora.bench.spec import SKILL_SLOT, BenchmarkModel
 from castlora.config import Tuning, resolve_recipe
-from castlora.evaluation import evaluate_model
-from castlora.models import load_model
+from castlora.distillation.teacher import LiveTeacher
+from castlora.distillation.training import train_student
+from castlora.evaluation.accuracy import evaluate_model
+from castlora.evaluation.tasks import load_task
+from castlora.execution.run_directory import write_whole
+from castlora.model_pair import align_text, load_models
+from castlora.models.loading import load_model
 from castlora.plan import plan_transfer
-from castlora.run_directory import write_whole
-from castlora.stages import align_text, load_models, start_student
-from castlora.tasks import load_task
-from castlora.teacher import LiveTeacher
-from castlora.teaching import TextSource, teach_text
-from castlora.training import train_student
+from castlora.stages import start_student
+from castlora.teaching.curriculum import TextSource, teach_text
 
 TRANSFER, LOOP, RETRAINING = "castlora", "the paper's loop", "retraining"
 LOOP_STEPS = 1000

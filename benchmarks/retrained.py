@@ -25,7 +25,7 @@ from castlora.bench.grid import score, write_missing
 from castlora.bench.results import References, read_results
 from castlora.bench.spec import BenchmarkSpec
 from castlora.bench.tables import mean_with_interval, measured_with
-from castlora.models import load_model
+from castlora.models.loading import load_model
 
 Learned = tuple[str, str]
 """A base model, or a pair, and a skill."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from benchmarks.quality_report import replace_marked
-from castlora.bench.speed import RECORD_FILE
-from castlora.bench.speed_page import tables
+from castlora.bench.speed.page import tables
+from castlora.bench.speed.run import RECORD_FILE
 from castlora.cli import main as castlora
 
 TABLES_BEGIN, TABLES_END = "<!-- what was measured -->", "<!-- end of what was measured -->"

@@ -8,7 +8,7 @@ CAST, arXiv 2510.17902, eq. 1-3: delta = map_from_source · B · A · map_to_sou
 import torch
 
 from castlora import CastLayer
-from castlora.adapters import LowRank
+from castlora.adapters.factors import LowRank
 
 SOURCE_WIDTH, TARGET_WIDTH, RANK, TOKENS = 128, 160, 8, 5
 

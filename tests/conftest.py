@@ -18,12 +18,14 @@ import tiny
 from hypothesis import settings
 from preloaded import CHECKED_HERE
 
-from castlora import pipeline, transfer, verification
-from castlora.adapter_files import open_adapter
-from castlora.adapters import read_factors
+from castlora import pipeline, transfer
+from castlora.adapters.factors import read_factors
+from castlora.adapters.files import open_adapter
 from castlora.demonstration.bundle import demo_skill
-from castlora.models import linear_slots, load_config
-from castlora.pairing import pair_modules
+from castlora.evaluation import verification
+from castlora.models.loading import load_config
+from castlora.models.modules import linear_slots
+from castlora.models.pairing import pair_modules
 
 # A busy machine is no failure.
 settings.register_profile("castlora", deadline=None)

@@ -16,7 +16,7 @@ from jsonargparse import auto_cli
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from castlora.portable import check_portable, describe
+from castlora.adapters.portable import check_portable, describe
 
 Engine = Literal["vllm", "sglang"]
 Precision = Literal["float32", "bfloat16", "float16"]

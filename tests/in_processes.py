@@ -13,22 +13,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from castlora.adapters import LowRank
+from castlora.adapters.factors import LowRank
+from castlora.adapters.live import attach_lora
+from castlora.alignment.positions import AlignedPassage
+from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.cli import main
 from castlora.config import PAPER
-from castlora.distill import Student, total_loss
+from castlora.distillation.distill import Student, total_loss
+from castlora.distillation.rehearsal import BareTarget, rehearsed
+from castlora.distillation.teacher import LiveTeacher
+from castlora.distillation.training import collate_lessons, lessons
 from castlora.errors import UserError
-from castlora.fitting import SiteMoments, solve_in_parts
-from castlora.launcher import process_count
-from castlora.models import linear_slots
-from castlora.pairing import pair_modules
-from castlora.positions import AlignedPassage
-from castlora.processes import from_all, from_main, leave, share_of_batch, share_of_mean, this_process
-from castlora.rehearsal import BareTarget, rehearsed
-from castlora.starts import attach_lora
-from castlora.teacher import LiveTeacher
-from castlora.training import collate_lessons, lessons
-from castlora.vocabulary import SharedVocabulary
+from castlora.execution.launcher import process_count
+from castlora.execution.processes import from_all, from_main, leave, share_of_batch, share_of_mean, this_process
+from castlora.maps.fitting import SiteMoments, solve_in_parts
+from castlora.models.modules import linear_slots
+from castlora.models.pairing import pair_modules
 
 BATCH = 8
 

@@ -11,11 +11,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 
-from castlora import verification
 from castlora.cli import main
+from castlora.evaluation import verification
 
 _FROM_SERVER = multiprocessing.get_context("forkserver")
-_FROM_SERVER.set_forkserver_preload(["castlora.pipeline", "castlora.bench.commands", "castlora.verification"])
+_FROM_SERVER.set_forkserver_preload([
+    "castlora.pipeline", "castlora.bench.commands", "castlora.evaluation.verification",
+])  # fmt: skip
 
 
 def _check(command: list[str], **_options: object) -> subprocess.CompletedProcess[str]:

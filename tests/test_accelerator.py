@@ -7,14 +7,14 @@ import pytest
 import tiny
 import torch
 
-from castlora import fitting
 from castlora.bench.trained import Nonlinear, Reading
 from castlora.config import PAPER
-from castlora.fitting import ridge_maps, solve_in_parts
-from castlora.manifest import peak_accelerator_bytes
-from castlora.offloading import Offloading
+from castlora.execution.offloading import Offloading
+from castlora.maps import fitting
+from castlora.maps.fitting import ridge_maps, solve_in_parts
+from castlora.model_pair import load_models
 from castlora.plan import plan_transfer
-from castlora.stages import load_models
+from castlora.publishing.manifest import peak_accelerator_bytes
 
 pytestmark = pytest.mark.accelerator
 WAYS = {

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from castlora import UserError, convert, inspect
-from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, open_adapter
-from castlora.adapters import LowRank, read_factors, read_update
-from castlora.models import load_config, load_model
+from castlora.adapters.factors import LowRank, read_factors, read_update
+from castlora.adapters.files import CONFIG_FILE, WEIGHTS_FILE, open_adapter
+from castlora.models.loading import load_config, load_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 # What PEFT 0.2 wrote, of which later versions dropped two fields and to which they added dozens.

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from castlora import patterns
-from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, open_adapter
-from castlora.adapters import (
+from castlora.adapters import patterns
+from castlora.adapters.factors import (
     PORTABLE_RANKS,
     LowRank,
     pad_rank,
@@ -25,9 +24,11 @@ from castlora.adapters import (
     target_suffixes,
     write_portable,
 )
+from castlora.adapters.files import CONFIG_FILE, WEIGHTS_FILE, open_adapter
+from castlora.adapters.live import load_adapter
 from castlora.errors import UserError
-from castlora.evaluation import load_adapter
-from castlora.models import linear_slots, load_config, skeleton
+from castlora.models.loading import load_config, skeleton
+from castlora.models.modules import linear_slots
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
@@ -160,9 +161,10 @@ def test_written_bytes_do_not_depend_on_the_hash_seed(base_model, adapter, tmp_p
     base, source = base_model("llama"), adapter("llama")
     script = """
 import sys
-from castlora.adapter_files import open_adapter
-from castlora.adapters import read_factors, write_portable
-from castlora.models import linear_slots, load_config, skeleton
+from castlora.adapters.files import open_adapter
+from castlora.adapters.factors import read_factors, write_portable
+from castlora.models.loading import load_config, skeleton
+from castlora.models.modules import linear_slots
 from pathlib import Path
 adapter, base, folder = sys.argv[1:]
 config = load_config(base)

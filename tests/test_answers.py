@@ -5,10 +5,10 @@ import tiny
 import torch
 from peft import PeftModel
 
-from castlora import completions
-from castlora.answers import prompt_batches, write_answers
-from castlora.completions import batches_by_length
-from castlora.text import Passage
+from castlora.models import completions
+from castlora.models.completions import batches_by_length
+from castlora.teaching.answers import prompt_batches, write_answers
+from castlora.text.passages import Passage
 
 PROMPTS = ["Who?", "Who finds the hen near the old mill?", "Which fox hides behind the house? Answer:", "Où?"]
 

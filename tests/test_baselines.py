@@ -2,7 +2,10 @@ import pytest
 import tiny
 import torch
 
-from castlora.adapters import LowRank
+from castlora.adapters.factors import LowRank
+from castlora.adapters.live import attach_lora, start_from_factors, student_factors
+from castlora.alignment.positions import align_passages
+from castlora.alignment.tokens import ByteTokenizer
 from castlora.baselines.carry import BranchWeights, carry_weights, linear_weight
 from castlora.baselines.cross_lora import cross_lora, singular_subspaces
 from castlora.baselines.direct_copy import direct_copy
@@ -10,16 +13,13 @@ from castlora.baselines.logit_delta import evaluate_logit_delta
 from castlora.baselines.lora_x import attach_constrained, lora_x, subspace_similarity
 from castlora.baselines.theseus import procrustes, theseus
 from castlora.errors import UserError
-from castlora.evaluation import evaluate_model
-from castlora.fitting import collect_moments
-from castlora.models import linear_slots
+from castlora.evaluation.accuracy import evaluate_model
+from castlora.evaluation.tasks import TaskItem
+from castlora.maps.fitting import collect_moments
+from castlora.maps.statistics import Moments
+from castlora.models.modules import linear_slots
 from castlora.plan import plan_transfer
-from castlora.positions import align_passages
-from castlora.starts import attach_lora, start_from_factors, student_factors
-from castlora.statistics import Moments
-from castlora.tasks import TaskItem
-from castlora.text import Passage
-from castlora.tokens import ByteTokenizer
+from castlora.text.passages import Passage
 
 
 @pytest.fixture

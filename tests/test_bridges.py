@@ -8,12 +8,13 @@ import tiny
 import torch
 
 from benchmarks import bridges
-from castlora.adapters import LowRank
+from castlora.adapters.factors import LowRank
+from castlora.adapters.live import attach_lora, student_factors
 from castlora.bench import reading
 from castlora.bench.spec import BenchmarkModel
-from castlora.models import linear_slots
-from castlora.pairing import pair_modules
-from castlora.starts import attach_lora, fold_maps, parametrize_by_maps, random_maps, student_factors
+from castlora.maps.starts import fold_maps, parametrize_by_maps, random_maps
+from castlora.models.modules import linear_slots
+from castlora.models.pairing import pair_modules
 
 CHOICES = [" fox", " hen", " river"]
 SKILLS = ["animals", "plants"]

@@ -15,11 +15,11 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from castlora.card import is_hub_id, make_card, public_command, public_name, write_card
-from castlora.formatting import percent
 from castlora.lift import Lift
-from castlora.models import _quantization
+from castlora.models.loading import _quantization
+from castlora.publishing.card import is_hub_id, make_card, public_command, public_name, write_card
 from castlora.report import BARE_TARGET, RETRAINED, TRANSFERRED, Score, Skill
+from castlora.report.formatting import percent
 
 DOCUMENTED = {
     "language", "license", "license_name", "license_link", "library_name", "tags", "datasets", "metrics", "base_model",

@@ -6,15 +6,15 @@ import pytest
 import tiny
 import torch
 
-from castlora.changes import cut_pieces, measure_changes, update_divergence
-from castlora.objective import class_log_probabilities
-from castlora.positions import align_passages, batches
+from castlora.alignment.positions import align_passages, batches
+from castlora.alignment.tokens import ByteTokenizer
+from castlora.alignment.vocabulary import SharedVocabulary
+from castlora.distillation.objective import class_log_probabilities
+from castlora.distillation.teacher import predict
+from castlora.evaluation.changes import cut_pieces, measure_changes, update_divergence
+from castlora.model_pair import Models
 from castlora.report import ChangedPiece
-from castlora.stages import Models
-from castlora.teacher import predict
-from castlora.text import Passage
-from castlora.tokens import ByteTokenizer
-from castlora.vocabulary import SharedVocabulary
+from castlora.text.passages import Passage
 
 PROMPTS = [f"Who? {sentence} Answer:" for sentence in tiny.sentences(3)]
 ANSWERED = [Passage(prompt + " fox", len(prompt.encode())) for prompt in PROMPTS]

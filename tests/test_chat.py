@@ -11,14 +11,14 @@ import torch
 from transformers import AutoTokenizer
 
 from castlora import UserError, teach, transfer
-from castlora.chat import TEMPLATE_FILE, ask, chat_items, chat_passages, read_conversations, without_special_tokens
-from castlora.completions import encode_completion
-from castlora.evaluation import evaluate
-from castlora.positions import align_passages
-from castlora.tasks import TaskItem
-from castlora.teaching import TextSource
-from castlora.text import Passage
-from castlora.tokens import ByteTokenizer
+from castlora.alignment.positions import align_passages
+from castlora.alignment.tokens import ByteTokenizer
+from castlora.evaluation.tasks import TaskItem, chat_items
+from castlora.models.completions import encode_completion
+from castlora.scoring import evaluate
+from castlora.teaching.curriculum import TextSource
+from castlora.text.chat import TEMPLATE_FILE, ask, chat_passages, read_conversations, without_special_tokens
+from castlora.text.passages import Passage
 
 SOURCE_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"

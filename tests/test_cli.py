@@ -14,7 +14,7 @@ from preloaded import Started
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
-from castlora import commands, hub, pipeline, steering, teaching, tracking
+from castlora import commands, pipeline, push, steer, teach, transfer
 from castlora.cli import main
 from castlora.config import Tuning
 
@@ -25,7 +25,7 @@ DiskUsage = namedtuple("DiskUsage", "total used free")
 def calls(monkeypatch) -> list[dict]:
     """What `castlora transfer` hands to the library, which does nothing."""
     made: list[dict] = []
-    signature = inspect.signature(pipeline.transfer)
+    signature = inspect.signature(transfer)
 
     def record(*values, **options) -> SimpleNamespace:
         made.append(signature.bind(*values, **options).arguments)
@@ -289,10 +289,10 @@ def test_incomplete_commands_are_explained_in_one_sentence(typed, capsys):
 @pytest.mark.parametrize(
     ("command", "function"),
     [
-        (commands._transfer, pipeline.transfer),
-        (commands._teach, teaching.teach),
-        (commands._push, hub.push),
-        (commands._steer, steering.steer),
+        (commands._transfer, transfer),
+        (commands._teach, teach),
+        (commands._push, push),
+        (commands._steer, steer),
     ],
 )
 def test_the_commands_take_what_the_library_takes(command, function):
@@ -379,7 +379,7 @@ def test_options_complete_as_people_type_them(tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_named(settings, monkeypatch, capsys):
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr("castlora.distillation.tracking.find_spec", lambda name: None)
     said = complaint(words(settings | {"report-to": "wandb"}), capsys)
     assert "--report-to wandb" in said and "pip install wandb" in said
     assert not Path(settings["out"]).exists()

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from castlora import transfer
-from castlora.runs import read_run
+from castlora.publishing.runs import read_run
 
 
 @pytest.fixture

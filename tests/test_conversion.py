@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from castlora import UserError, convert
-from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, open_adapter
-from castlora.adapters import read_factors
-from castlora.chat import TEMPLATE_FILE
+from castlora.adapters.conversion import GGUF_SCRIPT
+from castlora.adapters.factors import read_factors
+from castlora.adapters.files import CONFIG_FILE, WEIGHTS_FILE, open_adapter
+from castlora.adapters.mlx import MLX_WEIGHTS_FILE
+from castlora.adapters.unpickling import PICKLED_FILE
 from castlora.cli import main
-from castlora.conversion import GGUF_SCRIPT
-from castlora.mlx import MLX_WEIGHTS_FILE
-from castlora.models import load_config
-from castlora.unpickling import PICKLED_FILE
+from castlora.models.loading import load_config
+from castlora.text.chat import TEMPLATE_FILE
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 UNLIKE = {"rank_pattern": (("q_proj", 2),), "alpha_pattern": (("v_proj", 3),), "use_rslora": True}

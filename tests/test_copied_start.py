@@ -9,9 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from castlora import transfer
-from castlora.adapters import LowRank
+from castlora.adapters.factors import LowRank
+from castlora.adapters.live import attach_lora, start_from_factors, student_factors
+from castlora.alignment.positions import AlignedPassage
 from castlora.config import DEFAULT
-from castlora.copied_start import (
+from castlora.distillation.distill import HeldOut, Student
+from castlora.distillation.training import peak_learning_rate
+from castlora.maps.copied_start import (
     StartChoice,
     copied_factors,
     copied_start,
@@ -19,12 +23,8 @@ from castlora.copied_start import (
     has_shapes_of_source,
     keep_better_start,
 )
-from castlora.distill import HeldOut, Student
 from castlora.plan import plan_transfer
-from castlora.positions import AlignedPassage
 from castlora.report.settings import settings_in_words
-from castlora.starts import attach_lora, start_from_factors, student_factors
-from castlora.training import peak_learning_rate
 
 
 def update(lora: LowRank) -> torch.Tensor:

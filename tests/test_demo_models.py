@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 import tiny
 
+from castlora.adapters.live import load_adapter
 from castlora.config import Tuning
 from castlora.demonstration import demo_models_path
 from castlora.demonstration.bundle import SOURCE, TARGET, demo_skill
-from castlora.evaluation import evaluate_model, load_adapter
-from castlora.models import load_model
+from castlora.evaluation.accuracy import evaluate_model
+from castlora.evaluation.tasks import load_task
+from castlora.models.loading import load_model
 from castlora.pipeline import transfer
-from castlora.tasks import load_task
-from castlora.text import read_prompts
+from castlora.text.passages import read_prompts
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "models" / "stories260K-hf"
 needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="the third-party model is not beside the repository")

@@ -4,8 +4,12 @@ import pytest
 import tiny
 import torch
 
+from castlora.adapters.live import attach_lora
+from castlora.alignment.positions import align_passages, collate
+from castlora.alignment.tokens import ByteTokenizer
+from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.config import PAPER
-from castlora.distill import (
+from castlora.distillation.distill import (
     HeldOut,
     Student,
     check_objective,
@@ -15,14 +19,10 @@ from castlora.distill import (
     shared_mass,
     total_loss,
 )
+from castlora.distillation.teacher import LiveTeacher, predict
+from castlora.distillation.training import peak_learning_rate
 from castlora.errors import UserError
-from castlora.positions import align_passages, collate
-from castlora.starts import attach_lora
-from castlora.teacher import LiveTeacher, predict
-from castlora.text import Passage
-from castlora.tokens import ByteTokenizer
-from castlora.training import peak_learning_rate
-from castlora.vocabulary import SharedVocabulary
+from castlora.text.passages import Passage
 
 ALL_PARTS = replace(PAPER, temperature=1.0, chunk_weight=0.5)
 KL_ONLY = replace(PAPER, temperature=1.0, mse_weight=0.0)

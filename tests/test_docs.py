@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    "module", ["inspection", "licences", "lift", "maps", "objective", "portable", "similarity", "solvers"]
+    "module",
+    "adapters.portable distillation.objective evaluation.similarity inspection lift maps.cast_layer maps.solvers "
+    "publishing.licences".split(),
 )
 def test_the_examples_of_docstrings_run(module):
     failed, attempted = doctest.testmod(import_module(f"castlora.{module}"))

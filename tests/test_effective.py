@@ -7,11 +7,12 @@ import tiny
 import torch
 from peft import AdaLoraConfig, HiraConfig, LoHaConfig, LoKrConfig, OFTConfig, VeraConfig, get_peft_model
 
-from castlora.adapter_files import open_adapter
-from castlora.adapters import EFFECTIVE_RANK, LowRank, read_factors, read_update
-from castlora.effective import effective_update, low_rank
+from castlora.adapters.effective import effective_update, low_rank
+from castlora.adapters.factors import EFFECTIVE_RANK, LowRank, read_factors, read_update
+from castlora.adapters.files import open_adapter
 from castlora.errors import UserError
-from castlora.models import linear_slots, load_config
+from castlora.models.loading import load_config
+from castlora.models.modules import linear_slots
 
 MODULES = ["q_proj", "v_proj", "down_proj"]
 OTHER_KINDS = {

@@ -7,12 +7,12 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from castlora import stages
-from castlora.adapters import LowRank
+from castlora import model_pair
+from castlora.adapters.factors import LowRank
 from castlora.config import TextTuning
-from castlora.endings import end_tokens_of
-from castlora.models import load_config
-from castlora.teaching import teach
+from castlora.models.endings import end_tokens_of
+from castlora.models.loading import load_config
+from castlora.teaching.curriculum import teach
 
 UNMET = [5, 9, 300]
 END = 2
@@ -84,7 +84,7 @@ def test_what_the_source_cannot_tell_from_the_end_is_the_end_of_an_answer(
     with caplog.at_level("INFO", logger="castlora"):
         found = empty_answers("found.jsonl")
     assert "The source predicts 3 tokens as it predicts '</s>', which ends its texts" in caplog.text
-    monkeypatch.setattr(stages, "end_tokens_of", lambda _model, end: (end,))
+    monkeypatch.setattr(model_pair, "end_tokens_of", lambda _model, end: (end,))
     assert found > 2 * empty_answers("overlooked.jsonl") > 0
 
 

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from castlora import convert
-from castlora.adapters import LowRank, write_portable
+from castlora.adapters.factors import LowRank, write_portable
 from castlora.demonstration.bundle import demo_models_path
-from castlora.models import linear_slots, load_config, skeleton
+from castlora.models.loading import load_config, skeleton
+from castlora.models.modules import linear_slots
 
 pytestmark = pytest.mark.engine
 IDS = [5, 6, 7, 8, 9, 10]

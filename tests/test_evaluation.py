@@ -11,11 +11,12 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from castlora import completions
-from castlora.completions import encode_completion, text_loss
 from castlora.errors import UserError
-from castlora.evaluation import evaluate, evaluate_model
-from castlora.tasks import TaskItem
+from castlora.evaluation.accuracy import evaluate_model
+from castlora.evaluation.tasks import TaskItem
+from castlora.models import completions
+from castlora.models.completions import encode_completion, text_loss
+from castlora.scoring import evaluate
 
 ITEMS = [
     TaskItem("Question: Who stole the ring?\nType:", " character"),

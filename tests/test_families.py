@@ -12,9 +12,10 @@ from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig
 
 from castlora import check_portable, transfer
-from castlora.capture import capture
-from castlora.last_layer import find_last_layer
-from castlora.models import MODULE_ROLES, linear_slots, load_config, role_rows, row_numbers
+from castlora.maps.last_layer import find_last_layer
+from castlora.models.capture import capture
+from castlora.models.loading import load_config
+from castlora.models.modules import MODULE_ROLES, linear_slots, role_rows, row_numbers
 
 SHAPE = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
@@ -171,7 +172,7 @@ def test_a_family_with_other_names_needs_lines_in_the_table_alone(monkeypatch):
     config = AutoConfig.for_model("llama", **SHAPE)
     assert linear_slots(model, config) == {}
     page = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
-    monkeypatch.setattr("castlora.models.MODULE_ROLES", dict(MODULE_ROLES))
+    monkeypatch.setattr("castlora.models.modules.MODULE_ROLES", dict(MODULE_ROLES))
     exec(page.partition("```python\n")[2].partition("```")[0], {})
     found = {name: slot.roles for name, slot in linear_slots(model, config).items() if slot.layer == 1}
     assert found["layers.1.feed_forward.w3"] == ("up",) and found["layers.1.attention.wo"] == ("o",)

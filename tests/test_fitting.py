@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from castlora.fitting import (
+from castlora.maps.fitting import (
     collect_moments,
     input_site,
     parts_of,
@@ -13,8 +13,8 @@ from castlora.fitting import (
     solve_in_parts,
     statistics_bytes,
 )
-from castlora.pairing import Pairing
-from castlora.starts import fold_maps
+from castlora.maps.starts import fold_maps
+from castlora.models.pairing import Pairing
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

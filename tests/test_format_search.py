@@ -7,9 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, set_seed
 
-from castlora import completions, format_search
-from castlora.answers import prompt_batches, share_that_ends
-from castlora.format_search import (
+from castlora.alignment.tokens import ByteTokenizer
+from castlora.models import completions
+from castlora.teaching import format_search
+from castlora.teaching.answers import prompt_batches, share_that_ends
+from castlora.teaching.format_search import (
     discounted,
     find_formats,
     may_begin_answer,
@@ -17,8 +19,7 @@ from castlora.format_search import (
     settled_effect,
     settled_share,
 )
-from castlora.text import GENERIC_FORMATS, Passage
-from castlora.tokens import ByteTokenizer
+from castlora.text.passages import GENERIC_FORMATS, Passage
 
 KNOWN = "{text}\nThis is"
 OTHERS = [*GENERIC_FORMATS, "{text}\nShe said", "{text}\nTopic:", "{text}\nIt was"]

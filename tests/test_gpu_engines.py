@@ -4,10 +4,11 @@ import pytest
 import torch
 from gpu_engines import ENGINES, TOP, from_peft, largest_difference, main
 
-from castlora.adapter_files import open_adapter
-from castlora.adapters import read_factors, write_portable
+from castlora.adapters.factors import read_factors, write_portable
+from castlora.adapters.files import open_adapter
 from castlora.demonstration.bundle import TARGET, demo_adapters_path, demo_models_path, demo_skill
-from castlora.models import linear_slots, load_config, skeleton
+from castlora.models.loading import load_config, skeleton
+from castlora.models.modules import linear_slots
 
 BASE = str(demo_models_path() / TARGET)
 

@@ -13,10 +13,10 @@ from castlora.bench.quality import run_quality
 from castlora.bench.spec import BenchmarkModel, BenchmarkSpec
 from castlora.bench.tables import write_page
 from castlora.cli import main
-from castlora.completions import CausalLM
 from castlora.errors import UserError
-from castlora.evaluation import evaluate_model
-from castlora.tasks import load_task
+from castlora.evaluation.accuracy import evaluate_model
+from castlora.evaluation.tasks import load_task
+from castlora.models.completions import CausalLM
 
 CHOICES = [" fox", " hen", " river"]
 CHOOSE = """

@@ -5,10 +5,12 @@ import pytest
 import torch
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 
-from castlora import UserError, hub, pipeline, push
-from castlora.adapters import LowRank, write_portable
+from castlora import UserError, pipeline, push
+from castlora.adapters.factors import LowRank, write_portable
 from castlora.cli import main
-from castlora.models import linear_slots, load_config, skeleton
+from castlora.models.loading import load_config, skeleton
+from castlora.models.modules import linear_slots
+from castlora.publishing import hub
 
 
 @pytest.fixture

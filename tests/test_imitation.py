@@ -2,12 +2,12 @@ import pytest
 import tiny
 from peft import PeftModel
 
-from castlora.chat import without_special_tokens
-from castlora.completions import generate
-from castlora.imitation import Imitation, compare_answers
+from castlora.evaluation.imitation import Imitation, compare_answers
+from castlora.model_pair import load_models
+from castlora.models.completions import generate
 from castlora.plan import plan_transfer
-from castlora.stages import load_models
-from castlora.text import Passage
+from castlora.text.chat import without_special_tokens
+from castlora.text.passages import Passage
 
 PROMPTS = [f"Who? {sentence} Answer:" for sentence in tiny.sentences(3)]
 

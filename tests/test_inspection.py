@@ -5,14 +5,14 @@ import pytest
 import tiny
 
 from castlora import UserError, inspect
-from castlora.adapter_files import open_adapter
-from castlora.adapters import read_factors
+from castlora.adapters.factors import read_factors
+from castlora.adapters.files import open_adapter
+from castlora.alignment.tokens import ByteTokenizer
+from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.cli import parser
 from castlora.inspection import parameter_count
-from castlora.models import load_config
+from castlora.models.loading import load_config
 from castlora.plan import plan_transfer
-from castlora.tokens import ByteTokenizer
-from castlora.vocabulary import SharedVocabulary
 
 
 def text_of(*arguments: str, **options: object) -> str:

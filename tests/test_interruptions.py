@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from castlora import UserError, config, pipeline
 from castlora.cli import main
-from castlora.training import TRAINABLE_FILE, DistillationTrainer
+from castlora.distillation.training import TRAINABLE_FILE, DistillationTrainer
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "castlora.json", "report.html", "report.json"]
 

@@ -8,19 +8,19 @@ import tiny
 import torch
 
 from benchmarks import lever_starts, levers
-from castlora.adapters import LowRank
+from castlora.adapters.factors import LowRank
+from castlora.adapters.live import student_factors
+from castlora.alignment.positions import batches, counted_places
 from castlora.bench.reading import Reading
 from castlora.bench.results import PooledCell
 from castlora.bench.spec import BenchmarkModel, BenchmarkSpec
-from castlora.capture import change_output
 from castlora.config import DEFAULT
+from castlora.distillation.teacher import predict
 from castlora.errors import UserError
 from castlora.lift import lift_with_interval
+from castlora.model_pair import load_models
+from castlora.models.capture import change_output
 from castlora.plan import plan_transfer
-from castlora.positions import batches, counted_places
-from castlora.stages import load_models
-from castlora.starts import student_factors
-from castlora.teacher import predict
 
 EXACT = replace(DEFAULT, ridge=1e-9)
 

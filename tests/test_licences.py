@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from castlora import inspect, licences
-from castlora.licences import describe_licences, licence_of, licences_differ
+from castlora import inspect
+from castlora.publishing import licences
+from castlora.publishing.licences import describe_licences, licence_of, licences_differ
 
 
 def card(folder: Path, front: str) -> str:

@@ -7,11 +7,12 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from castlora import UserError, fitting, pipeline, stages
-from castlora.fitting import collect_moments
-from castlora.offloading import Offloading
+from castlora import UserError, model_pair, pipeline, stages
+from castlora.execution.offloading import Offloading
+from castlora.maps import fitting
+from castlora.maps.fitting import collect_moments
+from castlora.model_pair import Loading, Models, load_models
 from castlora.plan import plan_transfer
-from castlora.stages import Loading, Models, load_models
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_the_model_in_use_is_moved_and_the_other_leaves_first(base_model, adapte
     accelerator, processor = torch.device("meta"), torch.device("cpu")
     moves: list[tuple[str, torch.device]] = []
     names = {id(models.source): "source", id(models.target): "target"}
-    monkeypatch.setattr(stages, "best_device", lambda: accelerator)
+    monkeypatch.setattr(model_pair, "best_device", lambda: accelerator)
     monkeypatch.setattr(Offloading, "move", lambda _self, model, device: moves.append((names[id(model)], device)))
     models.use("target")
     models.use("source")

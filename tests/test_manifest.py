@@ -4,7 +4,7 @@ import shlex
 import pytest
 
 from castlora.cli import _underscored, parser
-from castlora.manifest import command_line, peak_accelerator_bytes, peak_memory_bytes, versions
+from castlora.publishing.manifest import command_line, peak_accelerator_bytes, peak_memory_bytes, versions
 
 REQUEST = {
     "adapter": "owner/skill", "target": "owner/base", "source": None, "text": None, "prompt_format": None,

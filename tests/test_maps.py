@@ -3,8 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castlora import CastLayer
-from castlora.adapters import LowRank
-from castlora.maps import FoldedA, FoldedB, balance, fold_from_source, fold_to_source, merge_branches
+from castlora.adapters.factors import LowRank
+from castlora.maps.cast_layer import FoldedA, FoldedB, balance, fold_from_source, fold_to_source, merge_branches
 
 sizes = st.integers(1, 12)
 shapes = st.tuples(sizes, sizes, sizes, sizes, sizes)

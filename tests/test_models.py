@@ -8,20 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, PreTrainedConfig, T5Config
 
-from castlora.capture import capture
+from castlora.alignment.tokens import ByteTokenizer
 from castlora.errors import UserError
-from castlora.models import (
-    context_length,
-    layer_index,
-    linear_slots,
-    load_config,
-    load_model,
-    load_tokenizer,
-    number_of_layers,
-    public_name,
-    skeleton,
-)
-from castlora.tokens import ByteTokenizer
+from castlora.models.capture import capture
+from castlora.models.loading import context_length, load_config, load_model, load_tokenizer, public_name, skeleton
+from castlora.models.modules import layer_index, linear_slots, number_of_layers
 
 every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
 

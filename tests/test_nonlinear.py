@@ -2,12 +2,13 @@ import pytest
 import tiny
 import torch
 
+from castlora.adapters.live import attach_lora, start_from_factors
 from castlora.baselines.nonlinear import NonlinearA, ResidualMap, attach_networks
 from castlora.config import DEFAULT
-from castlora.distill import Student
+from castlora.distillation.distill import Student
+from castlora.distillation.training import _parameter_groups, peak_learning_rate
+from castlora.maps.starts import fold_maps, paper_maps
 from castlora.plan import plan_transfer
-from castlora.starts import attach_lora, fold_maps, paper_maps, start_from_factors
-from castlora.training import _parameter_groups, peak_learning_rate
 
 PAIRS = [("llama", "mistral"), ("gpt2", "llama"), ("llama", "gpt2"), ("phi3", "gpt2-deep")]
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

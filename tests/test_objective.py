@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch.distributions import Bernoulli, Categorical
 from torch.distributions import kl_divergence as reference_kl
 
-from castlora.objective import (
+from castlora.distillation.objective import (
     binary_kl,
     chunk_log_probabilities,
     class_log_probabilities,

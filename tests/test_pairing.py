@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castlora.errors import UserError
-from castlora.models import LinearSlot, linear_slots, load_config, skeleton
-from castlora.pairing import branch_ranks, describe, pair_modules, relative_depth
+from castlora.models.loading import load_config, skeleton
+from castlora.models.modules import LinearSlot, linear_slots
+from castlora.models.pairing import branch_ranks, describe, pair_modules, relative_depth
 
 layers = st.integers(1, 100)
 

@@ -12,11 +12,12 @@ import tiny
 import torch
 from preloaded import Started, run_castlora
 
-from castlora import UserError, answers, format_search, selection, teach, teaching, transfer
+from castlora import UserError, teach, transfer
 from castlora.cli import main
 from castlora.config import Tuning
-from castlora.parts import Parts
-from castlora.run_directory import STATE_FOLDER
+from castlora.execution.parts import Parts
+from castlora.execution.run_directory import STATE_FOLDER
+from castlora.teaching import answers, curriculum, format_search, selection
 
 SEARCHED = Tuning(filled_passages=40, candidates=4, format_candidates=12, max_length=88, answer_tokens=8)
 
@@ -78,7 +79,7 @@ def calls(monkeypatch) -> dict[str, int]:
     for name, (module, function) in places.items():
         counted[name] = 0
         monkeypatch.setattr(module, function, partial(count, name, getattr(module, function)))
-    monkeypatch.setattr(teaching, "_PROMPT_BATCH", 8)
+    monkeypatch.setattr(curriculum, "_PROMPT_BATCH", 8)
     monkeypatch.setattr(selection, "_BATCHES_KEPT_TOGETHER", 4)
     return counted
 
@@ -94,7 +95,7 @@ def places(base_model, adapter, text_file) -> dict[str, str]:
         (format_search, "next_token_probabilities", 11),
         (selection, "_predict", 2),
         (answers, "_sample_answers", 3),
-        (teaching, "write_taught", 0),
+        (curriculum, "write_taught", 0),
     ],
 )
 def test_teaching_goes_on_where_it_was(places, tmp_path, monkeypatch, calls, module, function, stop_after):
@@ -176,7 +177,7 @@ def interrupted(places, prompts_file, tmp_path, monkeypatch) -> dict[str, str]:
     settings = {**places, "prompts": str(prompts_file), "out": str(tmp_path / "out.jsonl")}
     del settings["text"]
     with monkeypatch.context() as stopping, pytest.raises(Kill):
-        stopping.setattr(teaching, "write_taught", lambda *_arguments: (_ for _ in ()).throw(Kill))
+        stopping.setattr(curriculum, "write_taught", lambda *_arguments: (_ for _ in ()).throw(Kill))
         teach(**settings)
     return settings
 
@@ -218,7 +219,7 @@ def test_changed_prompts_are_answered_anew(interrupted, prompts_file, tmp_path):
     changed.write_text(prompts_file.read_text())
     renamed = {**interrupted, "prompts": str(changed), "out": str(tmp_path / "renamed.jsonl")}
     with pytest.MonkeyPatch.context() as stopping, pytest.raises(Kill):
-        stopping.setattr(teaching, "write_taught", lambda *_arguments: (_ for _ in ()).throw(Kill))
+        stopping.setattr(curriculum, "write_taught", lambda *_arguments: (_ for _ in ()).throw(Kill))
         teach(**renamed)
     changed.write_text(prompts_file.read_text().replace("Who?", "What?"))
     kept = teach(**renamed).read_bytes()

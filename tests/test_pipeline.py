@@ -8,10 +8,10 @@ import torch
 from peft import PeftModel
 
 from castlora import UserError, check_portable, pipeline, reading, report_runs
-from castlora.adapter_files import open_adapter
-from castlora.adapters import LowRank, read_factors, write_portable
-from castlora.models import load_config
-from castlora.text import Passage
+from castlora.adapters.factors import LowRank, read_factors, write_portable
+from castlora.adapters.files import open_adapter
+from castlora.models.loading import load_config
+from castlora.text.passages import Passage
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "castlora.json", "report.html", "report.json"]
 ANSWERED = replace(tiny.SHORT, max_length=60, answer_tokens=6)

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from castlora import check_portable
-from castlora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from castlora.adapters import LowRank, write_portable
+from castlora.adapters.factors import LowRank, write_portable
+from castlora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from castlora.adapters.portable import RULES, Finding, describe
 from castlora.cli import main
 from castlora.errors import UserError
-from castlora.models import linear_slots, load_config, skeleton
-from castlora.portable import RULES, Finding, describe
+from castlora.models.loading import load_config, skeleton
+from castlora.models.modules import linear_slots
 
 Tensors = dict[str, torch.Tensor]
 Q_A, Q_B = (f"base_model.model.model.layers.1.self_attn.q_proj.lora_{side}.weight" for side in "AB")

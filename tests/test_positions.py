@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from castlora.positions import (
+from castlora.alignment.positions import (
     AlignedPassage,
     align_passages,
     batches,
@@ -12,8 +12,8 @@ from castlora.positions import (
     collate,
     counted_places,
 )
-from castlora.text import Passage
-from castlora.tokens import ByteTokenizer
+from castlora.alignment.tokens import ByteTokenizer
+from castlora.text.passages import Passage
 
 LLAMA = ByteTokenizer.from_tokenizer(tiny.sentencepiece_type(50))
 MISTRAL = ByteTokenizer.from_tokenizer(tiny.sentencepiece_type(60))

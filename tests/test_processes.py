@@ -15,11 +15,12 @@ from in_processes import parts, write_parts
 from preloaded import Started, finish, launched, run_castlora
 from safetensors.torch import load_file
 
-from castlora import UserError, launcher, pipeline, processes, transfer
+from castlora import UserError, pipeline, transfer
 from castlora.cli import main
 from castlora.config import Tuning
-from castlora.launcher import environment_of_its_own, wait_for_turn
-from castlora.processes import Process, share_of_batch
+from castlora.execution import launcher, processes
+from castlora.execution.launcher import environment_of_its_own, wait_for_turn
+from castlora.execution.processes import Process, share_of_batch
 
 TESTS = Path(__file__).parent
 STATE = ".castlora"

@@ -89,7 +89,7 @@ def test_package_imports_only_declared_requirements():
 
 def extras_of(path: Path) -> set[str]:
     """What a file may import that the user installs on request."""
-    extras = {"bench/harness.py": "lm-eval", "models.py": "quantized"}
+    extras = {"bench/harness.py": "lm-eval", "models/loading.py": "quantized"}
     extra = extras.get(path.relative_to(PACKAGE).as_posix())
     lines = PROJECT["optional-dependencies"][extra] if extra else []
     return {canonicalize_name(Requirement(line).name) for line in lines}

@@ -12,11 +12,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig
 
-from castlora import UserError, evaluate, models, pipeline, teach, transfer
+from castlora import UserError, evaluate, pipeline, teach, transfer
+from castlora.adapters.live import attach_lora
 from castlora.cli import main
-from castlora.models import linear_slots, load_config, load_model
-from castlora.starts import attach_lora
-from castlora.verification import tolerance
+from castlora.evaluation.verification import tolerance
+from castlora.models import loading
+from castlora.models.loading import load_config, load_model
+from castlora.models.modules import linear_slots
 
 pytest.importorskip("bitsandbytes")
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -85,7 +87,7 @@ def test_the_memory_of_weights_is_known_before_they_are_loaded(base, name, bits)
     # It does not count the scales of NF4's blocks, nor those of rows in 8 bits.
     matrices = sum(slot.d_in * slot.d_out for slot in linear_slots(loaded, loaded.config).values())
     scales = matrices / 64 * 4 if bits == 4 else 0
-    assert models.weight_bytes(load_config(base(name)), 4, bits) == pytest.approx(stored + scales, rel=0.01)
+    assert loading.weight_bytes(load_config(base(name)), 4, bits) == pytest.approx(stored + scales, rel=0.01)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -200,6 +202,6 @@ def test_the_command_line_takes_four_and_eight_alone(monkeypatch, capsys):
 
 
 def test_without_the_library_it_is_named(quick_transfer, monkeypatch):
-    monkeypatch.setattr(models, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(loading, "is_bitsandbytes_available", lambda: False)
     with pytest.raises(UserError, match=r"Weights of 4 bits need bitsandbytes; pip install 'castlora\[quantized\]'"):
         quick_transfer("llama", "gpt2", target_bits=4)

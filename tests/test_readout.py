@@ -6,16 +6,16 @@ import pytest
 import tiny
 import torch
 
-from castlora import last_layer, readout
-from castlora.adapters import LowRank
-from castlora.last_layer import collect_places, find_last_layer
-from castlora.models import linear_slots
-from castlora.objective import kl_divergence
-from castlora.readout import Places, Tail, solve_readout, taught_log_probabilities
-from castlora.starts import attach_lora, start_from_factors
-from castlora.teacher import LiveTeacher
-from castlora.tokens import ByteTokenizer
-from castlora.vocabulary import SharedVocabulary
+from castlora.adapters.factors import LowRank
+from castlora.adapters.live import attach_lora, start_from_factors
+from castlora.alignment.tokens import ByteTokenizer
+from castlora.alignment.vocabulary import SharedVocabulary
+from castlora.distillation.objective import kl_divergence
+from castlora.distillation.teacher import LiveTeacher
+from castlora.maps import last_layer, readout
+from castlora.maps.last_layer import collect_places, find_last_layer
+from castlora.maps.readout import Places, Tail, solve_readout, taught_log_probabilities
+from castlora.models.modules import linear_slots
 
 REST, FOX, RUN, HEN = range(4)
 

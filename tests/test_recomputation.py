@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from castlora.completions import generate
-from castlora.fitting import collect_moments, ridge_maps
-from castlora.models import layer_path, linear_slots, skeleton
+from castlora.adapters.live import attach_lora
+from castlora.execution.recomputation import recompute_activations
+from castlora.maps.fitting import collect_moments, ridge_maps
+from castlora.maps.starts import parametrize_by_maps
+from castlora.models.completions import generate
+from castlora.models.loading import skeleton
+from castlora.models.modules import layer_path, linear_slots
 from castlora.plan import plan_transfer
-from castlora.recomputation import recompute_activations
-from castlora.starts import attach_lora, parametrize_by_maps
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 FAMILIES = ("llama", "phi3", "gpt2")

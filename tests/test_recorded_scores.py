@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -12,12 +13,13 @@ from huggingface_hub import EvalResult, ModelCard
 from markupsafe import escape
 from preloaded import CHECKED_HERE
 
-from castlora import UserError, evaluate, report_runs, transfer, verification
-from castlora.card import make_card
+from castlora import UserError, evaluate, report_runs, transfer
 from castlora.cli import main
-from castlora.formatting import number, percent
-from castlora.manifest import MANIFEST_FILE
-from castlora.runs import read_run
+from castlora.evaluation import verification
+from castlora.publishing.card import make_card
+from castlora.publishing.manifest import MANIFEST_FILE
+from castlora.publishing.runs import read_run
+from castlora.report.formatting import number, percent
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +189,7 @@ def test_what_cannot_be_recorded_is_refused_before_a_model_is_loaded(
     run, base_model, adapter, task, monkeypatch, options, complaint
 ) -> None:
     contents = {path.name: path.read_bytes() for path in run.iterdir()}
-    monkeypatch.setattr("castlora.evaluation.load_model", None)
+    monkeypatch.setattr("castlora.scoring.load_model", None)
     given = {"model": "mistral", "adapter": str(run), "record": True, **options}
     if given["adapter"] == "plain":
         given["adapter"] = str(shutil.copytree(adapter("mistral"), run.parent / "plain"))
@@ -206,7 +208,7 @@ def test_what_cannot_be_recorded_is_refused_before_a_model_is_loaded(
     ],
 )
 def test_a_card_that_cannot_be_read_is_left_alone(run, base_model, task, monkeypatch, content, complaint) -> None:
-    monkeypatch.setattr("castlora.evaluation.load_model", None)
+    monkeypatch.setattr("castlora.scoring.load_model", None)
     (run / "README.md").unlink()
     if content is not None:
         (run / "README.md").write_text(content)
@@ -216,7 +218,7 @@ def test_a_card_that_cannot_be_read_is_left_alone(run, base_model, task, monkeyp
 
 def test_a_killed_recording_leaves_files_that_are_whole(run, base_model, task, monkeypatch) -> None:
     """Killed after any file, it is made whole by the same command."""
-    monkeypatch.setattr("castlora.record.add_scores", lambda *_arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("castlora.publishing.record.add_scores", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         evaluate(str(base_model("mistral")), task("animals"), str(run), record=True)
     assert len(read_run(str(run)).report.skills) == 1

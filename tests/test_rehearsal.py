@@ -8,11 +8,11 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from castlora import UserError, pipeline
-from castlora.positions import collate
-from castlora.rehearsal import BareTarget, measure_drift, rehearsed, write_passages
-from castlora.starts import attach_lora
-from castlora.teacher import RecordedTeacher, predict
-from castlora.training import collate_lessons, lessons
+from castlora.adapters.live import attach_lora
+from castlora.alignment.positions import collate
+from castlora.distillation.rehearsal import BareTarget, measure_drift, rehearsed, write_passages
+from castlora.distillation.teacher import RecordedTeacher, predict
+from castlora.distillation.training import collate_lessons, lessons
 
 
 @pytest.fixture

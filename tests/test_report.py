@@ -11,7 +11,6 @@ from browser import needs_chromium, open_page
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castlora.formatting import percent, printable
 from castlora.lift import Lift
 from castlora.report import (
     BARE_TARGET,
@@ -32,6 +31,7 @@ from castlora.report import (
     render_report,
     write_report,
 )
+from castlora.report.formatting import percent, printable
 from castlora.report.verdict import verdict
 from castlora.report.views import LONGEST_TEXT, change_level, skill_view
 

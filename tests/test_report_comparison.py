@@ -17,11 +17,11 @@ from test_report import HOSTILE, by_class, text_of, tree
 from castlora import UserError, report_runs
 from castlora.cli import main
 from castlora.config import DEFAULT, Recipe
+from castlora.publishing.runs import RunDetails, read_run, run_report
 from castlora.report import ChangedPiece, ChangedText, Sample, compare_runs, describe_comparison, render_comparison
 from castlora.report.comparison import letters, loss_curves, measures, spread_marks
 from castlora.report.figures import log_levels
 from castlora.report.settings import RECIPE_WORDS, in_words
-from castlora.runs import RunDetails, read_run, run_report
 
 MANIFEST: dict[str, Any] = {
     "source": {"name": "owner/llama", "revision": None, "tokenizer_sha256": "a"},

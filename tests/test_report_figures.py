@@ -7,7 +7,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from castlora.formatting import compare, number, percent, percent_interval, printable, score
 from castlora.report.figures import (
     MOST_POINTS,
     Axis,
@@ -20,6 +19,7 @@ from castlora.report.figures import (
     loss_figure,
     nice_levels,
 )
+from castlora.report.formatting import compare, number, percent, percent_interval, printable, score
 
 few_examples = settings(max_examples=40, deadline=None)
 

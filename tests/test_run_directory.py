@@ -8,11 +8,11 @@ import pytest
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from castlora.adapter_files import find_adapter
+from castlora.adapters.files import find_adapter
+from castlora.adapters.portable import check_portable
 from castlora.errors import UserError
-from castlora.portable import check_portable
-from castlora.run_directory import STATE_FOLDER, check_finished, check_output, open_run, seal, write_whole
-from castlora.runs import read_run
+from castlora.execution.run_directory import STATE_FOLDER, check_finished, check_output, open_run, seal, write_whole
+from castlora.publishing.runs import read_run
 
 REQUEST = {"adapter": "a", "seed": 0}
 DiskUsage = namedtuple("DiskUsage", "total used free")

@@ -5,16 +5,23 @@ import pytest
 import tiny
 import torch
 
+from castlora.adapters.live import attach_lora, start_from_factors, student_factors
+from castlora.alignment.positions import align_passages
+from castlora.alignment.tokens import ByteTokenizer
+from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.config import DEFAULT
-from castlora.distill import Student, measure_held_out
+from castlora.distillation.distill import Student, measure_held_out
+from castlora.distillation.teacher import LiveTeacher
+from castlora.maps.scaling import (
+    SOLVED_SCALES,
+    TRAINED_SCALES,
+    best_scale,
+    keep_best_scale,
+    losses_by_scale,
+    scale_student,
+)
 from castlora.plan import plan_transfer
-from castlora.positions import align_passages
-from castlora.scaling import SOLVED_SCALES, TRAINED_SCALES, best_scale, keep_best_scale, losses_by_scale, scale_student
-from castlora.starts import attach_lora, start_from_factors, student_factors
-from castlora.teacher import LiveTeacher
-from castlora.text import Passage
-from castlora.tokens import ByteTokenizer
-from castlora.vocabulary import SharedVocabulary
+from castlora.text.passages import Passage
 
 RECIPE = replace(DEFAULT, context_weight=1.0, chunk_weight=0.0, batch_size=4)
 

@@ -10,10 +10,10 @@ import pytest
 import tiny
 
 from castlora import UserError, evaluate, pipeline, reading
-from castlora.manifest import MANIFEST_FILE
+from castlora.distillation.training import LossProgress
+from castlora.publishing.manifest import MANIFEST_FILE
+from castlora.publishing.runs import read_run
 from castlora.report import BARE_TARGET, RETRAINED, SOURCE_LORA, TRANSFERRED
-from castlora.runs import read_run
-from castlora.training import LossProgress
 
 TUNING = replace(tiny.SHORT, learning_rate_scale=4.0)
 

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor
 
-from castlora.selection import (
+from castlora.teaching.selection import (
     FirstTokens,
     information_gain,
     most_informative,
     mutual_information,
     predict_first_tokens,
 )
-from castlora.text import Passage
+from castlora.text.passages import Passage
 
 QUESTIONS = [f"Who {verb} the {noun}? Answer:" for verb in tiny.VERBS for noun in tiny.NOUNS[:3]]
 PROMPTS = [Passage(question, len(question)) for question in QUESTIONS]

@@ -4,12 +4,12 @@ import pytest
 import tiny
 import torch
 
-from castlora import similarity
+from castlora.adapters.live import attach_lora
+from castlora.evaluation import similarity
+from castlora.evaluation.similarity import centred_gram, cka, measure_similarity
+from castlora.model_pair import load_models
 from castlora.plan import plan_transfer
-from castlora.similarity import centred_gram, cka, measure_similarity
-from castlora.stages import load_models
-from castlora.starts import attach_lora
-from castlora.text import Passage
+from castlora.text.passages import Passage
 
 
 def rows(count: int, width: int, seed: int) -> torch.Tensor:

@@ -7,10 +7,10 @@ import pytest
 import tiny
 
 from castlora import UserError, stages
-from castlora.adapter_files import open_adapter
-from castlora.adapters import read_factors
-from castlora.models import load_config
-from castlora.scaling import SOLVED_SCALES
+from castlora.adapters.factors import read_factors
+from castlora.adapters.files import open_adapter
+from castlora.maps.scaling import SOLVED_SCALES
+from castlora.models.loading import load_config
 
 
 def weights(out: Path) -> bytes:

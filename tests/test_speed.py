@@ -8,27 +8,27 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from castlora.bench import speed, speed_folding, speed_growth, speed_models
-from castlora.bench.speed import MEASURES, run_speed
-from castlora.bench.speed_folding import fold_all
-from castlora.bench.speed_growth import Size
-from castlora.bench.speed_limits import Use, linear_weights
-from castlora.bench.speed_measures import TEXTS, SpeedSettings, served_models
-from castlora.bench.speed_models import PairShape, Shape, Subject
-from castlora.bench.speed_page import page
-from castlora.bench.speed_steps import rehearse, teacher_and_student, time_steps
-from castlora.bench.speed_timing import Clock, Ratio, Side, interleaved
+from castlora.alignment.positions import collate
+from castlora.bench.speed import models, run
+from castlora.bench.speed.folding import fold_all
+from castlora.bench.speed.growth import Size, sizes_of
+from castlora.bench.speed.limits import Use, linear_weights
+from castlora.bench.speed.measures import TEXTS, SpeedSettings, served_models
+from castlora.bench.speed.models import PairShape, Shape, Subject
+from castlora.bench.speed.page import page
+from castlora.bench.speed.run import MEASURES, run_speed
+from castlora.bench.speed.steps import rehearse, teacher_and_student, time_steps
+from castlora.bench.speed.timing import Clock, Ratio, Side, interleaved
 from castlora.cli import main
 from castlora.config import DEFAULT
 from castlora.demonstration.bundle import SOURCE, TARGET, demo_models_path
-from castlora.distill import distillation_losses, read_batch
-from castlora.models import skeleton
-from castlora.positions import collate
-from castlora.teacher import RecordedTeacher
+from castlora.distillation.distill import distillation_losses, read_batch
+from castlora.distillation.teacher import RecordedTeacher
+from castlora.models.loading import skeleton
 
 CPU = torch.device("cpu")
 TINY = PairShape(Shape("llama", 16, 2, 2, 2, 24, 64), Shape("mistral", 24, 3, 2, 1, 32, 80))
-SHAPES = dict(speed_models.SHAPES)
+SHAPES = dict(models.SHAPES)
 SETTINGS = SpeedSettings(
     "zoo", seed=0, repeats=2, rank=2, length=12, batch_size=2, passages=4, doublings=3, threads=1
 )  # fmt: skip
@@ -36,9 +36,9 @@ SETTINGS = SpeedSettings(
 
 @pytest.fixture(autouse=True)
 def tiny_models(monkeypatch):
-    monkeypatch.setitem(speed_models.SHAPES, "zoo", TINY)
+    monkeypatch.setitem(models.SHAPES, "zoo", TINY)
     monkeypatch.setattr(Size, "shape", tiny_size)
-    monkeypatch.setattr(speed, "best_device", lambda: CPU)
+    monkeypatch.setattr(run, "best_device", lambda: CPU)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def tiny_size(size: Size) -> PairShape:
 @pytest.fixture
 def folded_here(monkeypatch):
     """Folds in this process, at a tiny size in the place of 7B models."""
-    monkeypatch.setitem(speed_models.SHAPES, "7b", TINY)
+    monkeypatch.setitem(models.SHAPES, "7b", TINY)
 
     class Here:
         def __init__(self, **_options: object) -> None: ...
@@ -65,7 +65,7 @@ def folded_here(monkeypatch):
             done = work(*arguments)
             return type("Done", (), {"result": staticmethod(lambda: done)})
 
-    monkeypatch.setattr(speed_folding, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr("castlora.bench.speed.folding.ProcessPoolExecutor", Here)
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def test_ratios_of_seconds_and_of_rates_are_of_the_same_repetition():
 
 
 def test_the_fold_at_the_size_of_7b_models_is_of_every_module(monkeypatch):
-    monkeypatch.setitem(speed_models.SHAPES, "7b", TINY)
+    monkeypatch.setitem(models.SHAPES, "7b", TINY)
     folding = fold_all("7b", 2, 0, 1, 1)
     assert (folding.modules, folding.rank, folding.threads, len(folding.seconds)) == (21, 2, 1, 1)
     assert folding.describe()["target"] == 30.0
@@ -204,7 +204,7 @@ def test_the_fold_at_the_size_of_7b_models_is_of_every_module(monkeypatch):
 
 @pytest.mark.parametrize("dimension", ["tokens", "layers", "width", "rank"])
 def test_one_number_doubles_and_the_others_stay(dimension):
-    numbers, sizes = zip(*speed_growth.sizes_of(dimension, 3), strict=True)
+    numbers, sizes = zip(*sizes_of(dimension, 3), strict=True)
     field = "passages" if dimension == "tokens" else dimension
     assert [number // numbers[0] for number in numbers] == [1, 2, 4, 8]
     assert all(vars(size) == {**vars(Size()), field: number} for number, size in zip(numbers, sizes, strict=True))

@@ -6,16 +6,25 @@ import pytest
 import tiny
 import torch
 
-from castlora import stages, teaching
+from castlora import stages
+from castlora.adapters.live import student_factors
+from castlora.alignment.positions import AlignedPassage, collate
 from castlora.config import DEFAULT
+from castlora.distillation.training import reading_order
 from castlora.errors import UserError
+from castlora.model_pair import HELD_OUT_PASSAGES, align_text, load_models
 from castlora.plan import plan_transfer
-from castlora.positions import AlignedPassage, collate
-from castlora.stages import HELD_OUT_PASSAGES, StartLoss, align_text, hold_teacher, load_models, start_student
-from castlora.starts import student_factors
-from castlora.teaching import TextSource, choose_prompts, draw_text, keep_whole_answers, prompt_formats, teach_text
-from castlora.text import GENERIC_FORMATS, SLOT, Passage
-from castlora.training import reading_order
+from castlora.stages import StartLoss, hold_teacher, start_student
+from castlora.teaching import curriculum
+from castlora.teaching.curriculum import (
+    TextSource,
+    choose_prompts,
+    draw_text,
+    keep_whole_answers,
+    prompt_formats,
+    teach_text,
+)
+from castlora.text.passages import GENERIC_FORMATS, SLOT, Passage
 
 LENGTHS = random.Random(0).choices(range(5, 60), k=96)
 PASSAGES = [AlignedPassage([number] * length, [0], [0], [0], [1.0]) for number, length in enumerate(LENGTHS)]
@@ -77,14 +86,14 @@ def test_answers_that_were_cut_are_left_out_where_answers_end(loaded_models, mon
         return share
 
     asked = [Passage(f"Who finds the {noun}?", 12) for noun in tiny.NOUNS]
-    monkeypatch.setattr(teaching, "share_that_ends", measured)
+    monkeypatch.setattr(curriculum, "share_that_ends", measured)
     whole, cut = Passage("Who? The fox.", 4), Passage("Who? The fox who", 4, is_cut=True)
     kept = keep_whole_answers(loaded_models, asked, [cut, whole], DEFAULT)
     assert kept == ([whole] if leaves_out else [cut, whole])
 
 
 def test_where_no_answer_was_cut_nothing_is_asked_again(loaded_models, monkeypatch):
-    monkeypatch.setattr(teaching, "share_that_ends", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(curriculum, "share_that_ends", lambda *_: pytest.fail("asked again"))
     answered = [Passage("Who? The fox.", 4), Passage("Who? The hen.", 4)]
     assert keep_whole_answers(loaded_models, answered, answered, DEFAULT) == answered
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from castlora import UserError, convert, inspect
-from castlora.adapter_files import open_adapter
+from castlora.adapters.files import open_adapter
 
 MODULES = ["q_proj", "v_proj", "down_proj"]
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

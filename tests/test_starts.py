@@ -3,22 +3,12 @@ import tiny
 import torch
 from torch.nn.utils import parametrize
 
-from castlora.adapters import pad_rank
-from castlora.fitting import collect_moments, ridge_maps
-from castlora.maps import balance
-from castlora.pairing import Pairing
-from castlora.starts import (
-    BranchMaps,
-    Maps,
-    attach_lora,
-    cast_layer,
-    fold_maps,
-    lora_maps,
-    paper_maps,
-    parametrize_by_maps,
-    start_from_factors,
-    student_factors,
-)
+from castlora.adapters.factors import pad_rank
+from castlora.adapters.live import attach_lora, lora_maps, start_from_factors, student_factors
+from castlora.maps.cast_layer import balance
+from castlora.maps.fitting import collect_moments, ridge_maps
+from castlora.maps.starts import BranchMaps, Maps, cast_layer, fold_maps, paper_maps, parametrize_by_maps
+from castlora.models.pairing import Pairing
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 PAIRS = [("llama", "mistral"), ("llama", "gpt2"), ("gpt2", "mistral"), ("phi3", "llama"), ("gpt2", "gpt2-deep")]

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from castlora.solvers import random_semi_orthogonal, ridge_map
-from castlora.statistics import Moments, load_moments, save_moments
+from castlora.maps.solvers import random_semi_orthogonal, ridge_map
+from castlora.maps.statistics import Moments, load_moments, save_moments
 
 seeds = st.integers(0, 2**16)
 

@@ -4,13 +4,14 @@ import pytest
 import tiny
 import torch
 
+from castlora.alignment.positions import align_passages
 from castlora.cli import main
 from castlora.errors import UserError
-from castlora.evaluation import evaluate_model
+from castlora.evaluation.accuracy import evaluate_model
+from castlora.evaluation.tasks import TaskItem
+from castlora.maps.statistics import Moments
+from castlora.model_pair import load_models
 from castlora.plan import plan_transfer
-from castlora.positions import align_passages
-from castlora.stages import load_models
-from castlora.statistics import Moments
 from castlora.steering import (
     CONTROL,
     STEERED,
@@ -21,8 +22,7 @@ from castlora.steering import (
     explained_variance,
     steer,
 )
-from castlora.tasks import TaskItem
-from castlora.text import Passage
+from castlora.text.passages import Passage
 
 CHOICES = (" fox", " hen", " river")
 ITEMS = [

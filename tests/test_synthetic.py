@@ -4,12 +4,12 @@ import pytest
 import tiny
 import torch
 
+from castlora.adapters.live import attach_lora
+from castlora.alignment.positions import AlignedPassage, align_passages
+from castlora.alignment.tokens import ByteTokenizer
 from castlora.baselines.synthetic import contrastive_excess, label_by_excess, learn_labels
-from castlora.completions import CompletionTokens, completion_log_likelihoods
-from castlora.positions import AlignedPassage, align_passages
-from castlora.starts import attach_lora
-from castlora.text import Passage
-from castlora.tokens import ByteTokenizer
+from castlora.models.completions import CompletionTokens, completion_log_likelihoods
+from castlora.text.passages import Passage
 
 PROMPT = "Who? "
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from castlora.errors import UserError
-from castlora.tasks import TaskItem, load_task
+from castlora.evaluation.tasks import TaskItem, load_task
 
 GOOD = {"prompt": "Two and two?", "completion": " four", "choices": [" three", " four"]}
 

@@ -9,9 +9,9 @@ import tiny
 from castlora import UserError, teach, transfer
 from castlora.cli import main
 from castlora.config import Tuning
-from castlora.manifest import MANIFEST_FILE
-from castlora.taught import read_taught, write_taught
-from castlora.text import Passage
+from castlora.publishing.manifest import MANIFEST_FILE
+from castlora.teaching.taught import read_taught, write_taught
+from castlora.text.passages import Passage
 
 TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}[assistant]"
 
@@ -46,7 +46,7 @@ def test_taught_text_gives_the_bytes_of_a_transfer_that_teaches_by_itself(
     keys = {"prompt", "answer", "adapter_sha256"} | (set() if "prompts" in known else {"general"})
     assert all(line.keys() == keys and line["prompt"].endswith("Answer:") for line in lines)
     by_itself = run(places, base_model, tmp_path, "by-itself", **text)
-    monkeypatch.setattr("castlora.teaching.write_answers", None)
+    monkeypatch.setattr("castlora.teaching.curriculum.write_answers", None)
     assert run(places, base_model, tmp_path, "taught", taught=str(taught)) == by_itself
     by_hand = tmp_path / "by-hand.jsonl"
     by_hand.write_text(

@@ -4,14 +4,14 @@ import pytest
 import tiny
 import torch
 
+from castlora.adapters.live import attach_lora
+from castlora.alignment.positions import AlignedPassage, align_passages, collate
+from castlora.alignment.tokens import ByteTokenizer
+from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.config import DEFAULT, PAPER
-from castlora.distill import Student, distillation_losses, read_batch
-from castlora.positions import AlignedPassage, align_passages, collate
-from castlora.starts import attach_lora
-from castlora.teacher import LiveTeacher, RecordedTeacher, record_bytes, record_limit
-from castlora.text import Passage
-from castlora.tokens import ByteTokenizer
-from castlora.vocabulary import SharedVocabulary
+from castlora.distillation.distill import Student, distillation_losses, read_batch
+from castlora.distillation.teacher import LiveTeacher, RecordedTeacher, record_bytes, record_limit
+from castlora.text.passages import Passage
 
 
 def tokenizer(name: str) -> ByteTokenizer:

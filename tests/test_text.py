@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castlora.errors import UserError
-from castlora.text import (
+from castlora.text.passages import (
     GENERIC_FORMATS,
     SLOT,
     Passage,

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from castlora.errors import UserError
-from castlora.tokens import (
+from castlora.alignment.tokens import (
     ByteTokenizer,
     aligned_positions,
     same_tokenizer,
@@ -16,6 +15,7 @@ from castlora.tokens import (
     token_bytes,
     tokenizer_fingerprint,
 )
+from castlora.errors import UserError
 from tests.tokenizers_under_test import (
     ALL,
     LOSSLESS,

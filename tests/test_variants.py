@@ -11,13 +11,13 @@ from benchmarks import prompts
 from castlora import teach, transfer
 from castlora.bench.spec import BenchmarkModel
 from castlora.config import DEFAULT, RECIPES
-from castlora.parts import Parts
+from castlora.execution.parts import Parts
+from castlora.model_pair import align_text, held_out_count, load_models
 from castlora.plan import plan_transfer
-from castlora.stages import align_text, held_out_count, load_models
-from castlora.taught import read_taught, write_taught
-from castlora.teaching import TextSource, teach_text
-from castlora.text import Passage
-from castlora.variants import vary_prompts
+from castlora.teaching.curriculum import TextSource, teach_text
+from castlora.teaching.taught import read_taught, write_taught
+from castlora.teaching.variants import vary_prompts
+from castlora.text.passages import Passage
 
 PROMPTS = [f"Task: {sentence}\n\tAnswer:" for sentence in tiny.sentences(20)]
 TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}[assistant]"
@@ -120,7 +120,7 @@ def test_of_a_chat_the_last_message_is_varied(models, tmp_path, monkeypatch):
 def test_answers_to_variants_are_kept_beside_those_to_prompts(models, few, tmp_path, monkeypatch):
     parts = Parts(tmp_path / "parts")
     first = teach_text(models, TextSource(prompts=str(few)), (), RECIPE, seed=0, parts=parts)
-    monkeypatch.setattr("castlora.answers._sample_answers", lambda *_: pytest.fail("answered again"))
+    monkeypatch.setattr("castlora.teaching.answers._sample_answers", lambda *_: pytest.fail("answered again"))
     assert teach_text(models, TextSource(prompts=str(few)), (), RECIPE, seed=0, parts=parts) == first
 
 

@@ -7,11 +7,13 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from castlora import UserError, verification
-from castlora.adapter_files import open_adapter
-from castlora.adapters import read_factors, write_portable
-from castlora.models import linear_slots, load_config
-from castlora.verification import check_written, live_logits, rounding_difference, tolerance
+from castlora import UserError
+from castlora.adapters.factors import read_factors, write_portable
+from castlora.adapters.files import open_adapter
+from castlora.evaluation import verification
+from castlora.evaluation.verification import check_written, live_logits, rounding_difference, tolerance
+from castlora.models.loading import load_config
+from castlora.models.modules import linear_slots
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 1, 1]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])

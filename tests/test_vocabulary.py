@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
-from castlora.tokens import ByteTokenizer
-from castlora.vocabulary import REST, SharedVocabulary, first_tokens
+from castlora.alignment.tokens import ByteTokenizer
+from castlora.alignment.vocabulary import REST, SharedVocabulary, first_tokens
 
 TOKENIZERS = {name: ByteTokenizer.from_tokenizer(tiny.family(name)[1]) for name in ("llama", "mistral", "gpt2")}
 unlike_pairs = pytest.mark.parametrize(("source", "target"), list(itertools.permutations(TOKENIZERS, 2)))

@@ -23,7 +23,7 @@ from benchmarks.zoo.skills import (
     tidy,
     write_skill,
 )
-from castlora.tasks import load_task
+from castlora.evaluation.tasks import load_task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 GENERATORS = [(QUESTIONS, fairy_tale_slots), (PROBLEMS, word_problem_slots)]

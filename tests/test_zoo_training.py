@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from benchmarks.zoo.pretrain import begin
 from benchmarks.zoo.specs import BaseModelSpec
 from benchmarks.zoo.train_adapters import train_adapter, training_set
-from castlora.evaluation import evaluate
-from castlora.tasks import TaskItem
+from castlora.evaluation.tasks import TaskItem
+from castlora.scoring import evaluate
 
 WORDS = "fox hen mill king who where type character place".split()
 CHOICES = [" character", " place"]

@@ -22,10 +22,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from castlora.alignment.positions import AlignedPassage, align_passages
+from castlora.alignment.tokens import ByteTokenizer
 from castlora.config import Tuning
-from castlora.positions import AlignedPassage, align_passages
-from castlora.text import Passage
-from castlora.tokens import ByteTokenizer
+from castlora.text.passages import Passage
 
 NOUNS = "fox hen miller ring king river mountain garden lantern letter".split()
 VERBS = "finds carries hides follows forgets remembers".split()

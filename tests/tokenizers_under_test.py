@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from castlora.tokens import ByteTokenizer
+from castlora.alignment.tokens import ByteTokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 STORIES = REPOSITORY.parent / "shared" / "data" / "models" / "stories260K-hf"

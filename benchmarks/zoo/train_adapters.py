@@ -19,10 +19,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from benchmarks.zoo.specs import ADAPTER_STEPS
-from castlora.completions import encode_completion
-from castlora.evaluation import Evaluation, evaluate_model
-from castlora.models import load_model
-from castlora.tasks import TaskItem, load_task
+from castlora.evaluation.accuracy import Evaluation, evaluate_model
+from castlora.evaluation.tasks import TaskItem, load_task
+from castlora.models.completions import encode_completion
+from castlora.models.loading import load_model
 
 BATCH_SIZE = 32
 LEARNING_RATE = 4e-3

@@ -12,7 +12,7 @@ import torch
 from jsonargparse import auto_cli
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from castlora.models import load_model
+from castlora.models.loading import load_model
 
 BATCH_SIZE = 64
 LENGTH = 240

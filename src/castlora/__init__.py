@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from castlora.conversion import convert
+    from castlora.adapters.conversion import convert
+    from castlora.adapters.portable import check_portable
     from castlora.errors import UserError
-    from castlora.evaluation import evaluate
-    from castlora.hub import push
     from castlora.inspection import inspect
-    from castlora.maps import CastLayer
+    from castlora.maps.cast_layer import CastLayer
     from castlora.pipeline import transfer
-    from castlora.portable import check_portable
-    from castlora.runs import report_runs
+    from castlora.publishing.hub import push
+    from castlora.publishing.runs import report_runs
+    from castlora.scoring import evaluate
     from castlora.several import transfer_to_each
     from castlora.steering import steer
-    from castlora.teaching import teach
+    from castlora.teaching.curriculum import teach
 
 __all__ = [
     "CastLayer", "UserError", "__version__", "check_portable", "convert", "evaluate", "inspect", "push",
@@ -27,16 +27,16 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "CastLayer": "castlora.maps",
+    "CastLayer": "castlora.maps.cast_layer",
     "UserError": "castlora.errors",
-    "check_portable": "castlora.portable",
-    "convert": "castlora.conversion",
-    "evaluate": "castlora.evaluation",
+    "check_portable": "castlora.adapters.portable",
+    "convert": "castlora.adapters.conversion",
+    "evaluate": "castlora.scoring",
     "inspect": "castlora.inspection",
-    "push": "castlora.hub",
-    "report_runs": "castlora.runs",
+    "push": "castlora.publishing.hub",
+    "report_runs": "castlora.publishing.runs",
     "steer": "castlora.steering",
-    "teach": "castlora.teaching",
+    "teach": "castlora.teaching.curriculum",
     "transfer": "castlora.pipeline",
     "transfer_to_each": "castlora.several",
 }

@@ -16,7 +16,7 @@ from castlora import __version__
 from castlora.bench.commands import BENCHMARKS
 from castlora.commands import COMMANDS
 from castlora.errors import BAD_INPUT, UserError
-from castlora.launcher import is_launched, is_main, process_count, wait_for_turn
+from castlora.execution.launcher import is_launched, is_main, process_count, wait_for_turn
 
 INTERRUPTED = 130
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         _check_launch(chosen)
         run(**vars(settings))
         if is_launched():
-            from castlora.processes import leave
+            from castlora.execution.processes import leave
 
             leave()
     except UserError as error:

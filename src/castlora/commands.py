@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from castlora.config import Bits, Form, RecipeName, Start, TextTuning, Tracker, Tuning
-from castlora.launcher import is_main
+from castlora.execution.launcher import is_main
 
 NOT_PORTABLE = 1
 
@@ -72,9 +72,9 @@ def _transfer(
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from castlora.hub import check_push, push
+    from castlora.execution.processes import from_main
     from castlora.pipeline import transfer as run
-    from castlora.processes import from_main
+    from castlora.publishing.hub import check_push, push
     from castlora.several import transfer_to_each
 
     disable_progress_bar()
@@ -127,7 +127,7 @@ def _teach(
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from castlora.teaching import teach as run
+    from castlora.teaching.curriculum import teach as run
 
     disable_progress_bar()
     run(adapter, out, source, text, _prompt_format(prompt_format), prompts, chat, seed, tuning, source_bits)
@@ -164,8 +164,8 @@ def _evaluate(
         bits: 4 (NF4) or 8, for a model quantized by bitsandbytes
         json: whether the result is printed as JSON
     """
-    from castlora.evaluation import describe
-    from castlora.evaluation import evaluate as run
+    from castlora.scoring import describe
+    from castlora.scoring import evaluate as run
 
     result = run(model, task, adapter, out, batch_size, None, chat, retrained, record, bits)
     _print_result(result, describe(result), json)
@@ -206,7 +206,7 @@ def _check(folder: str, json: bool = False) -> None:
         folder: folder of a PEFT LoRA
         json: whether the broken rules are printed as JSON
     """
-    from castlora.portable import check_portable, describe
+    from castlora.adapters.portable import check_portable, describe
 
     findings = check_portable(folder)
     if json:
@@ -228,7 +228,7 @@ def _convert(adapter: str, to: Form, out: str, base: str | None = None, llama_cp
         base: base model of the adapter, if not the one that its configuration names
         llama_cpp: folder of llama.cpp's sources, whose converter makes the gguf
     """
-    from castlora.conversion import convert as run
+    from castlora.adapters.conversion import convert as run
 
     run(adapter, to, out, base, llama_cpp)
 
@@ -242,7 +242,7 @@ def _push(adapter: str, repo: str, private: bool = False, report: bool = False) 
         private: whether a new repository is private
         report: whether report.html goes along, which shows some of the prompts
     """
-    from castlora.hub import push as run
+    from castlora.publishing.hub import push as run
 
     print(run(adapter, repo, private, report))
 
@@ -290,7 +290,7 @@ def _report(runs: list[str], out: str, json: bool = False) -> None:
         out: HTML file to write, new
         json: whether the comparison is printed as JSON
     """
-    from castlora.runs import report_runs
+    from castlora.publishing.runs import report_runs
 
     described = report_runs(runs, out)
     if json:

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from transformers.utils.import_utils import is_bitsandbytes_available
 
-from castlora.adapters import PORTABLE_RANKS
+from castlora.adapters.factors import PORTABLE_RANKS
+from castlora.alignment.tokens import ByteTokenizer
+from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.config import DEFAULT, Bits
-from castlora.copied_start import has_shapes_of_source
-from castlora.licences import describe_licences, read_licences
-from castlora.manifest import command_line, describe_pairing
-from castlora.models import best_device, dtype_on, load_tokenizer, number_of_layers, public_name, skeleton, weight_bytes
-from castlora.pairing import describe
+from castlora.distillation.rehearsal import PASSAGES_PER_REHEARSED
+from castlora.maps.copied_start import has_shapes_of_source
+from castlora.model_pair import HELD_OUT_PASSAGES, Loading
+from castlora.models.loading import best_device, dtype_on, load_tokenizer, public_name, skeleton, weight_bytes
+from castlora.models.modules import number_of_layers
+from castlora.models.pairing import describe
 from castlora.plan import Plan, describe_beyond, plan_transfer
-from castlora.rehearsal import PASSAGES_PER_REHEARSED
-from castlora.stages import HELD_OUT_PASSAGES, HELD_OUT_REHEARSED, STATISTICS_PASSAGES, Loading
-from castlora.tokens import ByteTokenizer
-from castlora.vocabulary import SharedVocabulary
+from castlora.publishing.licences import describe_licences, read_licences
+from castlora.publishing.manifest import command_line, describe_pairing
+from castlora.stages import HELD_OUT_REHEARSED, STATISTICS_PASSAGES
 
 _PROMPT_TOKENS = 48
 """A sentence in a prompt format."""

@@ -12,16 +12,29 @@ from typing import Any
 from transformers import set_seed
 
 from castlora import __version__
-from castlora.adapters import LowRank, write_portable
-from castlora.changes import measure_changes
-from castlora.chat import TEMPLATE_FILE, target_template
+from castlora.adapters.factors import LowRank, write_portable
+from castlora.adapters.live import adapted_modules, student_factors
+from castlora.alignment.positions import AlignedPassage, collate
 from castlora.config import Bits, Recipe, RecipeName, Start, Tracker, Tuning, check_seed, resolve_recipe
-from castlora.copied_start import StartChoice, copied_start, gentle_recipe, keep_better_start
-from castlora.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
-from castlora.imitation import compare_answers
-from castlora.last_layer import LastLayer, Solution
-from castlora.licences import read_licences
-from castlora.manifest import (
+from castlora.distillation.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
+from castlora.distillation.rehearsal import measure_drift
+from castlora.distillation.tracking import check_tracker, tracking
+from castlora.distillation.training import train_student
+from castlora.evaluation.changes import measure_changes
+from castlora.evaluation.imitation import compare_answers
+from castlora.evaluation.scored_task import ScoredTask
+from castlora.evaluation.similarity import measure_similarity
+from castlora.evaluation.verification import check_written, live_logits, rounding_difference
+from castlora.execution.processes import from_main, share_of_batch, this_process
+from castlora.execution.run_directory import RunDirectory, check_output, open_run, write_whole
+from castlora.maps.copied_start import StartChoice, copied_start, gentle_recipe, keep_better_start
+from castlora.maps.last_layer import LastLayer, Solution
+from castlora.maps.scaling import SOLVED_SCALES, TRAINED_SCALES, ScaleChoice, keep_best_scale
+from castlora.model_pair import Loading, Models, load_models
+from castlora.models.pairing import Pairing, describe
+from castlora.plan import Plan, describe_beyond, plan_transfer
+from castlora.publishing.licences import read_licences
+from castlora.publishing.manifest import (
     command_line,
     describe_imitation,
     describe_inputs,
@@ -32,34 +45,13 @@ from castlora.manifest import (
     text_sha256,
     versions,
 )
-from castlora.pairing import Pairing, describe
-from castlora.plan import Plan, describe_beyond, plan_transfer
-from castlora.positions import AlignedPassage, collate
-from castlora.processes import from_main, share_of_batch, this_process
+from castlora.publishing.record import write_record
+from castlora.publishing.runs import TASKS
 from castlora.reading import Reading, read_aligned
-from castlora.record import write_record
-from castlora.rehearsal import measure_drift
-from castlora.run_directory import RunDirectory, check_output, open_run, write_whole
-from castlora.runs import TASKS
-from castlora.scaling import SOLVED_SCALES, TRAINED_SCALES, ScaleChoice, keep_best_scale
-from castlora.scored_task import ScoredTask
-from castlora.similarity import measure_similarity
-from castlora.stages import (
-    Loading,
-    Models,
-    hold_bare_target,
-    hold_teacher,
-    last_layer_to_solve,
-    load_models,
-    start_last_layer,
-    start_student,
-)
-from castlora.starts import adapted_modules, student_factors
-from castlora.taught import check_teacher, holds_messages
-from castlora.teaching import TextSource
-from castlora.tracking import check_tracker, tracking
-from castlora.training import train_student
-from castlora.verification import check_written, live_logits, rounding_difference
+from castlora.stages import hold_bare_target, hold_teacher, last_layer_to_solve, start_last_layer, start_student
+from castlora.teaching.curriculum import TextSource
+from castlora.teaching.taught import check_teacher, holds_messages
+from castlora.text.chat import TEMPLATE_FILE, target_template
 
 logger = logging.getLogger("castlora")
 

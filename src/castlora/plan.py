@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from castlora.adapter_files import AdapterFiles, open_adapter
-from castlora.adapters import PORTABLE_RANKS, LowRank, portable_rank, read_update
+from castlora.adapters.factors import PORTABLE_RANKS, LowRank, portable_rank, read_update
+from castlora.adapters.files import AdapterFiles, open_adapter
 from castlora.config import Recipe
 from castlora.errors import UserError
-from castlora.models import LinearSlot, context_length, linear_slots, load_config, skeleton
-from castlora.pairing import Pairing, branch_ranks, pair_modules
+from castlora.models.loading import context_length, load_config, skeleton
+from castlora.models.modules import LinearSlot, linear_slots
+from castlora.models.pairing import Pairing, branch_ranks, pair_modules
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def plan_transfer(adapter: str, target: str, source: str | None) -> Plan:
     if not target_slots:
         raise UserError(
             f"Target {target!r}: no linear module has a name that castlora knows; add its names to "
-            "castlora.models.MODULE_ROLES."
+            "castlora.models.modules.MODULE_ROLES."
         )
     pairing = pair_modules(source_slots, target_slots, update.factors)
     return Plan(

@@ -6,16 +6,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from castlora.alignment.positions import AlignedPassage
 from castlora.config import Recipe
 from castlora.errors import UserError
-from castlora.parts import Parts
-from castlora.positions import AlignedPassage
+from castlora.evaluation.scored_task import ScoredTask
+from castlora.execution.parts import Parts
+from castlora.execution.run_directory import RunDirectory, is_sealed, seal, write_whole
+from castlora.model_pair import Models, align_text
 from castlora.report import Score
-from castlora.run_directory import RunDirectory, is_sealed, seal, write_whole
-from castlora.scored_task import ScoredTask
-from castlora.stages import Models, align_text, check_memory_for_record, write_rehearsed
-from castlora.teaching import TextSource, prompt_formats, teach_text
-from castlora.text import Passage
+from castlora.stages import check_memory_for_record, write_rehearsed
+from castlora.teaching.curriculum import TextSource, prompt_formats, teach_text
+from castlora.text.passages import Passage
 
 logger = logging.getLogger("castlora")
 

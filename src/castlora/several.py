@@ -13,16 +13,16 @@ from typing import Any
 
 from castlora import __version__
 from castlora.config import Recipe, TextTuning, Tuning, resolve_recipe
+from castlora.distillation.tracking import check_tracker
 from castlora.errors import UserError
+from castlora.evaluation.scored_task import ScoredTask
+from castlora.execution.processes import from_main, share_of_batch
+from castlora.execution.run_directory import RunDirectory, file_state, is_finished, open_run, write_whole
+from castlora.model_pair import Loading
 from castlora.pipeline import transfer
 from castlora.plan import plan_transfer
-from castlora.processes import from_main, share_of_batch
-from castlora.run_directory import RunDirectory, file_state, is_finished, open_run, write_whole
-from castlora.runs import MANIFEST_FILE, runs_page
-from castlora.scored_task import ScoredTask
-from castlora.stages import Loading
-from castlora.teaching import teach
-from castlora.tracking import check_tracker
+from castlora.publishing.runs import MANIFEST_FILE, runs_page
+from castlora.teaching.curriculum import teach
 
 logger = logging.getLogger("castlora")
 

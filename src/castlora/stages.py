@@ -3,180 +3,36 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from castlora.adapters import LowRank
-from castlora.config import Bits, Recipe
-from castlora.distill import HeldOut, Student
-from castlora.effective import effective_update
-from castlora.endings import end_tokens_of
+from castlora.adapters.effective import effective_update
+from castlora.adapters.factors import LowRank
+from castlora.adapters.live import adapted_modules, attach_lora, start_from_factors
+from castlora.alignment.positions import AlignedPassage
+from castlora.config import Recipe
+from castlora.distillation.distill import HeldOut, Student
+from castlora.distillation.rehearsal import PASSAGES_PER_REHEARSED, BareTarget, Rehearsal, rehearsed, write_passages
+from castlora.distillation.teacher import LiveTeacher, RecordedTeacher, Teacher, record_bytes, record_limit
 from castlora.errors import UserError
-from castlora.fitting import SiteMoments, ridge_factors, ridge_maps, solve_in_parts
-from castlora.last_layer import LastLayer, Solution, find_last_layer, solve_last_layer
-from castlora.maps import balance
-from castlora.models import best_device, layer_path, load_model, number_of_layers
-from castlora.offloading import Offloading
+from castlora.execution.processes import share_of_batch
+from castlora.execution.recomputation import recompute_activations
+from castlora.maps.cast_layer import balance
+from castlora.maps.fitting import SiteMoments, ridge_factors, ridge_maps, solve_in_parts
+from castlora.maps.last_layer import LastLayer, Solution, find_last_layer, solve_last_layer
+from castlora.maps.starts import Maps, fold_maps, paper_maps, parametrize_by_maps
+from castlora.model_pair import Models
+from castlora.models.loading import best_device
+from castlora.models.modules import layer_path, number_of_layers
 from castlora.plan import Plan
-from castlora.positions import AlignedPassage, align_passages
-from castlora.processes import share_of_batch
-from castlora.recomputation import recompute_activations
-from castlora.rehearsal import PASSAGES_PER_REHEARSED, BareTarget, Rehearsal, rehearsed, write_passages
-from castlora.starts import (
-    Maps,
-    adapted_modules,
-    attach_lora,
-    fold_maps,
-    paper_maps,
-    parametrize_by_maps,
-    start_from_factors,
-)
-from castlora.teacher import LiveTeacher, RecordedTeacher, Side, Teacher, record_bytes, record_limit
-from castlora.text import Passage
-from castlora.tokens import ByteTokenizer
-from castlora.vocabulary import SharedVocabulary
 
 logger = logging.getLogger("castlora")
 
-HELD_OUT_PASSAGES = 64
 HELD_OUT_REHEARSED = 64
 STATISTICS_PASSAGES = 1024
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How the models of a transfer are held."""
-
-    low_memory: bool = False
-    source_bits: Bits | None = None
-    """Of a weight of the source's layers; by default those of its dtype."""
-    target_bits: Bits | None = None
-
-    def check(self, is_plain: bool) -> None:
-        """Looks whether it can be done.
-
-        Args:
-            is_plain: whether the adapter is a plain LoRA, whose update does not depend on the weights
-
-        Raises:
-            UserError: it cannot.
-        """
-        for name, bits in (("--source-bits", self.source_bits), ("--target-bits", self.target_bits)):
-            if bits == 8 and self.low_memory:
-                raise UserError(f"{name} 8 cannot be had with --low-memory, since such weights do not move; give 4.")
-        if self.source_bits and not is_plain:
-            raise UserError("--source-bits is for plain LoRAs, and this adapter merges into the weights; leave it out.")
-
-
-IN_FULL = Loading()
-
-
-@dataclass(frozen=True)
-class Models:
-    """Both models. The source carries the adapter; the target is bare until a student is made of it."""
-
-    source: PreTrainedModel
-    """The base model inside the teacher; the teacher's adapter acts in it unless it is disabled."""
-    teacher: PeftModel
-    target: PreTrainedModel
-    source_tokenizer: PreTrainedTokenizerFast
-    target_tokenizer: PreTrainedTokenizerFast
-    source_bytes: ByteTokenizer
-    target_bytes: ByteTokenizer
-    shared: SharedVocabulary
-    low_memory: bool = False
-    """Whether the accelerator holds only the model in use, and the target's activations are not kept for the way back.
-    """
-    offloading: Offloading = field(default_factory=Offloading)
-
-    def use(self, side: Side) -> None:
-        """Has the model of a side where it runs; with little memory, the other one waits in the machine's memory."""
-        if self.low_memory:
-            used, waits = (self.source, self.target) if side == "source" else (self.target, self.source)
-            self.offloading.move(waits, torch.device("cpu"))
-            clear_device_cache()
-            self.offloading.move(used, best_device())
-
-    def put_away(self) -> None:
-        """With little memory, leaves the accelerator to others."""
-        if self.low_memory:
-            for model in (self.source, self.target):
-                self.offloading.move(model, torch.device("cpu"))
-            clear_device_cache()
-
-
-def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
-    """Loads both models and applies the adapter to the source.
-
-    Args:
-        plan: of the transfer
-        loading: in what precision, and whether the accelerator holds one of them at a time
-    """
-    device = best_device()
-    source, source_tokenizer = load_model(plan.source, plan.source_revision, device, loading.source_bits)
-    teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
-    source_ends = _source_ends(teacher, source_tokenizer)
-    offloading = Offloading()
-    if loading.low_memory:
-        offloading.move(source, torch.device("cpu"))
-    target, target_tokenizer = load_model(plan.target, None, device, loading.target_bits)
-    source_bytes = ByteTokenizer.from_tokenizer(source_tokenizer)
-    target_bytes = ByteTokenizer.from_tokenizer(target_tokenizer)
-    shared = SharedVocabulary.of(
-        source_bytes, target_bytes, plan.source_config.vocab_size, plan.target_config.vocab_size, source_ends
-    )
-    spelled = source_bytes, target_bytes
-    return Models(
-        source, teacher, target, source_tokenizer, target_tokenizer, *spelled, shared, loading.low_memory, offloading
-    )
-
-
-def load_teacher(plan: Plan, bits: Bits | None = None) -> Models:
-    """Loads source + LoRA alone, which stands in the place of the target too, for what needs none."""
-    source, tokenizer = load_model(plan.source, plan.source_revision, best_device(), bits)
-    teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
-    spelled = ByteTokenizer.from_tokenizer(tokenizer)
-    vocabulary = plan.source_config.vocab_size
-    shared = SharedVocabulary.of(spelled, spelled, vocabulary, vocabulary, _source_ends(teacher, tokenizer))
-    return Models(source, teacher, source, tokenizer, tokenizer, spelled, spelled, shared)
-
-
-def _source_ends(teacher: PeftModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    ends = end_tokens_of(teacher, tokenizer.eos_token_id)
-    if len(ends) > 1:
-        logger.info(
-            "The source predicts %d tokens as it predicts %r, which ends its texts; each of them counts as that end.",
-            len(ends) - 1,
-            tokenizer.eos_token,
-        )
-    return ends
-
-
-def align_text(
-    models: Models, passages: Sequence[Passage], recipe: Recipe
-) -> tuple[list[AlignedPassage], list[AlignedPassage]]:
-    """Passages in both tokenizers, split into training and held-out ones; no variant is held out.
-
-    Raises:
-        UserError: too little text has aligned positions.
-    """
-    in_both = models.source_bytes, models.target_bytes, recipe.max_length, recipe.context_weight
-    given = list(align_passages([passage for passage in passages if not passage.is_variant], *in_both))
-    variants = list(align_passages([passage for passage in passages if passage.is_variant], *in_both))
-    if len(given) < 2:
-        raise UserError("Too little of the text has positions where both tokenizers agree; give longer text.")
-    held_out = held_out_count(len(given))
-    logger.debug("%d of %d passages have positions where both tokenizers agree", len(given + variants), len(passages))
-    return (given[:-held_out] + variants)[: recipe.passages], given[-held_out:]
-
-
-def held_out_count(passages: int) -> int:
-    """How many passages at the end of those given are held out."""
-    return max(1, min(HELD_OUT_PASSAGES, passages // 5))
 
 
 @dataclass(frozen=True)

@@ -18,22 +18,23 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from castlora.capture import capture, change_output
+from castlora.alignment.positions import AlignedPassage, Batch, align_passages, batches, counted_places
 from castlora.config import DEFAULT, Recipe, check_seed
+from castlora.distillation.objective import chunk_log_probabilities
 from castlora.errors import UserError
-from castlora.evaluation import Evaluation, judge_choices
-from castlora.manifest import versions
-from castlora.models import context_length, layer_path, number_of_layers, public_name
-from castlora.objective import chunk_log_probabilities
-from castlora.pairing import relative_depth
+from castlora.evaluation.accuracy import Evaluation, judge_choices
+from castlora.evaluation.tasks import TaskItem, load_task
+from castlora.maps.solvers import ridge_map
+from castlora.maps.statistics import Moments
+from castlora.model_pair import Models, align_text, load_models
+from castlora.models.capture import capture, change_output
+from castlora.models.loading import context_length, public_name
+from castlora.models.modules import layer_path, number_of_layers
+from castlora.models.pairing import relative_depth
 from castlora.plan import Plan, plan_transfer
-from castlora.positions import AlignedPassage, Batch, align_passages, batches, counted_places
-from castlora.solvers import ridge_map
-from castlora.stages import Models, align_text, load_models
-from castlora.statistics import Moments
-from castlora.tasks import TaskItem, load_task
-from castlora.teaching import TextSource, draw_text, prompt_formats
-from castlora.text import Passage
+from castlora.publishing.manifest import versions
+from castlora.teaching.curriculum import TextSource, draw_text, prompt_formats
+from castlora.text.passages import Passage
 
 STEERED, CONTROL = "steered", "permuted pairs"
 _DEPTH = 2 / 3

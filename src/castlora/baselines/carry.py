@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from castlora.adapters import LowRank
-from castlora.maps import merge_branches
-from castlora.models import LinearSlot
-from castlora.pairing import Pairing
+from castlora.adapters.factors import LowRank
+from castlora.maps.cast_layer import merge_branches
+from castlora.models.modules import LinearSlot
+from castlora.models.pairing import Pairing
 
 
 @dataclass(frozen=True)

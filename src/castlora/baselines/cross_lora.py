@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from castlora.adapters import LowRank
+from castlora.adapters.factors import LowRank
 from castlora.baselines.carry import BranchWeights
 
 PUBLISHED_RANK = 320

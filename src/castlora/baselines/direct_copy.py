@@ -1,6 +1,6 @@
 """The source's update as it stands, where the shapes allow it."""
 
-from castlora.adapters import LowRank
+from castlora.adapters.factors import LowRank
 from castlora.baselines.carry import BranchWeights
 
 

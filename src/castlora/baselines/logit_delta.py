@@ -10,10 +10,10 @@ import numpy as np
 from peft import PeftModelForCausalLM
 from transformers import PreTrainedTokenizerFast
 
-from castlora.completions import CausalLM
 from castlora.errors import UserError
-from castlora.evaluation import Evaluation, choice_log_likelihoods, judge_choices
-from castlora.tasks import TaskItem
+from castlora.evaluation.accuracy import Evaluation, choice_log_likelihoods, judge_choices
+from castlora.evaluation.tasks import TaskItem
+from castlora.models.completions import CausalLM
 
 
 def evaluate_logit_delta(

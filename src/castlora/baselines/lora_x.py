@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from castlora.adapters import LowRank
+from castlora.adapters.factors import LowRank
+from castlora.adapters.live import lora_maps
 from castlora.baselines.carry import BranchWeights, linear_weight
 from castlora.baselines.cross_lora import PUBLISHED_RANK, singular_subspaces
-from castlora.models import LinearSlot
-from castlora.starts import lora_maps
+from castlora.models.modules import LinearSlot
 
 SIMILARITY_THRESHOLD = 0.3
 """The paper describes the gate; this value is that of a public reimplementation."""

@@ -9,10 +9,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from castlora.adapters import LowRank
-from castlora.models import Rows
-from castlora.pairing import Pairing
-from castlora.starts import ADAPTER_NAME, Maps, lora_layer
+from castlora.adapters.factors import LowRank
+from castlora.adapters.live import ADAPTER_NAME, lora_layer
+from castlora.maps.starts import Maps
+from castlora.models.modules import Rows
+from castlora.models.pairing import Pairing
 
 NETWORK_WIDTH = 32
 """Hidden units of each network; the paper names no size."""

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
-from castlora.objective import chunk_log_probabilities
-from castlora.positions import AlignedPassage, Batch, batches
-from castlora.teacher import predict
+from castlora.alignment.positions import AlignedPassage, Batch, batches
+from castlora.distillation.objective import chunk_log_probabilities
+from castlora.distillation.teacher import predict
 
 PASSAGE_SHARE = 0.5
 """Share of the answered prompts that is kept; TiTok writes twice what it keeps."""

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from castlora.adapters import LowRank
-from castlora.fitting import SiteMoments, input_site
-from castlora.pairing import Pairing
-from castlora.starts import BranchMaps, fold_maps
+from castlora.adapters.factors import LowRank
+from castlora.maps.fitting import SiteMoments, input_site
+from castlora.maps.starts import BranchMaps, fold_maps
+from castlora.models.pairing import Pairing
 
 
 def theseus(pairing: Pairing, factors: Mapping[str, LowRank], moments: SiteMoments) -> dict[str, LowRank]:

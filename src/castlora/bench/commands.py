@@ -88,8 +88,8 @@ def _bench_speed(
 
     from transformers.utils.logging import disable_progress_bar
 
-    from castlora.bench.speed import MEASURES, PAGE_FILE, run_speed
-    from castlora.bench.speed_measures import SpeedSettings
+    from castlora.bench.speed.measures import SpeedSettings
+    from castlora.bench.speed.run import MEASURES, PAGE_FILE, run_speed
 
     disable_progress_bar()
     settings = SpeedSettings(shape, seed, repeats, rank, length, batch_size, passages, doublings, threads)

@@ -18,15 +18,15 @@ from transformers import PreTrainedTokenizerFast
 
 from castlora.bench.harness import harness_figures
 from castlora.bench.spec import BenchmarkSpec
-from castlora.completions import CausalLM, text_loss
 from castlora.config import Recipe, Regime
-from castlora.evaluation import Evaluation, evaluate_model
-from castlora.manifest import versions
+from castlora.evaluation.accuracy import Evaluation, evaluate_model
+from castlora.execution.run_directory import write_whole
+from castlora.model_pair import load_models
+from castlora.models.completions import CausalLM, text_loss
 from castlora.plan import Plan, plan_transfer
-from castlora.run_directory import write_whole
-from castlora.stages import load_models
-from castlora.teaching import TextSource, prompt_formats, teach_text
-from castlora.text import Passage
+from castlora.publishing.manifest import versions
+from castlora.teaching.curriculum import TextSource, prompt_formats, teach_text
+from castlora.text.passages import Passage
 
 logger = logging.getLogger("castlora")
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from castlora.completions import CausalLM
 from castlora.errors import UserError, first_line
 from castlora.lift import bootstrap_interval
+from castlora.models.completions import CausalLM
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

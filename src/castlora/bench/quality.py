@@ -10,6 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from castlora.adapters.live import load_adapter
 from castlora.bench.grid import Cell, Settings, record_path, score, write_missing
 from castlora.bench.methods import METHODS, Method
 from castlora.bench.spec import BenchmarkSpec
@@ -17,9 +18,8 @@ from castlora.bench.trained import OtherSkill
 from castlora.bench.untrained import Constrained, LogitDelta
 from castlora.config import Tuning, resolve_recipe
 from castlora.errors import UserError
-from castlora.evaluation import load_adapter
-from castlora.models import best_device, load_model
-from castlora.run_directory import write_whole
+from castlora.execution.run_directory import write_whole
+from castlora.models.loading import best_device, load_model
 
 SETTINGS_FILE = "settings.json"
 

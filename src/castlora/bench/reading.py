@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, replace
 
+from castlora.alignment.positions import AlignedPassage
 from castlora.bench.grid import Cell, Settings, taught_passages
 from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
+from castlora.model_pair import Models, align_text, load_models
 from castlora.plan import Plan
-from castlora.positions import AlignedPassage
-from castlora.stages import Models, align_text, load_models, write_rehearsed
+from castlora.stages import write_rehearsed
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from castlora.bench.harness import check_task
 from castlora.config import REGIMES, Regime
 from castlora.demonstration.bundle import demo_adapters_path, demo_models_path, demo_skill, demo_tasks_path
 from castlora.errors import UserError
-from castlora.tasks import TaskItem, load_task
-from castlora.teaching import TextSource
-from castlora.text import cut_passages, read_documents
+from castlora.evaluation.tasks import TaskItem, load_task
+from castlora.teaching.curriculum import TextSource
+from castlora.text.passages import cut_passages, read_documents
 
 SKILL_SLOT = "{skill}"
 HELD_OUT_PASSAGES, HELD_OUT_BYTES = 128, 256

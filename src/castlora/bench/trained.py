@@ -11,22 +11,23 @@ import torch
 from peft import PeftModelForCausalLM
 from transformers import set_seed
 
+from castlora.adapters.live import attach_lora
+from castlora.alignment.positions import AlignedPassage
+from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.baselines.nonlinear import attach_networks
 from castlora.baselines.synthetic import contrastive_excess, label_by_excess, learn_labels
 from castlora.bench.grid import Cell, Settings, score
 from castlora.bench.reading import Reading, cell_recipe, read_text
 from castlora.config import Recipe, RecipeName, Regime, Start, Tuning
-from castlora.copied_start import copied_start, gentle_recipe, keep_better_start
-from castlora.distill import Student, measure_held_out
-from castlora.manifest import peak_memory_bytes
-from castlora.models import best_device, load_model
-from castlora.positions import AlignedPassage
-from castlora.rehearsal import measure_drift
-from castlora.scaling import SOLVED_SCALES, TRAINED_SCALES, keep_best_scale
+from castlora.distillation.distill import Student, measure_held_out
+from castlora.distillation.rehearsal import measure_drift
+from castlora.distillation.training import peak_learning_rate, train_student
+from castlora.maps.copied_start import copied_start, gentle_recipe, keep_better_start
+from castlora.maps.scaling import SOLVED_SCALES, TRAINED_SCALES, keep_best_scale
+from castlora.maps.starts import paper_maps
+from castlora.models.loading import best_device, load_model
+from castlora.publishing.manifest import peak_memory_bytes
 from castlora.stages import hold_bare_target, hold_teacher, last_layer_to_solve, start_last_layer, start_student
-from castlora.starts import attach_lora, paper_maps
-from castlora.training import peak_learning_rate, train_student
-from castlora.vocabulary import SharedVocabulary
 
 WITH_TEXT: tuple[Regime, ...] = ("general", "format", "prompts")
 

@@ -9,8 +9,10 @@ import torch
 from peft import PeftModelForCausalLM
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from castlora.adapter_files import open_adapter
-from castlora.adapters import LowRank, read_factors
+from castlora.adapters.factors import LowRank, read_factors
+from castlora.adapters.files import open_adapter
+from castlora.adapters.live import attach_lora, start_from_factors, student_factors
+from castlora.alignment.positions import AlignedPassage
 from castlora.baselines.carry import Carry, carry_weights
 from castlora.baselines.logit_delta import evaluate_logit_delta
 from castlora.baselines.lora_x import attach_constrained, lora_x
@@ -19,25 +21,19 @@ from castlora.baselines.theseus import theseus
 from castlora.bench.grid import Cell, Settings, figures, score
 from castlora.bench.reading import cell_recipe, read_text
 from castlora.bench.trained import WITH_TEXT
-from castlora.completions import encode_completion
 from castlora.config import Recipe, Regime, Tuning
-from castlora.distill import Student, measure_held_out
-from castlora.evaluation import evaluate_model
-from castlora.fitting import collect_moments, ridge_factors
-from castlora.models import best_device, context_length, linear_slots, load_model
+from castlora.distillation.distill import Student, measure_held_out
+from castlora.distillation.teacher import RecordedTeacher
+from castlora.evaluation.accuracy import evaluate_model
+from castlora.evaluation.tasks import TaskItem
+from castlora.maps.fitting import collect_moments, ridge_factors
+from castlora.maps.scaling import SOLVED_SCALES, keep_best_scale
+from castlora.maps.starts import fold_maps, random_maps
+from castlora.model_pair import Models, load_models
+from castlora.models.completions import encode_completion
+from castlora.models.loading import best_device, context_length, load_model
+from castlora.models.modules import linear_slots
 from castlora.plan import Plan
-from castlora.positions import AlignedPassage
-from castlora.scaling import SOLVED_SCALES, keep_best_scale
-from castlora.stages import Models, load_models
-from castlora.starts import (
-    attach_lora,
-    fold_maps,
-    random_maps,
-    start_from_factors,
-    student_factors,
-)
-from castlora.tasks import TaskItem
-from castlora.teacher import RecordedTeacher
 
 _LABELLED_STEPS, _LABELLED_BATCH, _LABELLED_RATE = 400, 32, 4e-3
 """How the constrained adapter is trained on a task's labels: as the zoo's adapters are."""

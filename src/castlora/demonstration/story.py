@@ -12,26 +12,20 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from castlora.completions import generate
+from castlora.adapters.live import load_adapter
 from castlora.config import Tuning
 from castlora.demonstration.bundle import SOURCE, TARGET, DemoSkill, demo_models_path, demo_skill
 from castlora.errors import UserError
-from castlora.evaluation import Evaluation, evaluate_model, load_adapter, skill_of
+from castlora.evaluation.accuracy import Evaluation, evaluate_model
+from castlora.evaluation.measured_tasks import describe_task, skill_of
+from castlora.evaluation.tasks import TaskItem, load_task
 from castlora.lift import Lift, lift_with_interval
-from castlora.measured_tasks import describe_task
-from castlora.models import best_device, load_model
+from castlora.models.completions import generate
+from castlora.models.loading import best_device, load_model
 from castlora.pipeline import TransferResult, transfer
-from castlora.record import REPORT_FILE, record_task
-from castlora.report import (
-    BARE_TARGET,
-    RETRAINED,
-    SOURCE_LORA,
-    TRANSFERRED,
-    Sample,
-    write_report,
-)
-from castlora.runs import read_run
-from castlora.tasks import TaskItem, load_task
+from castlora.publishing.record import REPORT_FILE, record_task
+from castlora.publishing.runs import read_run
+from castlora.report import BARE_TARGET, RETRAINED, SOURCE_LORA, TRANSFERRED, Sample, write_report
 
 logger = logging.getLogger("castlora")
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from castlora.formatting import is_interval, is_number, number, percent, percent_interval, score, score_interval
 from castlora.report import figures
 from castlora.report.contents import BARE_TARGET, TRANSFERRED, Report, Score
+from castlora.report.formatting import is_interval, is_number, number, percent, percent_interval, score, score_interval
 from castlora.report.verdict import Verdict, verdict
 
 LOSS_HEIGHT = 280

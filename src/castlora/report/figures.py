@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from castlora.formatting import is_interval, is_number, number
+from castlora.report.formatting import is_interval, is_number, number
 
 Series = Sequence[tuple[int, float]]
 

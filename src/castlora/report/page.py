@@ -8,10 +8,19 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from castlora.formatting import MISSING, is_number, number, percent, percent_interval, printable, score, score_interval
 from castlora.report import figures
 from castlora.report.comparison import LOSS_HEIGHT, Comparison, loss_curves, measures
 from castlora.report.contents import AGREEMENT, BARE_TARGET, RETRAINED, SOURCE_LORA, TASK_SCORE, Report, Skill
+from castlora.report.formatting import (
+    MISSING,
+    is_number,
+    number,
+    percent,
+    percent_interval,
+    printable,
+    score,
+    score_interval,
+)
 from castlora.report.verdict import verdict
 from castlora.report.views import CHANGE_LEVELS, change_view, sample_view, skill_view
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from castlora.formatting import MISSING
+from castlora.report.formatting import MISSING
 
 _INPUTS = {
     "source model": ("source", "name"),

@@ -4,17 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from castlora.formatting import is_interval, is_number, number, percent, percent_interval, score, score_interval
 from castlora.lift import COUNTABLE_GAIN, Lift
-from castlora.report.contents import (
-    BARE_TARGET,
-    RETRAINED,
-    TRANSFERRED,
-    Distillation,
-    Imitation,
-    Report,
-    Skill,
-)
+from castlora.report.contents import BARE_TARGET, RETRAINED, TRANSFERRED, Distillation, Imitation, Report, Skill
+from castlora.report.formatting import is_interval, is_number, number, percent, percent_interval, score, score_interval
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from castlora.formatting import Comparison, Span, compare, is_number, number
 from castlora.lift import COUNTABLE_GAIN
 from castlora.report import figures
 from castlora.report.contents import (
@@ -19,6 +18,7 @@ from castlora.report.contents import (
     Score,
     Skill,
 )
+from castlora.report.formatting import Comparison, Span, compare, is_number, number
 
 LONGEST_TEXT = 4000
 CHANGE_LEVELS = (0.1, 0.5, 2.0, 8.0)

@@ -1,0 +1,1 @@
+"""Training target + LoRA to predict what source + LoRA does."""

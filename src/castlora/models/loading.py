@@ -1,0 +1,220 @@
+"""Base models: loading them safely, and what their configurations say of them."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.import_utils import is_bitsandbytes_available
+
+from castlora.config import Bits
+from castlora.errors import UserError, first_line
+from castlora.execution.processes import this_process
+from castlora.models.modules import layer_index
+
+logger = logging.getLogger("castlora")
+
+LIBRARY_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError, re.error, HFValidationError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers and PEFT raise on values that they do not expect in a file."""
+_MOST_LAYERS = 10_000
+_STORED_BITS: dict[Bits, float] = {4: 4.5, 8: 8.0}
+"""Bits of a quantized weight in memory; NF4 has a scale of 32 bits for each block of 64."""
+
+
+def load_config(
+    name_or_path: str, revision: str | None = None, remedy: str = "give a model folder or a hub id"
+) -> PreTrainedConfig:
+    """The configuration of a decoder-only model, without its weights.
+
+    Args:
+        name_or_path: folder or hub id
+        revision: of the hub id
+        remedy: what to do where it cannot be found
+
+    Raises:
+        UserError: the model cannot be found or is not a decoder-only language model.
+    """
+    is_hub_id = name_or_path.count("/") < 2 and not name_or_path.startswith(("/", ".", "~"))
+    if not is_hub_id and not Path(name_or_path).is_dir():
+        raise UserError(f"Model {name_or_path!r} is not a folder; {remedy}.")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    except LIBRARY_ERRORS as error:
+        raise UserError(
+            f"Model {name_or_path!r}: cannot read a config.json that transformers knows ({first_line(error)}); "
+            f"{remedy}."
+        ) from error
+    architectures: Any = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")]
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise UserError(f"Model {name_or_path!r}: architectures in config.json is no list of names; copy it again.")
+    is_decoder = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    if config.is_encoder_decoder or not is_decoder:
+        raise UserError(
+            f"Model {name_or_path!r} ({', '.join(architectures)}) is not a decoder-only language model; "
+            "castlora needs one whose architecture ends in ForCausalLM or LMHeadModel."
+        )
+    return config
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a model.
+
+    Raises:
+        UserError: there is none, or it has no fast form (byte alignment needs one).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    except Exception as error:  # What the tokenizers library raises has no type of its own.
+        raise UserError(
+            f"Tokenizer of {name_or_path!r} cannot be read ({first_line(error)}); put tokenizer.json beside the model."
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"Tokenizer of {name_or_path!r} has no fast form; convert it to a tokenizer.json first.")
+    return tokenizer
+
+
+def load_model(
+    name_or_path: str, revision: str | None = None, device: torch.device | str = "cpu", bits: Bits | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Loads a base model from safetensors, and its fast tokenizer.
+
+    The weights are fp32 on a processor and bf16 on an accelerator; those of the layers are
+    quantized with `bits`, or where the model was saved so.
+
+    Raises:
+        UserError: the model cannot be found, is damaged or incomplete, holds NaN, or is not a decoder, or
+            bitsandbytes is needed and missing.
+    """
+    if bits and not is_bitsandbytes_available():
+        raise UserError(f"Weights of {bits} bits need bitsandbytes; pip install 'castlora[quantized]'.")
+    config = load_config(name_or_path, revision)
+    dtype = dtype_on(torch.device(device))
+    is_quantized = bits is not None or "quantization_config" in config.to_dict()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            config=config,
+            revision=revision,
+            dtype=dtype,
+            quantization_config=_quantization(bits, dtype) if bits else None,
+            device_map={"": device} if is_quantized else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except LIBRARY_ERRORS as error:
+        raise UserError(
+            f"Weights of {name_or_path!r} cannot be read ({first_line(error)}); "
+            "the folder needs complete safetensors files."
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    loading: dict[str, Any] = loaded[1]
+    broken = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    if broken:
+        raise UserError(
+            f"Weights of {name_or_path!r} lack or misfit {broken[0]!r} ({len(broken)} tensors); "
+            "download the model again or fix its config.json."
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"Weights of {name_or_path!r} hold NaN or infinity in {name!r}; use an intact checkpoint.")
+    logger.debug("Loaded %s in %s on %s", public_name(name_or_path), f"{bits} bits" if bits else dtype, device)
+    tokenizer = load_tokenizer(name_or_path, revision)
+    if is_quantized and is_bitsandbytes_available():
+        _let_gradients_through(model)
+    # bitsandbytes lets nobody move weights of 8 bits.
+    return model.eval() if is_quantized else model.eval().to(device=torch.device(device)), tokenizer
+
+
+def _quantization(bits: Bits, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4, in which QLoRA (arXiv 2305.14314) trains, or LLM.int8 (arXiv 2208.07339)."""
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _let_gradients_through(model: PreTrainedModel) -> None:
+    """Keeps bitsandbytes from the form of 4-bit weights for some processors that has no backward pass."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """The dtype of base models there."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def best_device() -> torch.device:
+    """Where models go: the accelerator of this process if there is one."""
+    return this_process().device
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: every module and shape, no weights.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    layers = config.num_hidden_layers
+    if layers > _MOST_LAYERS:
+        raise UserError(f"num_hidden_layers of {config.name_or_path!r} is {layers}; check its config.json.")
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except LIBRARY_ERRORS as error:
+        raise UserError(
+            f"config.json of {config.name_or_path!r} describes no model that can be built ({first_line(error)}); "
+            "copy it again."
+        ) from error
+    return model
+
+
+def weight_bytes(config: PreTrainedConfig, bytes_per_number: int, bits: Bits | None = None) -> int:
+    """Memory of a model's weights.
+
+    Args:
+        config: of the model
+        bytes_per_number: of weights that are not quantized
+        bits: of the matrices in its layers, if bitsandbytes quantizes them
+    """
+    model = skeleton(config)
+    numbers = int(model.num_parameters())
+    if bits is None:
+        return numbers * bytes_per_number
+    quantized = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and layer_index(name) is not None
+    )
+    return (numbers - quantized) * bytes_per_number + round(quantized * _STORED_BITS[bits] / 8)
+
+
+def public_name(name_or_path: str) -> str:
+    """A name that may be written into files: a hub id as it is, a local folder by its last component."""
+    return Path(name_or_path).resolve().name if Path(name_or_path).exists() else name_or_path
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Positions that the model was made for; transformers maps `n_positions` and its like to this name."""
+    return int(config.max_position_embeddings)

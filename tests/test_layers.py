@@ -1,0 +1,60 @@
+"""The order of the package: what each part may import, from the ground up."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "castlora"
+LAYERS = """
+    errors
+    config
+    execution
+    text
+    alignment
+    models
+    adapters
+    plan
+    model_pair
+    teaching
+    distillation
+    maps
+    lift
+    report
+    evaluation
+    baselines
+    publishing
+    scoring stages
+    reading inspection steering
+    pipeline
+    several
+    demonstration
+    bench
+    commands
+    cli
+    __main__
+""".split("\n")[1:-1]
+HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer.split()}
+PARTS = sorted(path.stem for path in PACKAGE.iterdir() if path.name not in {"__init__.py", "__pycache__", "py.typed"})
+
+
+def imported_parts(part: str) -> set[str]:
+    """Parts of the package that the files of one of them import, inside functions too."""
+    place = PACKAGE / part
+    imported = set()
+    for path in place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "castlora":
+                imported |= {name.name for name in node.names} & set(PARTS)
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("castlora."):
+                imported.add(node.module.split(".")[1])
+    return imported - {part}
+
+
+def test_every_part_has_its_layer():
+    assert sorted(HEIGHT) == PARTS
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_no_part_imports_what_stands_above_it_or_beside_it(part):
+    assert {name for name in imported_parts(part) if HEIGHT[name] >= HEIGHT[part]} == set()
