@@ -1,5 +1,6 @@
 import math
 import random
+from collections import Counter
 
 import pytest
 import tiny
@@ -12,13 +13,16 @@ from castlora.models import completions
 from castlora.teaching import format_search
 from castlora.teaching.answers import prompt_batches, share_that_ends
 from castlora.teaching.format_search import (
+    FILLINGS,
     discounted,
     find_formats,
     may_begin_answer,
     near_best,
     settled_effect,
     settled_share,
+    tokens_to_search,
 )
+from castlora.teaching.selection import next_token_probabilities
 from castlora.text.passages import GENERIC_FORMATS, Passage
 
 KNOWN = "{text}\nThis is"
@@ -130,6 +134,28 @@ def search(taught, formats: list[str], fillings: list[str], longest: int = 80) -
 def test_the_format_of_the_training_is_found_among_others(taught, monkeypatch, batch_tokens):
     monkeypatch.setattr(completions, "_BATCH_TOKENS", batch_tokens)
     assert search(taught, [*OTHERS, KNOWN], list(tiny.sentences(64, seed=5)))[0] == KNOWN
+
+
+def test_the_forecast_of_a_search_is_what_it_reads_and_writes_at_most(taught, monkeypatch):
+    counted = Counter()
+
+    def predict(model, tokenizer, group):
+        counted["read"] += len(group.passages)
+        return next_token_probabilities(model, tokenizer, group)
+
+    def share(model, tokenizer, groups, ends, longest):
+        counted["written"] += sum(len(group.passages) for group in groups)
+        return 1.0
+
+    monkeypatch.setattr(format_search, "next_token_probabilities", predict)
+    monkeypatch.setattr(format_search, "share_that_ends", share)
+    formats = [f"{{text}}\n{noun} {verb}" for noun in tiny.NOUNS for verb in tiny.VERBS]
+    search(taught, formats, list(tiny.sentences(FILLINGS, seed=5)))
+    read, written = counted["read"], counted["written"]
+    assert tokens_to_search(60, 40, 10) >= 40 * read + 50 * written > 0
+    # No generic format is among these; the forecast has all of them read again, and answered.
+    generic = len(GENERIC_FORMATS)
+    assert tokens_to_search(60, 40, 10) == 40 * (read + 2 * FILLINGS * generic) + 50 * 16 * (32 + generic)
 
 
 def test_answers_end_at_an_end_and_in_time(taught):

@@ -23,6 +23,7 @@ from castlora.plan import Plan, describe_beyond, plan_transfer
 from castlora.publishing.licences import describe_licences, read_licences
 from castlora.publishing.manifest import command_line, describe_pairing
 from castlora.stages import HELD_OUT_REHEARSED, STATISTICS_PASSAGES
+from castlora.teaching.format_search import tokens_to_search
 
 _PROMPT_TOKENS = 48
 """A sentence in a prompt format."""
@@ -199,6 +200,8 @@ class _Forecast:
     steps: int
     batch_size: int
     seconds: float
+    searching_seconds: float
+    """Before the first step, where source + LoRA is asked which prompt formats it listens to."""
     candidate_prompts: int
     """Prompts made of general text that source + LoRA reads before the first step."""
     reading_seconds: float
@@ -228,10 +231,12 @@ def _forecast(plan: Plan, steps: int, batch_size: int, loading: Loading) -> _For
     candidates = (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.candidates
     written = DEFAULT.rehearsal_passages + HELD_OUT_REHEARSED
     prompts = candidates * _PROMPT_TOKENS + (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.answer_tokens
+    searched = tokens_to_search(DEFAULT.format_candidates, _PROMPT_TOKENS, DEFAULT.answer_tokens)
     return _Forecast(
         steps,
         batch_size,
         seconds=operations / (_UTILISATION * rate),
+        searching_seconds=2 * source_count * searched / (_UTILISATION * rate),
         candidate_prompts=candidates,
         reading_seconds=2 * source_count * prompts / (_UTILISATION * rate),
         rehearsed_passages=written,
@@ -289,7 +294,9 @@ def _say_forecast(forecast: _Forecast) -> str:
         f"and {forecast.disk_bytes / 2**30:.2f} GiB of disk while it runs. "
         f"Before, source + LoRA reads {forecast.candidate_prompts} candidate prompts and writes answers: about "
         f"{_duration(forecast.reading_seconds)}, less where --prompts are given; and the target writes "
-        f"{forecast.rehearsed_passages} passages to rehearse: about {_duration(forecast.writing_seconds)}."
+        f"{forecast.rehearsed_passages} passages to rehearse: about {_duration(forecast.writing_seconds)}. "
+        f"Where neither prompts nor their format are given, it is first asked in {DEFAULT.format_candidates} formats: "
+        f"about {_duration(forecast.searching_seconds)}."
     )
 
 

@@ -129,6 +129,20 @@ class _Asked:
         return torch.cat([next_token_probabilities(self.teacher, self.tokenizer, group) for group in groups])
 
 
+def tokens_to_search(formats: int, prompt_tokens: int, answer_tokens: int) -> int:
+    """How many tokens the source reads and writes at most in `find_formats`.
+
+    Args:
+        formats: that are tried
+        prompt_tokens: of a filled format
+        answer_tokens: of the longest answer
+    """
+    again = _SHORTLIST + len(GENERIC_FORMATS)
+    # Each prompt is read with the adapter and without it.
+    read = 2 * prompt_tokens * (formats * _FIRST_FILLINGS + again * FILLINGS)
+    return read + again * _FIRST_FILLINGS * (prompt_tokens + answer_tokens)
+
+
 @torch.no_grad()
 def find_formats(
     teacher: PeftModel,
