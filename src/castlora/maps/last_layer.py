@@ -18,7 +18,7 @@ from castlora.distillation.objective import chunk_log_probabilities, class_log_p
 from castlora.distillation.rehearsal import PASSAGES_PER_REHEARSED, Rehearsal
 from castlora.distillation.teacher import Predictions, Teacher
 from castlora.maps.readout import Places, Tail, solve_readout
-from castlora.models.capture import capture, change_output
+from castlora.models.capture import capture, change_output, final_norm
 from castlora.models.modules import LinearSlot
 
 logger = logging.getLogger("castlora")
@@ -103,12 +103,12 @@ def find_last_layer(model: PreTrainedModel, slots: Mapping[str, LinearSlot]) -> 
     """
     last = max(slot.layer for slot in slots.values())
     names = [slot.name for slot in slots.values() if slot.layer == last and slot.roles == ("down",)]
-    norm = _final_norm(model)
+    ids = torch.tensor(_EXAMPLE, device=model.device)
+    norm = final_norm(model, ids)
     head = model.get_output_embeddings()
     # Quantized weights cannot be multiplied as they are.
     if len(names) != 1 or norm is None or not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         return None
-    ids = torch.tensor(_EXAMPLE, device=model.device)
     with capture(model, [norm]) as before:
         logits = model(input_ids=ids, use_cache=False).logits
     hidden, normed = before[norm].inputs, before[norm].outputs
@@ -215,28 +215,6 @@ def _next_taught(predicted: Predictions, batch: Batch) -> Tensor:
 def _is_answered(batch: Batch) -> Tensor:
     """Aligned positions of answers, shape (batch, aligned); those inside prompts may weigh less than 1."""
     return batch["weights"] == 1
-
-
-def _final_norm(model: PreTrainedModel) -> str | None:
-    """The module whose output the output head reads."""
-    outputs: dict[str, object] = {}
-    read: list[Tensor] = []
-
-    def keep(name: str) -> object:
-        return lambda _module, _inputs, output: outputs.__setitem__(name, output)
-
-    head = model.get_output_embeddings()
-    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
-    handles = [module.register_forward_hook(keep(name)) for name, module in leaves if module is not head]
-    handles.append(head.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0])))
-    try:
-        model(input_ids=torch.tensor(_EXAMPLE, device=model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    # What the head reads is a view, cut to the tokens whose logits are asked for.
-    tensors = ((name, output) for name, output in outputs.items() if isinstance(output, Tensor))
-    return next((name for name, output in tensors if output.data_ptr() == read[0].data_ptr()), None)
 
 
 def _is_near(found: Tensor, expected: Tensor) -> bool:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @dataclass
@@ -63,3 +64,33 @@ def change_output(model: nn.Module, name: str, change: Callable[[Tensor], Tensor
         yield
     finally:
         handle.remove()
+
+
+def final_norm(model: PreTrainedModel, ids: Tensor) -> str | None:
+    """The module whose output the output head reads, or None where the head reads no module's output as it is.
+
+    Args:
+        model: a causal language model
+        ids: tokens to try it with, shape (batch, tokens)
+
+    Returns:
+        module path
+    """
+    outputs: dict[str, object] = {}
+    read: list[Tensor] = []
+
+    def keep(name: str) -> object:
+        return lambda _module, _inputs, output: outputs.__setitem__(name, output)
+
+    head = model.get_output_embeddings()
+    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
+    handles = [module.register_forward_hook(keep(name)) for name, module in leaves if module is not head]
+    handles.append(head.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0])))
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # What the head reads is a view, cut to the tokens whose logits are asked for.
+    tensors = ((name, output) for name, output in outputs.items() if isinstance(output, Tensor))
+    return next((name for name, output in tensors if output.data_ptr() == read[0].data_ptr()), None)
