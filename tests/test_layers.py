@@ -41,14 +41,15 @@ PARTS = sorted(path.stem for path in PACKAGE.iterdir() if path.name not in {"__i
 def imported_parts(part: str) -> set[str]:
     """Parts of the package that the files of one of them import, inside functions too."""
     place = PACKAGE / part
-    imported = set()
+    imported: list[str] = []
     for path in place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module == "castlora":
-                imported |= {name.name for name in node.names} & set(PARTS)
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("castlora."):
-                imported.add(node.module.split(".")[1])
-    return imported - {part}
+            if isinstance(node, ast.Import):
+                imported += [name.name for name in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path} imports relatively"
+                imported += [f"{node.module}.{name.name}" for name in node.names]
+    return {name.split(".")[1] for name in imported if name.startswith("castlora.")} & set(PARTS) - {part}
 
 
 def test_every_part_has_its_layer():
