@@ -3,13 +3,14 @@
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
+
+from torch.distributed import TCPStore
 
 from castlora.cli import main
 from castlora.evaluation import verification
@@ -32,6 +33,9 @@ CHECKED_HERE = SimpleNamespace(run=_check)
 
 class Started:
     """A process and the files that hold what it says."""
+
+    meeting_place: TCPStore | None = None
+    """Of several that were launched together; it is there as long as something holds it."""
 
     def __init__(self, folder: Path, call: Callable[..., None], *arguments: object, **environment: object) -> None:
         """Starts it.
@@ -73,13 +77,15 @@ def run_castlora(*words: object) -> None:
 
 def launched(folder: Path, count: int, call: Callable[..., None], *arguments: object) -> list[Started]:
     """Processes that are told of each other as torchrun tells those that it starts; none is ended for another."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        together = {"MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1]}
+    meeting_place = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    together = {"MASTER_ADDR": "localhost", "MASTER_PORT": meeting_place.port, "TORCHELASTIC_USE_AGENT_STORE": True}
     together |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    return [
+    started = [
         Started(folder / str(rank), call, *arguments, **together, RANK=rank, LOCAL_RANK=rank) for rank in range(count)
     ]
+    for one in started:
+        one.meeting_place = meeting_place
+    return started
 
 
 def finish(started: list[Started]) -> None:

@@ -20,7 +20,7 @@ from castlora.cli import main
 from castlora.config import Tuning
 from castlora.execution import launcher, processes
 from castlora.execution.launcher import environment_of_its_own, wait_for_turn
-from castlora.execution.processes import Process, share_of_batch
+from castlora.execution.processes import share_of_batch
 
 TESTS = Path(__file__).parent
 STATE = ".castlora"
@@ -242,7 +242,8 @@ def test_a_defect_is_shown_when_others_have_had_their_say(as_process, monkeypatc
 
 
 def test_a_batch_is_shared_equally_or_not_at_all(monkeypatch):
-    monkeypatch.setattr(processes, "this_process", lambda: Process(1, 3, torch.device("cpu")))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(processes, "PartialState", lambda **_settings: pytest.fail("it joined the others"))
     assert share_of_batch(12) == 4
     with pytest.raises(UserError, match="batch_size is 16, which 3 processes cannot share equally; give a multiple"):
         share_of_batch(16)

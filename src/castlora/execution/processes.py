@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from torch import Tensor
 
 from castlora.errors import UserError
-from castlora.execution.launcher import is_launched
+from castlora.execution.launcher import is_launched, process_count
 
 _LONGEST_WAIT = timedelta(days=7)
 """While the main process chooses text or compares answers, the others wait. Where it ends, the launcher ends them."""
@@ -86,12 +86,12 @@ def from_all(found: _Found) -> list[_Found]:
 
 
 def share_of_batch(batch_size: int) -> int:
-    """Passages of each batch that one process reads.
+    """Passages of each batch that one process reads; each finds bad input alone, since it need not join the others.
 
     Raises:
         UserError: the processes cannot share a batch equally.
     """
-    count = this_process().count
+    count = process_count()
     if batch_size % count:
         raise UserError(
             f"batch_size is {batch_size}, which {count} processes cannot share equally; give a multiple of {count}."
