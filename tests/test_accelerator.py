@@ -63,7 +63,7 @@ def test_the_model_on_the_accelerator_reads_first(paired):
     found = solve_in_parts(
         source, target, pairing, factors, text, lambda some: ridge_maps(some, pairing, 0.1), **options
     )
-    parts = len(list(fitting.parts_of(pairing, factors, 1)))
+    parts = len(list(fitting.parts_of(pairing, fitting.input_widths(factors), 1)))
     assert sum(side != before for before, side in zip(["", *used], used, strict=False)) == parts + 1
     for key, maps in expected.items():
         torch.testing.assert_close(found[key].to_source, maps.to_source, rtol=1e-3, atol=1e-4)

@@ -17,7 +17,8 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 
 from castlora.lift import Lift
 from castlora.models.loading import _quantization
-from castlora.publishing.card import is_hub_id, make_card, public_command, public_name, write_card
+from castlora.publishing.card import make_card, write_card
+from castlora.publishing.names import is_hub_id, public_command, public_name
 from castlora.report import BARE_TARGET, RETRAINED, TRANSFERRED, Score, Skill
 from castlora.report.formatting import percent
 

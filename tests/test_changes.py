@@ -49,7 +49,11 @@ def models(base_model, adapter):
         spelled = [ByteTokenizer.from_tokenizer(tokenizer) for tokenizer in tokenizers]
         sizes = teacher.config.vocab_size, student.config.vocab_size
         shared = SharedVocabulary.of(*spelled, *sizes)
-        loaded = Models(teacher.get_base_model(), teacher, student.get_base_model(), *tokenizers, *spelled, shared)
+        loaded = Models(
+            source=teacher.get_base_model(), teacher=teacher, target=student.get_base_model(), shared=shared,
+            source_tokenizer=tokenizers[0], target_tokenizer=tokenizers[1],
+            source_bytes=spelled[0], target_bytes=spelled[1],
+        )  # fmt: skip
         return loaded, student
 
     return make

@@ -7,6 +7,7 @@ import torch
 from castlora.maps.fitting import (
     collect_moments,
     input_site,
+    input_widths,
     parts_of,
     ridge_factors,
     ridge_maps,
@@ -135,16 +136,16 @@ def test_statistics_have_the_size_that_parts_are_planned_by(paired):
     moments = collect_moments(source, model, pairing, tiny.aligned("phi3", "llama", 5))
     squares = [one for of_kind in (moments.inputs, moments.outputs) for one in of_kind.values()]
     size = sum(matrix.nbytes for one in squares for matrix in (one.xx, one.yx))
-    assert statistics_bytes(pairing.mapped, factors) == size
+    assert statistics_bytes(pairing.mapped, input_widths(factors)) == size
     of_layer = [pair for pair in pairing.mapped if pair.target.layer == 0]
-    per_layer = statistics_bytes(of_layer, factors)
-    parts = list(parts_of(pairing, factors, 2 * per_layer))
+    per_layer = statistics_bytes(of_layer, input_widths(factors))
+    parts = list(parts_of(pairing, input_widths(factors), 2 * per_layer))
     assert [sorted({pair.target.layer for pair in part.mapped}) for part in parts] == [[0, 1], [2]]
-    smallest = list(parts_of(pairing, factors, 1))
+    smallest = list(parts_of(pairing, input_widths(factors), 1))
     reading_the_same = [sorted(pair.target.name.split(".")[-1] for pair in part.mapped) for part in smallest]
     assert reading_the_same == 3 * [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     for cut in (parts, smallest):
         assert sorted(pair.target.name for part in cut for pair in part.mapped) == sorted(
             pair.target.name for pair in pairing.mapped
         )
-    assert len(list(parts_of(pairing, factors, size))) == 1
+    assert len(list(parts_of(pairing, input_widths(factors), size))) == 1

@@ -25,7 +25,7 @@ LAYERS = """
     baselines
     publishing
     scoring stages
-    reading inspection steering
+    reading inspection steering bridge
     pipeline
     several
     demonstration

@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from castlora.adapters.conversion import convert
     from castlora.adapters.portable import check_portable
+    from castlora.bridge.cast_maps import CastMaps, translate
+    from castlora.bridge.fit import fit, merge_statistics
     from castlora.errors import UserError
     from castlora.inspection import inspect
     from castlora.maps.cast_layer import CastLayer
@@ -22,23 +24,27 @@ if TYPE_CHECKING:
     from castlora.teaching.curriculum import teach
 
 __all__ = [
-    "CastLayer", "UserError", "__version__", "check_portable", "convert", "evaluate", "inspect", "push",
-    "report_runs", "steer", "teach", "transfer", "transfer_to_each",
+    "CastLayer", "CastMaps", "UserError", "__version__", "check_portable", "convert", "evaluate", "fit", "inspect",
+    "merge_statistics", "push", "report_runs", "steer", "teach", "transfer", "transfer_to_each", "translate",
 ]  # fmt: skip
 
 _HOMES = {
     "CastLayer": "castlora.maps.cast_layer",
+    "CastMaps": "castlora.bridge.cast_maps",
     "UserError": "castlora.errors",
     "check_portable": "castlora.adapters.portable",
     "convert": "castlora.adapters.conversion",
     "evaluate": "castlora.scoring",
+    "fit": "castlora.bridge.fit",
     "inspect": "castlora.inspection",
+    "merge_statistics": "castlora.bridge.fit",
     "push": "castlora.publishing.hub",
     "report_runs": "castlora.publishing.runs",
     "steer": "castlora.steering",
     "teach": "castlora.teaching.curriculum",
     "transfer": "castlora.pipeline",
     "transfer_to_each": "castlora.several",
+    "translate": "castlora.bridge.cast_maps",
 }
 
 

@@ -19,11 +19,14 @@ from castlora.errors import BAD_INPUT, UserError
 from castlora.execution.launcher import is_launched, is_main, process_count, wait_for_turn
 
 INTERRUPTED = 130
+_REPEATED = {"transfer": "--target", "translate": "--adapter"}
+"""The option of a command that can be given several times."""
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
-_SHARED = ("transfer",)
+_SHARED = ("transfer", "fit")
 """Commands that several processes can run together."""
 _WITHOUT_OPTION: dict[str, dict[str, Any]] = {
     "runs": {"nargs": "+", "metavar": "RUN", "help": "folder that castlora transfer wrote"},
+    "shards": {"nargs": "+", "metavar": "SHARD", "help": "folder that castlora fit --shard wrote"},
     "folder": {"metavar": "FOLDER", "type": str, "help": "folder of a PEFT LoRA"},
 }
 """Parameters that take the words of a command that follow no option."""
@@ -203,8 +206,8 @@ def _underscored(word: str) -> str:
 
 
 def _gathered(words: Sequence[str]) -> list[str]:
-    """The words of a command; of transfer the targets after the first are added to it, and do not replace it."""
-    command = next((word for word in words if not word.startswith("-")), None)
-    targets = [index for index, word in enumerate(words) if word.partition("=")[0] == "--target"]
-    added = targets[1:] if command == "transfer" else []
-    return [word.replace("--target", "--target+", 1) if index in added else word for index, word in enumerate(words)]
+    """The words of a command; further values of an option that can be repeated are added, and do not replace it."""
+    command = next((word for word in words if not word.startswith("-")), "")
+    option = _REPEATED.get(command)
+    given = [index for index, word in enumerate(words) if word.partition("=")[0] == option]
+    return [re.sub(r"^--\w+", r"\g<0>+", word) if index in given[1:] else word for index, word in enumerate(words)]

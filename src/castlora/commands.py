@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from castlora.bridge.commands import BRIDGE_COMMANDS
 from castlora.config import Bits, Form, RecipeName, Start, TextTuning, Tracker, Tuning
 from castlora.execution.launcher import is_main
 
@@ -234,17 +235,24 @@ def _convert(adapter: str, to: Form, out: str, base: str | None = None, llama_cp
 
 
 def _push(adapter: str, repo: str, private: bool = False, report: bool = False) -> None:
-    """Uploads an adapter that transfer wrote to the hub, with its card and manifest.
+    """Uploads an adapter or a bridge to the hub, with its card and what was done to make it.
 
     Args:
-        adapter: folder that castlora transfer wrote
+        adapter: folder that castlora transfer, translate or fit wrote
         repo: OWNER/NAME; made if there is none
         private: whether a new repository is private
         report: whether report.html goes along, which shows some of the prompts
     """
+    from pathlib import Path
+
+    from castlora.bridge.cast_maps import CastMaps
+    from castlora.bridge.files import BRIDGE_FILE
     from castlora.publishing.hub import push as run
 
-    print(run(adapter, repo, private, report))
+    if (Path(adapter) / BRIDGE_FILE).is_file():
+        print(CastMaps.load(adapter).push(repo, private))
+    else:
+        print(run(adapter, repo, private, report))
 
 
 def _steer(
@@ -335,6 +343,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": _convert,
     "push": _push,
     "report": _report,
+    **BRIDGE_COMMANDS,
     "steer": _steer,
     "demo": _demo,
 }

@@ -17,6 +17,8 @@ Regime = Literal["none", "general", "format", "prompts"]
 """What a method may read: weights alone, general text, text in the adapter's prompt format, or unlabelled prompts."""
 Form = Literal["peft", "mlx", "merged", "gguf", "safetensors"]
 """Forms that an adapter can be written in."""
+Role = Literal["q", "k", "v", "o", "gate", "up", "down", "fc"]
+"""The part that a linear map plays in a decoder layer; `fc` is the first map of an ungated MLP."""
 ShapeName = Literal["zoo", "1b", "7b", "7b-13b"]
 """Sizes of the models on which speed is measured."""
 REGIMES: tuple[Regime, ...] = ("none", "general", "format", "prompts")

@@ -53,19 +53,16 @@ class Loading:
 IN_FULL = Loading()
 
 
-@dataclass(frozen=True)
-class Models:
-    """Both models. The source carries the adapter; the target is bare until a student is made of it."""
+@dataclass(frozen=True, kw_only=True)
+class BaseModels:
+    """Source and target as they are."""
 
     source: PreTrainedModel
-    """The base model inside the teacher; the teacher's adapter acts in it unless it is disabled."""
-    teacher: PeftModel
     target: PreTrainedModel
     source_tokenizer: PreTrainedTokenizerFast
     target_tokenizer: PreTrainedTokenizerFast
     source_bytes: ByteTokenizer
     target_bytes: ByteTokenizer
-    shared: SharedVocabulary
     low_memory: bool = False
     """Whether the accelerator holds only the model in use, and the target's activations are not kept for the way back.
     """
@@ -85,6 +82,41 @@ class Models:
             for model in (self.source, self.target):
                 self.offloading.move(model, torch.device("cpu"))
             clear_device_cache()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models(BaseModels):
+    """Both models. The source carries the adapter; the target is bare until a student is made of it."""
+
+    teacher: PeftModel
+    """The source with the adapter, which acts in the source itself unless it is disabled."""
+    shared: SharedVocabulary
+
+
+def load_base_models(source: str, target: str, low_memory: bool) -> BaseModels:
+    """Loads both models without any adapter.
+
+    Args:
+        source: folder or hub id
+        target: folder or hub id
+        low_memory: whether the accelerator holds one of them at a time
+    """
+    device = best_device()
+    model, tokenizer = load_model(source, None, device)
+    offloading = Offloading()
+    if low_memory:
+        offloading.move(model, torch.device("cpu"))
+    target_model, target_tokenizer = load_model(target, None, device)
+    return BaseModels(
+        source=model,
+        target=target_model,
+        source_tokenizer=tokenizer,
+        target_tokenizer=target_tokenizer,
+        source_bytes=ByteTokenizer.from_tokenizer(tokenizer),
+        target_bytes=ByteTokenizer.from_tokenizer(target_tokenizer),
+        low_memory=low_memory,
+        offloading=offloading,
+    )
 
 
 def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
@@ -107,9 +139,17 @@ def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
     shared = SharedVocabulary.of(
         source_bytes, target_bytes, plan.source_config.vocab_size, plan.target_config.vocab_size, source_ends
     )
-    spelled = source_bytes, target_bytes
     return Models(
-        source, teacher, target, source_tokenizer, target_tokenizer, *spelled, shared, loading.low_memory, offloading
+        source=source,
+        teacher=teacher,
+        target=target,
+        source_tokenizer=source_tokenizer,
+        target_tokenizer=target_tokenizer,
+        source_bytes=source_bytes,
+        target_bytes=target_bytes,
+        shared=shared,
+        low_memory=loading.low_memory,
+        offloading=offloading,
     )
 
 
@@ -120,7 +160,16 @@ def load_teacher(plan: Plan, bits: Bits | None = None) -> Models:
     spelled = ByteTokenizer.from_tokenizer(tokenizer)
     vocabulary = plan.source_config.vocab_size
     shared = SharedVocabulary.of(spelled, spelled, vocabulary, vocabulary, _source_ends(teacher, tokenizer))
-    return Models(source, teacher, source, tokenizer, tokenizer, spelled, spelled, shared)
+    return Models(
+        source=source,
+        teacher=teacher,
+        target=source,
+        source_tokenizer=tokenizer,
+        target_tokenizer=tokenizer,
+        source_bytes=spelled,
+        target_bytes=spelled,
+        shared=shared,
+    )
 
 
 def _source_ends(teacher: PeftModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
@@ -135,7 +184,7 @@ def _source_ends(teacher: PeftModel, tokenizer: PreTrainedTokenizerFast) -> tupl
 
 
 def align_text(
-    models: Models, passages: Sequence[Passage], recipe: Recipe
+    models: BaseModels, passages: Sequence[Passage], recipe: Recipe
 ) -> tuple[list[AlignedPassage], list[AlignedPassage]]:
     """Passages in both tokenizers, split into training and held-out ones; no variant is held out.
 

@@ -1,8 +1,7 @@
 """The stages of a transfer, each from plain inputs to plain results; `pipeline` strings them together."""
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +19,7 @@ from castlora.distillation.teacher import LiveTeacher, RecordedTeacher, Teacher,
 from castlora.errors import UserError
 from castlora.execution.processes import share_of_batch
 from castlora.execution.recomputation import recompute_activations
-from castlora.maps.cast_layer import balance
+from castlora.maps.cast_layer import cut_to_rank
 from castlora.maps.fitting import SiteMoments, ridge_factors, ridge_maps, solve_in_parts
 from castlora.maps.last_layer import LastLayer, Solution, find_last_layer, solve_last_layer
 from castlora.maps.starts import Maps, fold_maps, paper_maps, parametrize_by_maps
@@ -94,7 +93,7 @@ def start_student(
     solved = {last_layer.module} if last_layer else set()
     peft_model = attach_lora(models.target, {*plan.target_modules, *solved}, rank)
     if folded:
-        factors, cut_loss = _of_rank(folded, rank)
+        factors, cut_loss = cut_to_rank(folded, rank)
         start_from_factors(peft_model, factors)
     elif maps:
         parametrize_by_maps(peft_model, plan.pairing, plan.factors, maps)
@@ -131,28 +130,6 @@ def _solved_start(
         if trains_factors:
             return solve_in_parts(*read, factors, use=use), {}
         return {}, solve_in_parts(*read, maps_of, use=use)
-
-
-def _of_rank(folded: Mapping[str, LowRank], rank: int) -> tuple[dict[str, LowRank], float]:
-    """Balanced factors, cut to their largest singular values where they have more than the rank holds.
-
-    Returns:
-        the factors, and what the cut leaves out as a share of the norm
-    """
-    balanced = {name: balance(lora) for name, lora in folded.items()}
-    cut = {name: LowRank(lora.a[:rank], lora.b[:, :rank]) for name, lora in balanced.items()}
-    largest = max(lora.rank for lora in balanced.values())
-    if largest <= rank:
-        return cut, 0.0
-    whole, kept = _square_of_norm(balanced), _square_of_norm(cut)
-    lost = math.sqrt(max(0.0, 1 - kept / whole)) if whole > 0 else 0.0
-    logger.info("The start is cut from rank %d to %d: %.1f %% of its norm is lost.", largest, rank, 100 * lost)
-    return cut, lost
-
-
-def _square_of_norm(balanced: Mapping[str, LowRank]) -> float:
-    """Of the updates B·A: a singular value is the squared norm of its row of A."""
-    return sum(float(lora.a.double().square().sum(dim=1).square().sum()) for lora in balanced.values())
 
 
 def start_last_layer(

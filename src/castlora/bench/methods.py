@@ -6,11 +6,12 @@ from functools import partial
 from castlora.baselines.cross_lora import cross_lora
 from castlora.baselines.direct_copy import direct_copy
 from castlora.baselines.lora_x import lora_x
+from castlora.bench.bridged import Bridged
 from castlora.bench.trained import Distilled, DistilledNetworks, Labelled, Nonlinear, OtherSkill
 from castlora.bench.untrained import Constrained, LogitDelta, Solved, Weighed
 from castlora.config import Tuning
 
-Method = Distilled | Labelled | Solved | Weighed | Constrained | LogitDelta
+Method = Distilled | Labelled | Solved | Bridged | Weighed | Constrained | LogitDelta
 PLAIN = Tuning(rehearsal_weight=0.0)
 SINGLE = replace(PLAIN, candidates=8, sentences=1)
 RUNNING = replace(PLAIN, write_answers=False)
@@ -44,6 +45,7 @@ METHODS: dict[str, Method] = {
     "closed form": Solved("ridge"),
     "closed form, last layer solved": Distilled("default", "readout", PLAIN, is_trained=False),
     "closed form, last layer solved, rehearsed": Distilled("default", "readout", is_trained=False),
+    "bridge": Bridged(),
     "Theseus": Solved("theseus"),
     "direct copy": Weighed(direct_copy),
     "Cross-LoRA": Weighed(partial(cross_lora, form="aligned")),

@@ -54,7 +54,7 @@ class Solved:
         reading = read_text(settings, cell, recipe)
         plan, models, training, held_out = reading.plan, reading.models, reading.training, reading.held_out
         update = self._solve(plan, models, training, recipe, cell.seed)
-        student = _attach_update(models.target, update)
+        student = attach_update(models.target, update)
         teacher = RecordedTeacher(models.teacher, held_out, with_hidden=False)
         measure = partial(measure_held_out, teacher, examples=held_out, shared=models.shared, recipe=recipe)
         scale = keep_best_scale(student, measure, SOLVED_SCALES)
@@ -89,7 +89,7 @@ class Weighed:
         plan = cell.plan(settings.spec)
         models = load_models(plan)
         update = carry_weights(plan.pairing, plan.factors, plan.source_slots, models.source, models.target, self.carry)
-        model = _attach_update(models.target, update).causal_lm() if update else models.target
+        model = attach_update(models.target, update).causal_lm() if update else models.target
         scored = score(settings.spec, model, models.target_tokenizer, cell.skill)
         return {"carried_modules": [len(update), len(plan.target_modules)], **scored}
 
@@ -106,7 +106,7 @@ class Constrained:
         factors, source_score = _constrained_adapter(settings, cell.source, cell.skill)
         models = load_models(plan)
         update = carry_weights(plan.pairing, factors, plan.source_slots, models.source, models.target, lora_x)
-        model = _attach_update(models.target, update).causal_lm() if update else models.target
+        model = attach_update(models.target, update).causal_lm() if update else models.target
         scored = score(settings.spec, model, models.target_tokenizer, cell.skill)
         carried = [len(update), len(plan.target_modules)]
         return {"carried_modules": carried, "source + constrained adapter": source_score, **scored}
@@ -154,7 +154,7 @@ class LogitDelta:
         )
 
 
-def _attach_update(target: PreTrainedModel, update: Mapping[str, LowRank]) -> Student:
+def attach_update(target: PreTrainedModel, update: Mapping[str, LowRank]) -> Student:
     """The target with a given update as its LoRA."""
     model = attach_lora(target, update, max(lora.rank for lora in update.values()))
     start_from_factors(model, update)

@@ -21,6 +21,8 @@ _REQUEST_FILE = "request.json"
 _SEAL_FILE = "sealed.json"
 _LOCK_FILE = "lock"
 _LAST_FILE = "adapter_config.json"
+_LAST_FILES = (_LAST_FILE, "bridge.json", "statistics.json")
+"""Without it nothing takes a folder for what it is to be."""
 _FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 _DERIVED = ("resolved_recipe", "castlora_version")
 _NEXT_TO_NOTHING = 1 << 20
@@ -77,8 +79,8 @@ class RunDirectory:
             self.out.rmdir()
 
     def publish(self) -> None:
-        """Moves the results into `out`, the file that makes an adapter loadable last, and drops the state."""
-        for path in sorted(self.finished.iterdir(), key=lambda path: path.name == _LAST_FILE):
+        """Moves the results into `out`, the file that makes them loadable last, and drops the state."""
+        for path in sorted(self.finished.iterdir(), key=lambda path: path.name in _LAST_FILES):
             path.replace(self.out / path.name)
         # Whoever is killed here can still say which run it was, and finish it again.
         for path in self.state.iterdir():

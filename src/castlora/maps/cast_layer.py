@@ -3,13 +3,17 @@
 Paper: CAST, arXiv 2510.17902, eq. 1-3: delta = map_from_source · B · A · map_to_source · h_target.
 """
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from castlora.adapters.factors import LowRank
 from castlora.models.modules import Rows
+
+logger = logging.getLogger("castlora")
 
 
 def fold_to_source(a: Tensor, map_to_source: Tensor) -> Tensor:
@@ -132,6 +136,28 @@ def balance(lora: LowRank) -> LowRank:
     root = singular_values.sqrt()
     a, b = root.unsqueeze(-1) * (v_t @ q_a.T), (q_b @ u) * root
     return LowRank(a.to(lora.a.dtype), b.to(lora.b.dtype))
+
+
+def cut_to_rank(folded: Mapping[str, LowRank], rank: int) -> tuple[dict[str, LowRank], float]:
+    """Balanced factors, cut to their largest singular values where they have more than the rank holds.
+
+    Returns:
+        the factors, and what the cut leaves out as a share of the norm
+    """
+    balanced = {name: balance(lora) for name, lora in folded.items()}
+    cut = {name: LowRank(lora.a[:rank], lora.b[:, :rank]) for name, lora in balanced.items()}
+    largest = max(lora.rank for lora in balanced.values())
+    if largest <= rank:
+        return cut, 0.0
+    whole, kept = _square_of_norm(balanced), _square_of_norm(cut)
+    lost = math.sqrt(max(0.0, 1 - kept / whole)) if whole > 0 else 0.0
+    logger.info("The start is cut from rank %d to %d: %.1f %% of its norm is lost.", largest, rank, 100 * lost)
+    return cut, lost
+
+
+def _square_of_norm(balanced: Mapping[str, LowRank]) -> float:
+    """Of the updates B·A: a singular value is the squared norm of its row of A."""
+    return sum(float(lora.a.double().square().sum(dim=1).square().sum()) for lora in balanced.values())
 
 
 class FoldedA(nn.Module):

@@ -90,26 +90,29 @@ def solve_in_parts(
         the solutions of all
     """
     if memory_bytes is None:
-        memory_bytes = min(from_all(_memory_beside(source, target, use)))
+        memory_bytes = memory_beside(source, target, use)
     share = share_of_passages(passages, STATISTICS_BATCH)
     solved: dict[_Key, _Solution] = {}
-    for part in parts_of(pairing, factors, memory_bytes):
+    for part in parts_of(pairing, input_widths(factors), memory_bytes):
         # No name is bound to the statistics, so that they are gone before those of the next part are summed.
-        solved |= solve(_of_all_processes(collect_moments(source, target, part, share, use=use)))
+        solved |= solve(of_all_processes(collect_moments(source, target, part, share, use=use)))
     return solved
 
 
-def parts_of(pairing: Pairing, factors: Mapping[str, LowRank], memory_bytes: int) -> Iterator[Pairing]:
+def parts_of(pairing: Pairing, source_widths: Mapping[str, int], memory_bytes: int) -> Iterator[Pairing]:
     """Parts of a pairing, layer by layer, as many modules as have statistics of that size together.
 
     Modules that read the same inputs stay together.
+
+    Args:
+        pairing: which modules belong together
+        source_widths: how long the inputs of each source module are
+        memory_bytes: what the statistics of a part may take, unless those of one input take more
     """
     part: list[ModulePair] = []
     taken = 0
-    by_layer = sorted(pairing.mapped, key=lambda pair: pair.target.layer)
-    for _, reading_the_same in groupby(by_layer, key=_inputs):
-        pairs = tuple(reading_the_same)
-        needed = statistics_bytes(pairs, factors)
+    for pairs in reading_the_same(pairing):
+        needed = statistics_bytes(pairs, source_widths)
         if part and taken + needed > memory_bytes:
             yield Pairing(tuple(part), pairing.layer_map, ())
             part, taken = [], 0
@@ -118,15 +121,32 @@ def parts_of(pairing: Pairing, factors: Mapping[str, LowRank], memory_bytes: int
     yield Pairing(tuple(part), pairing.layer_map, ())
 
 
-def statistics_bytes(pairs: Iterable[ModulePair], factors: Mapping[str, LowRank]) -> int:
+def reading_the_same(pairing: Pairing) -> Iterator[tuple[ModulePair, ...]]:
+    """The mapped modules, layer by layer, those together that read the same inputs."""
+    by_layer = sorted(pairing.mapped, key=lambda pair: pair.target.layer)
+    for _, pairs in groupby(by_layer, key=_inputs):
+        yield tuple(pairs)
+
+
+def statistics_bytes(pairs: Iterable[ModulePair], source_widths: Mapping[str, int]) -> int:
     """Size of the second moments of some target modules' inputs and outputs."""
+    return _BYTES_PER_SUM * sum(x * (x + y) for x, y in map_shapes(pairs, source_widths))
+
+
+def map_shapes(pairs: Iterable[ModulePair], source_widths: Mapping[str, int]) -> list[tuple[int, int]]:
+    """How many numbers each map of some target modules takes, and how many it makes of them."""
     widths: list[tuple[int, int]] = []
     inputs: dict[InputSite, tuple[int, int]] = {}
     for pair in pairs:
         for branch in pair.branches:
-            inputs[input_site(pair, branch)] = pair.target.d_in, factors[branch.source_module].a.shape[1]
+            inputs[input_site(pair, branch)] = pair.target.d_in, source_widths[branch.source_module]
             widths.append((len(row_numbers(branch.source_rows)), len(row_numbers(branch.target_rows))))
-    return _BYTES_PER_SUM * sum(x * (x + y) for x, y in [*inputs.values(), *widths])
+    return [*inputs.values(), *widths]
+
+
+def input_widths(factors: Mapping[str, LowRank]) -> dict[str, int]:
+    """How long the inputs of each adapted module are."""
+    return {name: lora.a.shape[1] for name, lora in factors.items()}
 
 
 def ridge_maps(moments: SiteMoments, pairing: Pairing, ridge: float) -> Maps:
@@ -330,19 +350,19 @@ def memory_for_statistics(model: nn.Module) -> int:
     return int(_SHARE_FOR_SUMS * of_machine / local_process_count())
 
 
-def _memory_beside(source: nn.Module, target: nn.Module, use: Use | None) -> int:
-    """Bytes for statistics, beside the larger model where only one of them can be on the accelerator."""
+def memory_beside(source: nn.Module, target: nn.Module, use: Use | None) -> int:
+    """Bytes for statistics, beside the larger model where only one can be on the accelerator; in any process."""
     if use is None:
-        return memory_for_statistics(target)
+        return min(from_all(memory_for_statistics(target)))
     free = []
     sides: tuple[tuple[Side, nn.Module], ...] = (("source", source), ("target", target))
     for side, model in sides:
         use(side)
         free.append(memory_for_statistics(model))
-    return min(free)
+    return min(from_all(min(free)))
 
 
-def _of_all_processes(moments: SiteMoments) -> SiteMoments:
+def of_all_processes(moments: SiteMoments) -> SiteMoments:
     """The sums of the processes, added up in place: there is no room for a second set."""
     for of_site in (*moments.inputs.values(), *moments.outputs.values()):
         for tensor in vars(of_site).values():

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
+
+from castlora.execution.run_directory import write_whole
 
 
 @dataclass
@@ -25,11 +27,13 @@ class Moments:
     """Σ x xᵀ, shape (d_x, d_x)."""
     yx: Tensor
     """Σ y xᵀ, shape (d_y, d_x)."""
+    square_y: Tensor
+    """Σ |y|², shape ()."""
 
     @classmethod
     def zeros(cls, d_x: int, d_y: int, device: torch.device | str = "cpu") -> "Moments":
         """The moments of no positions, on a device that has double precision."""
-        shapes = ((), (d_x,), (d_y,), (d_x, d_x), (d_y, d_x))
+        shapes = ((), (d_x,), (d_y,), (d_x, d_x), (d_y, d_x), ())
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def update(self, x: Tensor, y: Tensor) -> None:
@@ -41,6 +45,7 @@ class Moments:
         self.sum_y += y.sum(0).to(device)
         self.xx += (x.T @ x).to(device)
         self.yx += (y.T @ x).to(device)
+        self.square_y += y.square().sum(1).to(device).double().sum()
 
     def merge(self, other: "Moments") -> "Moments":
         """The moments of both sets of positions together."""
@@ -58,14 +63,29 @@ class Moments:
         """Uncentred moments per position: E[x xᵀ] (d_x, d_x) and E[y xᵀ] (d_y, d_x)."""
         return self.xx / self.count, self.yx / self.count
 
+    def explained_by(self, matrix: Tensor, centred: bool) -> float:
+        """Share of the mean square of y that matrix · x predicts; below 0 where predicting nothing would be better.
+
+        Args:
+            matrix: shape (d_y, d_x)
+            centred: whether x and y are taken from their means
+        """
+        xx, yx = self.covariances() if centred else self.raw()
+        yy = self.square_y / self.count
+        if centred:
+            yy = yy - (self.sum_y / self.count).square().sum()
+        matrix = matrix.to(yx)
+        left = yy - 2 * (matrix * yx).sum() + ((matrix @ xx) * matrix).sum()
+        return float(1 - left / yy.clamp_min(torch.finfo(yy.dtype).tiny))
+
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.count, self.sum_x, self.sum_y, self.xx, self.yx
+        return self.count, self.sum_x, self.sum_y, self.xx, self.yx, self.square_y
 
 
 def save_moments(moments: dict[str, Moments], path: Path) -> None:
-    """Writes named moments to one safetensors file."""
+    """Writes named moments to one safetensors file, in full or not at all."""
     tensors = {f"{name}/{field}": value for name, m in moments.items() for field, value in vars(m).items()}
-    save_file(tensors, path)
+    write_whole(path, save(tensors))
 
 
 def load_moments(path: Path) -> dict[str, Moments]:

@@ -4,14 +4,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-Role = Literal["q", "k", "v", "o", "gate", "up", "down", "fc"]
-"""The part a linear map plays in a decoder layer; `fc` is the first map of an ungated MLP."""
+from castlora.config import Role as Role
 
 MODULE_ROLES: dict[str, tuple[Role, ...]] = {
     "q_proj": ("q",),

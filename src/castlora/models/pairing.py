@@ -1,7 +1,7 @@
 """Pairing: which source module speaks for each target module."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -51,6 +51,10 @@ class Pairing:
     def mapped(self) -> tuple[ModulePair, ...]:
         """The pairs with at least one branch."""
         return tuple(pair for pair in self.pairs if pair.branches)
+
+    def only(self, target_modules: Collection[str]) -> "Pairing":
+        """Of the mapped pairs those of some target modules."""
+        return Pairing(tuple(pair for pair in self.mapped if pair.target.name in target_modules), self.layer_map, ())
 
     def branches(self) -> Iterator[tuple[ModulePair, int, Branch]]:
         """Every branch with the pair that it belongs to and its index there."""

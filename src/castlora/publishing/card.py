@@ -1,7 +1,5 @@
 """The model card of a transferred adapter."""
 
-import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,23 +8,18 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from castlora.publishing.licences import CARD_FILE, describe_licences
+from castlora.publishing.markdown import code, fenced, python_string, table
+from castlora.publishing.names import is_hub_id, public_command, public_name, quoted_name, slug
 from castlora.report import TRANSFERRED, Skill
 from castlora.report.formatting import (
-    MISSING,
     is_number,
     number,
     percent,
     percent_interval,
-    printable,
     score,
     score_interval,
 )
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_LOCAL_PATH = re.compile(r"[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|file:")
-_FOLDERS = re.compile(r"(?<![\w.])(?:~|[A-Za-z]:)?[/\\](?:[^/\\\s'\"]+[/\\])+")
-_ACCESS_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
-_LONGEST_NAME = 200
 _NAMED_MODULES = 4
 
 _QUANTIZED = {
@@ -83,7 +76,7 @@ def add_scores(card: ModelCard, skills: Sequence[Skill], scored: Skill, name: st
         scored: The one whose results the metadata get, instead of those that they had for it.
         name: What the adapter is called where the metadata do not say it.
     """
-    card.data["model_name"] = card.data.get("model_name") or _slug(name)
+    card.data["model_name"] = card.data.get("model_name") or slug(name)
     others = [result for result in card.data.get("eval_results", ()) if result.dataset_revision != scored.sha256]
     card.data["eval_results"] = others + _skill_results(scored)
     before, begin, rest = card.text.partition(_SCORES_BEGIN)
@@ -94,27 +87,27 @@ def add_scores(card: ModelCard, skills: Sequence[Skill], scored: Skill, name: st
 
 def make_card(manifest: Mapping[str, Any], skills: Sequence[Skill] = ()) -> ModelCard:
     """Returns the model card that `write_card` writes."""
-    adapter, source = _name(manifest["adapter"]["name"]), _name(manifest["source"]["name"])
-    target = _name(manifest["target"]["name"])
+    adapter, source = quoted_name(manifest["adapter"]["name"]), quoted_name(manifest["source"]["name"])
+    target = quoted_name(manifest["target"]["name"])
     sections = [
         f"# {adapter} for {target}",
         f"A LoRA adapter for {target} that carries the skill of {adapter}, an adapter for {source}."
         " castlora moved it without task labels.",
         "## Origin",
-        _table(("", ""), _facts(manifest)),
+        table(("", ""), _facts(manifest)),
         "## Evaluation",
         f"{_SCORES_BEGIN}\n{_evaluation(skills)}\n{_SCORES_END}",
         "## Use",
         *_needed_precision(manifest["target_bits"]),
-        _fenced("python", _peft_snippet(manifest)),
-        _fenced("shell", _vllm_snippet(manifest)),
+        fenced("python", _peft_snippet(manifest)),
+        fenced("shell", _vllm_snippet(manifest)),
         "## Reproduce",
-        _fenced("shell", public_command(shlex.split(manifest["command"]))),
-        "Versions: " + ", ".join(_code(f"{name} {version}") for name, version in manifest["versions"].items()),
+        fenced("shell", public_command(shlex.split(manifest["command"]))),
+        "Versions: " + ", ".join(code(f"{name} {version}") for name, version in manifest["versions"].items()),
         "## Limits",
-        f"{_LIMITS}- {describe_licences(manifest['licences'], _code)}",
+        f"{_LIMITS}- {describe_licences(manifest['licences'], code)}",
         "## Citation",
-        _fenced("bibtex", _CITATION),
+        fenced("bibtex", _CITATION),
     ]
     return ModelCard(f"---\n{_metadata(manifest, skills).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
@@ -129,7 +122,7 @@ def _metadata(manifest: Mapping[str, Any], skills: Sequence[Skill]) -> ModelCard
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["castlora", "lora", *([f"base_model:adapter:{base_model}"] if base_model else [])],
-        model_name=_slug(manifest["adapter"]["name"]),
+        model_name=slug(manifest["adapter"]["name"]),
         eval_results=[*_fidelity(manifest), *(result for skill in skills for result in _skill_results(skill))],
     )
 
@@ -149,10 +142,10 @@ def _fidelity(manifest: Mapping[str, Any]) -> list[EvalResult]:
 def _skill_results(skill: Skill) -> list[EvalResult]:
     lift = skill.countable_lift
     measured = [
-        (_slug(skill.metric), "score of the transferred adapter", skill.value(TRANSFERRED)),
+        (slug(skill.metric), "score of the transferred adapter", skill.value(TRANSFERRED)),
         ("lift", "(transferred - bare target) / (retrained - bare target)", lift.lift if lift else None),
     ]
-    return _results(_slug(skill.name), _slug(skill.name), measured, skill.sha256)
+    return _results(slug(skill.name), slug(skill.name), measured, skill.sha256)
 
 
 def _results(
@@ -173,51 +166,17 @@ def _results(
     ]
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether the name is surely a Hub id: "owner/name", and nothing local goes by it."""
-    return bool(_HUB_ID.fullmatch(name)) and not _exists(name)
-
-
-def public_name(name: str) -> str:
-    """Returns a name without what it tells about the user's machine: a local path loses its folders."""
-    is_local = _LOCAL_PATH.match(name) or _exists(name) or name.count("/") > 1
-    return _redact(re.split(r"[/\\]", name.rstrip("/\\"))[-1] if is_local else name)
-
-
-def public_command(arguments: Sequence[str]) -> str:
-    """Quotes a command line for a POSIX shell, without the folders of local paths and without access tokens."""
-    return shlex.join(map(_public_argument, arguments))
-
-
-def _public_argument(argument: str) -> str:
-    option, equals, value = argument.partition("=")
-    if argument.startswith("-") and equals:
-        return f"{option}={_public_argument(value)}"
-    return public_name(argument) if _LOCAL_PATH.match(argument) or _exists(argument) else _redact(argument)
-
-
-def _redact(text: str) -> str:
-    return _ACCESS_TOKEN.sub("hf_…", _FOLDERS.sub("", text))
-
-
-def _exists(name: str) -> bool:
-    try:
-        return bool(name) and Path(name).exists()
-    except OSError:  # longer than a path can be
-        return False
-
-
 def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     recipe, losses, beyond = manifest["recipe"], manifest["losses"], manifest["adapter"]["beyond_maps"]
-    departures = ", ".join(_code(f"{field}={value}") for field, value in recipe["departures"].items())
+    departures = ", ".join(code(f"{field}={value}") for field, value in recipe["departures"].items())
     return [
-        ("source adapter", f"{_name(manifest['adapter']['name'])}, rank {manifest['adapter']['rank']}"),
+        ("source adapter", f"{quoted_name(manifest['adapter']['name'])}, rank {manifest['adapter']['rank']}"),
         *([("also trained in the source", _beyond(beyond))] if beyond else []),
         ("source base model", _model(manifest["source"]) + _precision(manifest["source_bits"])),
         ("target base model", _model(manifest["target"]) + _precision(manifest["target_bits"])),
         ("text", _text(manifest["text"]) + _variants(manifest["passages"])),
-        ("recipe", _code(recipe["name"]) + (f" with {departures}" if departures else "")),
-        ("start", _code(recipe["start"]) + _start_choice(manifest.get("start_choice")) + _start_loss(manifest)),
+        ("recipe", code(recipe["name"]) + (f" with {departures}" if departures else "")),
+        ("start", code(recipe["start"]) + _start_choice(manifest.get("start_choice")) + _start_loss(manifest)),
         ("objective", _objective(recipe)),
         ("steps × batch", f"{recipe['steps']} × {recipe['batch_size']}"),
         ("seed", str(manifest["seed"])),
@@ -256,7 +215,7 @@ def _start_choice(choice: Mapping[str, Any] | None) -> str:
 def _start_loss(manifest: Mapping[str, Any]) -> str:
     lost = manifest["start_loss"]
     parts = [
-        (lost["low_rank"], f"of the norm of the {_code(manifest['adapter']['kind'])} adapter, cut to low rank"),
+        (lost["low_rank"], f"of the norm of the {code(manifest['adapter']['kind'])} adapter, cut to low rank"),
         (lost["cut"], f"of the start's norm, cut to rank {manifest['rank']}"),
     ]
     return "".join(f"; it lacks {percent(share)} {what}" for share, what in parts if share > 0)
@@ -270,16 +229,16 @@ def _answers(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _beyond(kinds: Sequence[str]) -> str:
-    return ", ".join(map(_code, kinds)) + ": taught by what the source adapter predicts"
+    return ", ".join(map(code, kinds)) + ": taught by what the source adapter predicts"
 
 
 def _model(record: Mapping[str, Any]) -> str:
-    return _name(record["name"]) + (f" at {_code(record['revision'])}" if record["revision"] else "")
+    return quoted_name(record["name"]) + (f" at {code(record['revision'])}" if record["revision"] else "")
 
 
 def _text(record: Mapping[str, Any]) -> str:
-    names = [_name(record[kind]) for kind in ("text", "prompts", "taught") if record[kind]]
-    return ", ".join([_code(record["regime"]), *names])
+    names = [quoted_name(record[kind]) for kind in ("text", "prompts", "taught") if record[kind]]
+    return ", ".join([code(record["regime"]), *names])
 
 
 def _variants(passages: Mapping[str, int]) -> str:
@@ -299,7 +258,7 @@ def _pairing_summary(pairs: Sequence[Mapping[str, Any]]) -> str:
     if not alone:
         return summary
     more = f" and {len(alone) - _NAMED_MODULES} more" if len(alone) > _NAMED_MODULES else ""
-    return f"{summary}; no update for {', '.join(map(_code, alone[:_NAMED_MODULES]))}{more}"
+    return f"{summary}; no update for {', '.join(map(code, alone[:_NAMED_MODULES]))}{more}"
 
 
 def _evaluation(skills: Sequence[Skill]) -> str:
@@ -307,7 +266,7 @@ def _evaluation(skills: Sequence[Skill]) -> str:
         return "No task was evaluated: how much of the skill arrived is not known."
     rows = [row for skill in skills for row in _skill_rows(skill)]
     return (
-        _table(("task", "model", "score", "95 %", "NLL", "lift"), rows)
+        table(("task", "model", "score", "95 %", "NLL", "lift"), rows)
         + "\n\nLift is (transferred − bare target) / (retrained on the target − bare target), with a bootstrap 95 %"
         " interval. NLL is the mean negative log-likelihood of the right answer, in nats."
     )
@@ -319,7 +278,7 @@ def _skill_rows(skill: Skill) -> list[tuple[str, ...]]:
         lift = skill.countable_lift if model == TRANSFERRED else None
         arrived = f"{percent(lift.lift)} {percent_interval(lift.ci95)}".strip() if lift else ""
         values = score(result.value), score_interval(result.interval), score(result.nll)
-        rows.append((_code(f"{skill.name} ({skill.metric})"), _code(model), *values, arrived))
+        rows.append((code(f"{skill.name} ({skill.metric})"), code(model), *values, arrived))
     return rows
 
 
@@ -332,8 +291,8 @@ def _needed_precision(bits: int | None) -> list[str]:
 
 def _peft_snippet(manifest: Mapping[str, Any]) -> str:
     revision, bits = manifest["target"]["revision"], manifest["target_bits"]
-    base = _python_string(public_name(manifest["target"]["name"]))
-    pinned = f"{base}, revision={_python_string(revision)}" if revision else base
+    base = python_string(public_name(manifest["target"]["name"]))
+    pinned = f"{base}, revision={python_string(revision)}" if revision else base
     classes = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if bits else [])]
     quantized = f", quantization_config=BitsAndBytesConfig({_QUANTIZED[bits]})" if bits else ""
     return f"""\
@@ -348,49 +307,10 @@ model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 
 def _vllm_snippet(manifest: Mapping[str, Any]) -> str:
     revision = manifest["target"]["revision"]
-    name = _slug(manifest["adapter"]["name"])
+    name = slug(manifest["adapter"]["name"])
     parts = ["vllm", "serve", public_name(manifest["target"]["name"])]
     parts += ["--revision", revision] if revision else []
     parts += ["--quantization", "bitsandbytes"] if manifest["target_bits"] == 4 else []
     parts += ["--enable-lora", "--max-lora-rank", str(manifest["rank"])]
     parts += ["--lora-modules", f"{name}=path/to/this/adapter"]
     return shlex.join(parts)
-
-
-def _slug(name: str) -> str:
-    """A name without any character that means something to YAML, a shell or Markdown."""
-    last = public_name(name).split("/")[-1]
-    return re.sub(r"[^\w.-]+", "-", last, flags=re.ASCII).strip("-")[:_LONGEST_NAME] or "adapter"
-
-
-def _name(name: str) -> str:
-    return _code(public_name(name))
-
-
-def _python_string(text: str) -> str:
-    return json.dumps(printable(text), ensure_ascii=False)
-
-
-def _code(text: str) -> str:
-    """Writes text as a Markdown code span, the one place where neither Markdown nor HTML means anything."""
-    line = " ".join(printable(text).split())[:_LONGEST_NAME]
-    if not line:
-        return MISSING
-    fence = "`" * (_longest_run_of_backticks(line) + 1)
-    padding = " " if "`" in line else ""
-    return f"{fence}{padding}{line}{padding}{fence}"
-
-
-def _fenced(language: str, text: str) -> str:
-    lines = printable(text).strip("\n")
-    fence = "`" * max(3, _longest_run_of_backticks(lines) + 1)
-    return f"{fence}{language}\n{lines}\n{fence}"
-
-
-def _longest_run_of_backticks(text: str) -> int:
-    return max(map(len, re.findall(r"`+", text)), default=0)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *([cell.replace("|", "¦") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

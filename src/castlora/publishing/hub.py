@@ -19,7 +19,9 @@ from castlora.text.chat import TEMPLATE_FILE
 
 logger = logging.getLogger("castlora")
 
-PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, MANIFEST_FILE, TEMPLATE_FILE)
+TRANSLATION_FILE = "translation.json"
+"""What was done to an adapter that went over a bridge."""
+PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, MANIFEST_FILE, TRANSLATION_FILE, TEMPLATE_FILE)
 # What the hub's client raises where a name, a login or the network is not as it must be.
 _REFUSALS = (HTTPError, HFValidationError, OSError)
 
@@ -54,7 +56,7 @@ def push(adapter: str, repo: str, private: bool = False, report: bool = False) -
     """Uploads an adapter to the hub, as whoever `hf auth login` has logged in.
 
     Args:
-        adapter: folder that `castlora transfer` wrote
+        adapter: folder that `castlora transfer` or `castlora translate` wrote
         repo: OWNER/NAME; made if there is none, and added to if there is
         private: whether a new repository is private
         report: whether the report goes along, which shows some of the prompts
@@ -72,12 +74,29 @@ def push(adapter: str, repo: str, private: bool = False, report: bool = False) -
     if not (folder / CARD_FILE).is_file():
         raise UserError(f"{adapter!r} has no {CARD_FILE}; give a folder that castlora transfer wrote.")
     files = [name for name in (*PUBLISHED, *([REPORT_FILE] if report else [])) if (folder / name).is_file()]
+    return upload(folder, repo, private, files, "Upload adapter moved by castlora")
+
+
+def upload(folder: Path, repo: str, private: bool, files: Sequence[str], message: str) -> str:
+    """Uploads files of a folder to the hub, as whoever `hf auth login` has logged in.
+
+    Args:
+        folder: where they are
+        repo: OWNER/NAME; made if there is none, and added to if there is
+        private: whether a new repository is private
+        files: their names or patterns
+        message: of the commit
+
+    Returns:
+        the address of the commit
+
+    Raises:
+        UserError: the hub does not take it; no file has been uploaded then.
+    """
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, allow_patterns=files, commit_message="Upload adapter moved by castlora"
-        )
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(files), commit_message=message)
     except _REFUSALS as error:
         raise _refused("--repo", repo, error) from error
     logger.info("Uploaded %s to %s", ", ".join(files), repo)

@@ -15,8 +15,9 @@ from castlora.errors import UserError, first_line
 from castlora.evaluation.imitation import Imitation
 from castlora.evaluation.measured_tasks import read_task
 from castlora.execution.run_directory import write_whole
-from castlora.publishing.card import add_scores, public_name, write_card
+from castlora.publishing.card import add_scores, write_card
 from castlora.publishing.licences import CARD_FILE
+from castlora.publishing.names import public_name
 from castlora.publishing.runs import DETAILS_FILE, MANIFEST_FILE, TASKS, RunDetails, read_run, run_report, task_skills
 from castlora.report import (
     BARE_TARGET,

@@ -17,7 +17,7 @@ from castlora.config import Bits, Recipe, TextTuning, check_seed, resolve_recipe
 from castlora.errors import UserError
 from castlora.execution.parts import NOTHING_KEPT, Parts
 from castlora.execution.run_directory import check_output_file, open_file_run
-from castlora.model_pair import HELD_OUT_PASSAGES, Models, held_out_count, load_teacher
+from castlora.model_pair import HELD_OUT_PASSAGES, BaseModels, Models, held_out_count, load_teacher
 from castlora.models.loading import context_length
 from castlora.plan import plan_transfer
 from castlora.teaching.answers import prompt_batches, share_that_ends, write_answers
@@ -137,7 +137,7 @@ def prompt_formats(
     return found or GENERIC_FORMATS
 
 
-def draw_text(models: Models, text: TextSource, formats: Sequence[str], recipe: Recipe, seed: int) -> list[Passage]:
+def draw_text(models: BaseModels, text: TextSource, formats: Sequence[str], recipe: Recipe, seed: int) -> list[Passage]:
     """The passages of a run: plain text, or prompts that are still without an answer.
 
     Args:
@@ -372,7 +372,7 @@ def _unanswered(prompts: Sequence[str]) -> list[Passage]:
     return [Passage(prompt, len(prompt.encode())) for prompt in prompts]
 
 
-def _in_templates(models: Models, conversations: Sequence[Conversation]) -> list[Passage]:
+def _in_templates(models: BaseModels, conversations: Sequence[Conversation]) -> list[Passage]:
     return chat_passages(conversations, models.source_tokenizer, models.target_tokenizer)
 
 
@@ -386,7 +386,7 @@ def _longest_prompt(models: Models, recipe: Recipe) -> int:
     return min(recipe.max_length, context_length(models.source.config) - recipe.answer_tokens)
 
 
-def _passage_bytes(models: Models, text: str, max_length: int) -> int:
+def _passage_bytes(models: BaseModels, text: str, max_length: int) -> int:
     """Bytes of text that fill `max_length` tokens of the tokenizer that needs more of them."""
     sample = cut_passages(read_documents(text), _SAMPLE_FOR_LENGTH, 4 * max_length, seed=0)
     densest = min(bytes_per_token(sample, tokenizer) for tokenizer in (models.source_bytes, models.target_bytes))

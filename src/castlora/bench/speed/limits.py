@@ -16,7 +16,7 @@ from castlora.bench.speed.steps import teacher_and_student, time_steps
 from castlora.bench.speed.timing import Clock, interleaved
 from castlora.distillation.teacher import RecordedTeacher, Teacher
 from castlora.execution.recomputation import recompute_activations
-from castlora.maps.fitting import memory_for_statistics, parts_of
+from castlora.maps.fitting import input_widths, memory_for_statistics, parts_of
 from castlora.models.modules import layer_path, number_of_layers
 
 logger = logging.getLogger("castlora")
@@ -61,7 +61,7 @@ def measure_limits(settings: SpeedSettings, device: torch.device) -> list[Use]:
     tokens = settings.length * len(passages)
     both = 2 * tokens * (linear_weights(subject.source) + linear_weights(subject.target))
     memory = memory_for_statistics(subject.target)
-    groups = len(list(parts_of(subject.pairing, subject.factors, memory)))
+    groups = len(list(parts_of(subject.pairing, input_widths(subject.factors), memory)))
     works: dict[str, tuple[Callable[[], object], int]] = {
         "forward passes of both models": (partial(read, subject, passages), settings.repeats),
         f"closed-form start, text read {groups} times": (partial(fit, subject, passages), 1),

@@ -1,0 +1,277 @@
+"""Adapters over a bridge: the maps of each site are read, and the adapter's factors folded with them."""
+
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from tqdm.auto import tqdm
+
+from castlora import __version__
+from castlora.adapters.factors import PORTABLE_RANKS, LowRank, portable_rank, read_update, write_portable
+from castlora.adapters.files import AdapterFiles, open_adapter
+from castlora.bridge.card import Fits, mean_explained, write_translation_card
+from castlora.bridge.files import BRIDGE_FILE, read_description, site_file
+from castlora.bridge.maps_file import read_fits, read_maps
+from castlora.errors import UserError
+from castlora.execution.run_directory import is_finished, open_run, write_whole
+from castlora.maps.cast_layer import cut_to_rank
+from castlora.maps.shared_maps import TO_SOURCE, branch_name, by_site, fold_site
+from castlora.models.modules import row_numbers
+from castlora.models.pairing import ModulePair, Pairing, pair_modules
+from castlora.publishing.hub import TRANSLATION_FILE, upload
+from castlora.publishing.licences import CARD_FILE
+from castlora.publishing.names import public_name
+
+logger = logging.getLogger("castlora")
+
+_FILES = (BRIDGE_FILE, CARD_FILE, "source/config.json", "target/config.json", "layer-*.safetensors")
+_HINT = "give a folder that castlora fit wrote, or its hub id"
+
+
+@dataclass(frozen=True)
+class Translated:
+    """What an adapter becomes for the target."""
+
+    factors: dict[str, LowRank]
+    """By target module, with the scale in B."""
+    source_rank: int
+    """Largest rank of the adapter."""
+    rank: int
+    """Rank to write it with, one that engines accept."""
+    cut: float
+    """What that rank leaves out, as a share of the norm."""
+    pairing: Pairing
+    fits: Fits
+    """Site → how well the maps that were used do."""
+
+
+class CastMaps:
+    """Maps between two models for any adapter, as `castlora.fit` has them in a folder.
+
+    They are read site by site when an adapter is folded; what is in memory is the maps of one site.
+
+    Attributes:
+        folder: where the files are
+        description: what `bridge.json` says
+        plan: both models as far as their configurations tell
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Opens a bridge.
+
+        Raises:
+            UserError: the folder is none, or damaged.
+        """
+        self.folder = folder
+        self.description, self.plan = read_description(folder, BRIDGE_FILE, _HINT)
+
+    @classmethod
+    def load(cls, name_or_path: str, revision: str | None = None) -> "CastMaps":
+        """Opens a bridge in a folder or on the hub.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        if Path(name_or_path).is_dir():
+            return cls(Path(name_or_path))
+        if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+            raise UserError(f"Bridge {name_or_path!r} is not a folder; {_HINT}.")
+        try:
+            return cls(Path(snapshot_download(name_or_path, revision=revision, allow_patterns=list(_FILES))))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise UserError(f"Bridge {name_or_path!r} is neither a folder here nor reachable on the hub.") from error
+
+    def save(self, folder: Path) -> None:
+        """Copies the bridge to a new folder.
+
+        Raises:
+            UserError: the folder exists.
+        """
+        if folder.exists():
+            raise UserError(f"{str(folder)!r} exists; give a new folder, nothing is ever overwritten.")
+        for pattern in _FILES:
+            for path in self.folder.glob(pattern):
+                place = folder / path.relative_to(self.folder)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, place)
+
+    def push(self, repo: str, private: bool = False) -> str:
+        """Uploads the bridge to the hub, as whoever `hf auth login` has logged in.
+
+        Args:
+            repo: OWNER/NAME; made if there is none, and added to if there is
+            private: whether a new repository is private
+
+        Returns:
+            the address of the commit
+
+        Raises:
+            UserError: others could not use it, or the hub does not take it.
+        """
+        for side in ("source", "target"):
+            if Path(self.description[side]).exists():
+                raise UserError(
+                    f"{BRIDGE_FILE} names the {side} by the folder {self.description[side]!r}, which others do not "
+                    "have; fit it with --source and --target by their hub ids."
+                )
+        return upload(self.folder, repo, private, list(_FILES), "Upload bridge fitted by castlora")
+
+    @cached_property
+    def fits(self) -> dict[str, Any]:
+        """Site → name of a map → how well it does on held-out text."""
+        return {Path(name).stem: read_fits(self.folder / name) for name in map(site_file, self.plan.sites)}
+
+    def translate(self, adapter: AdapterFiles) -> Translated:
+        """Folds an adapter with the maps, as CAST does (arXiv 2510.17902, eq. 1-3).
+
+        Args:
+            adapter: a plain LoRA for the source, as `open_adapter` gives it
+
+        Raises:
+            UserError: it is none, does not fit the source, changes modules that the bridge has no maps for, or a file
+                of the bridge is damaged.
+        """
+        pairing, factors = self.pair(adapter)
+        folded: dict[str, LowRank] = {}
+        fits = {}
+        for site, pairs in by_site(pairing):
+            path = self.folder / site_file(site)
+            maps, of_site = read_maps(path), read_fits(path)
+            self._check_shapes(path, maps, pairs, factors)
+            folded |= fold_site(maps, pairs, pairing, factors)
+            used = {TO_SOURCE, *(branch_name(pair, branch) for pair in pairs for branch in pair.branches)}
+            fits[path.stem] = {name: fit for name, fit in of_site.items() if name in used}
+        largest = max(lora.rank for lora in folded.values())
+        rank = portable_rank(min(largest, PORTABLE_RANKS[-1]))
+        written, cut = cut_to_rank(folded, rank) if largest > rank else (folded, 0.0)
+        return Translated(written, max(lora.rank for lora in factors.values()), rank, cut, pairing, fits)
+
+    def pair(self, adapter: AdapterFiles) -> tuple[Pairing, dict[str, LowRank]]:
+        """What an adapter reaches in the target, and its factors by source module.
+
+        Raises:
+            UserError: it is no plain LoRA, does not fit the source, or changes modules that the bridge has no maps for.
+        """
+        if not adapter.is_plain:
+            raise UserError(
+                f"Adapter {adapter.name!r} is of kind {adapter.kind}, whose update depends on the weights of its base "
+                "model; give a plain LoRA, or move it with castlora transfer."
+            )
+        update = read_update(adapter, self.plan.source_config)
+        if update.beyond:
+            logger.warning("%r also trains %s, which no map carries.", adapter.name, ", ".join(update.beyond))
+        pairing = pair_modules(self.plan.source_slots, self.plan.target_slots, update.factors)
+        known = {branch_name(pair, branch) for pair, _, branch in self.plan.pairing.branches()}
+        for pair, _, branch in pairing.branches():
+            if branch_name(pair, branch) not in known:
+                raise UserError(
+                    f"Adapter {adapter.name!r} changes {branch.source_module!r}, for which the bridge has no maps; fit "
+                    "one with these --roles, or with all."
+                )
+        return pairing, update.factors
+
+    def _check_shapes(
+        self, path: Path, maps: Mapping[str, Any], pairs: Sequence[ModulePair], factors: Mapping[str, LowRank]
+    ) -> None:
+        for pair in pairs:
+            for branch in pair.branches:
+                back = len(row_numbers(branch.target_rows)), len(row_numbers(branch.source_rows))
+                there = factors[branch.source_module].a.shape[1], pair.target.d_in
+                for name, shape in ((TO_SOURCE, there), (branch_name(pair, branch), back)):
+                    if name not in maps or maps[name].shape != shape:
+                        raise UserError(
+                            f"{path.name} of the bridge {str(self.folder)!r} has no map {name!r} of shape {shape}; "
+                            "copy it again."
+                        )
+
+
+def translate(bridge: str, adapters: Sequence[str], out: str) -> list[Path]:
+    """Carries adapters over a bridge; no model is loaded, and nothing is trained.
+
+    Called again with the same arguments after an interruption, it continues where it was.
+
+    Args:
+        bridge: folder or hub id of what `castlora.fit` wrote
+        adapters: folders or hub ids of plain LoRAs for its source
+        out: folder to write, which must not hold anything else; for several adapters it gets a folder for each, named
+            by the last component of its name
+
+    Returns:
+        the folder of each adapter
+
+    Raises:
+        UserError: the bridge or an adapter cannot be used; nothing has been written then.
+    """
+    maps = CastMaps.load(bridge)
+    opened = _opened(adapters)
+    for files in opened.values():
+        maps.pair(files)
+    if len(opened) == 1:
+        (files,) = opened.values()
+        return [_write(maps, files, out)]
+    request = {"bridge": bridge, "adapters": list(adapters), "castlora_version": __version__}
+    with open_run(out, request, 0) as run:
+        folders = {run.out / name: files for name, files in opened.items()}
+        for folder, files in tqdm(folders.items(), desc="adapters", unit="adapter"):
+            if not is_finished(folder):
+                _write(maps, files, str(folder))
+        run.finished.mkdir()
+        run.publish()
+    return list(folders)
+
+
+def _opened(adapters: Sequence[str]) -> dict[str, AdapterFiles]:
+    """Adapters by the names of their folders.
+
+    Raises:
+        UserError: there are none, or two would share a folder.
+    """
+    if not adapters:
+        raise UserError("--adapter names none; give at least one.")
+    names = [(Path(adapter).resolve() if Path(adapter).is_dir() else Path(adapter)).name for adapter in adapters]
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"--adapter names {count} adapters {name!r}, which would share a folder; give other names.")
+    return {name: open_adapter(adapter) for name, adapter in zip(names, adapters, strict=True)}
+
+
+def _write(maps: CastMaps, adapter: AdapterFiles, out: str) -> Path:
+    """Writes what an adapter becomes, with its card and what was done."""
+    request = {"bridge": str(maps.folder), "adapter": adapter.name, "castlora_version": __version__}
+    with open_run(out, request, 0) as run:
+        try:
+            translated = maps.translate(adapter)
+        except UserError:
+            run.discard()
+            raise
+        there, back = mean_explained(translated.fits)
+        target = maps.description["target"]
+        record = {
+            "adapter": public_name(adapter.name),
+            "adapter_sha256": adapter.weights_sha256,
+            "adapter_rank": translated.source_rank,
+            "source": public_name(maps.description["source"]),
+            "target": public_name(target),
+            "rank": translated.rank,
+            "cut": translated.cut,
+            "dropped": list(translated.pairing.dropped),
+            "explained_to_source": there,
+            "explained_from_source": back,
+            "castlora_version": __version__,
+        }
+        run.finished.mkdir()
+        write_portable(run.finished, translated.factors, maps.plan.target_slots, translated.rank, target, None)
+        write_whole(run.finished / TRANSLATION_FILE, json.dumps(record, indent=1))
+        write_translation_card(run.finished, record)
+        run.publish()
+    logger.info("Wrote %s; the maps explain %.0f %% of held-out activations to the source and %.0f %% from it", out,
+                100 * there, 100 * back)  # fmt: skip
+    return Path(out)

@@ -1,0 +1,78 @@
+"""What the commands of bridges do; everything heavy is imported when one runs."""
+
+from collections.abc import Callable
+
+from castlora.config import Role
+
+
+def _fit(
+    source: str,
+    target: str,
+    out: str,
+    text: str | None = None,
+    roles: list[Role] | None = None,
+    passages: int = 4096,
+    max_length: int | None = None,
+    ridge: float = 0.01,
+    seed: int = 0,
+    shard: str | None = None,
+    low_memory: bool = False,
+) -> None:
+    """Fits a bridge: maps between two related models that then carry any number of adapters, each in seconds.
+
+    The same command continues a run that was interrupted.
+
+    Args:
+        source: folder or hub id of the model that adapters were trained on
+        target: folder or hub id of the model that they are to serve, such as the next version of the source
+        out: folder to write, new or empty
+        text: general text: .txt or .jsonl, gzipped or not, or a hub data set; by default allenai/c4
+        roles: of the modules that get maps, as '["q","v"]'; by default all. Maps grow with the square of the width
+        passages: how much text is read
+        max_length: tokens per passage; by default as many as both models read, up to 256
+        ridge: penalty of the regression relative to the mean square of the activations
+        seed: of the draw of the text
+        shard: 3/8 reads the third of eight shares of the text and writes its statistics, for castlora merge-stats
+        low_memory: whether an accelerator holds one of the models at a time
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from castlora.bridge.fit import fit as run
+
+    disable_progress_bar()
+    run(source, target, out, text, roles, passages, max_length, ridge, seed, shard, low_memory)
+
+
+def _merge_stats(shards: list[str], out: str) -> None:
+    """Adds the statistics of all shards of a text and solves the bridge from the sums; no model is loaded.
+
+    Args:
+        shards: folders that castlora fit --shard wrote
+        out: folder of the bridge to write, new or empty
+    """
+    from castlora.bridge.fit import merge_statistics as run
+
+    run(shards, out)
+
+
+def _translate(bridge: str, adapter: list[str] | str, out: str) -> None:
+    """Carries adapters over a bridge; no model is loaded, and nothing is trained.
+
+    The same command continues a run that was interrupted.
+
+    Args:
+        bridge: folder or hub id of what castlora fit wrote
+        adapter: folder or hub id of a plain LoRA for its source; given several times, each one gets a folder in out
+        out: folder to write, new or empty
+    """
+    from castlora.bridge.cast_maps import translate as run
+
+    run(bridge, [adapter] if isinstance(adapter, str) else adapter, out)
+
+
+BRIDGE_COMMANDS: dict[str, Callable[..., None]] = {
+    "fit": _fit,
+    "merge-stats": _merge_stats,
+    "translate": _translate,
+}
+"""The commands by name."""

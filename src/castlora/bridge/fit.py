@@ -1,0 +1,229 @@
+"""Fitting a bridge: both models read general text, and the maps of every site are solved from what they compute."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from castlora import __version__
+from castlora.alignment.positions import AlignedPassage, share_of_passages
+from castlora.bridge.card import write_bridge_card
+from castlora.bridge.files import (
+    BRIDGE_FILE,
+    STATISTICS_FILE,
+    BridgePlan,
+    plan_bridge,
+    read_description,
+    site_file,
+    write_description,
+)
+from castlora.bridge.maps_file import read_fits, write_maps
+from castlora.bridge.shards import SHARDS_WANTED, Shard, added_site, check_whole, save_site
+from castlora.config import Tuning, check_seed, resolve_recipe
+from castlora.errors import UserError
+from castlora.execution.processes import from_main, this_process
+from castlora.execution.run_directory import RunDirectory, check_output, open_run
+from castlora.maps.fitting import (
+    STATISTICS_BATCH,
+    SiteMoments,
+    collect_moments,
+    memory_beside,
+    of_all_processes,
+    parts_of,
+)
+from castlora.maps.shared_maps import by_site, site_statistics, solve_maps
+from castlora.maps.statistics import Moments
+from castlora.model_pair import BaseModels, align_text, load_base_models
+from castlora.models.modules import Role
+from castlora.models.pairing import Pairing, describe
+from castlora.teaching.curriculum import TextSource, draw_text
+
+logger = logging.getLogger("castlora")
+
+Keep = Callable[[Path, dict[str, Moments], dict[str, Moments]], None]
+"""Writes a site's file from the statistics of the text to solve from and of held-out text."""
+
+
+def fit(
+    source: str,
+    target: str,
+    out: str,
+    text: str | None = None,
+    roles: Sequence[Role] | None = None,
+    passages: int = 4096,
+    max_length: int | None = None,
+    ridge: float = 0.01,
+    seed: int = 0,
+    shard: str | None = None,
+    low_memory: bool = False,
+) -> Path:
+    """Fits maps between two models that carry any adapter, or sums up the statistics that they are solved from.
+
+    The maps are those of CAST (arXiv 2510.17902) in closed form, for every site and whatever an adapter changes there.
+    They serve a target that was trained on from the source, or the other way round. Between unrelated models they carry
+    next to nothing, and `castlora.transfer` is what moves an adapter.
+
+    Called again with the same arguments after an interruption, it continues where it was. Where a launcher such as
+    torchrun has started several processes, each calls it with the same arguments, and they share the text.
+
+    Args:
+        source: folder or hub id of the model that adapters were trained on
+        target: folder or hub id of the model that they are to serve
+        out: folder to write; it must not hold anything else
+        text: general text, a .txt or .jsonl file (may be gzipped) or a hub data set; by default allenai/c4
+        roles: of the modules that get maps, as ("q", "v"); by default all. Maps grow with the square of the width
+        passages: how much text is read
+        max_length: tokens per passage; by default as many as both models read, up to 256
+        ridge: penalty of the regression relative to the mean square of the activations
+        seed: of the draw of the text
+        shard: "3/8" reads the third of eight shares of the text and writes its statistics for `merge_statistics`
+        low_memory: whether an accelerator holds one of the models at a time
+
+    Returns:
+        the folder
+
+    Raises:
+        UserError: bad input; nothing has been written.
+    """
+    share = Shard.parse(shard) if shard is not None else None
+    check_seed(seed)
+    request: dict[str, Any] = {
+        "source": source, "target": target, "text": text, "roles": list(roles) if roles else None,
+        "passages": passages, "max_length": max_length, "ridge": ridge, "seed": seed, "shard": shard,
+        "castlora_version": __version__,
+    }  # fmt: skip
+    check_output(out, request)
+    started = time.monotonic()
+    plan = plan_bridge(source, target, roles)
+    tuning = Tuning(passages=passages, max_length=plan.length(max_length), ridge=ridge)
+    recipe = resolve_recipe("default", "ridge", None, None, tuning)
+    logger.info(describe(plan.pairing))
+    text_source = TextSource(text)
+    from_main(text_source.check)
+    models = load_base_models(source, target, low_memory)
+    drawn = from_main(partial(draw_text, models, text_source, (), recipe, seed))
+    training, held_out = align_text(models, drawn, recipe)
+    if share:
+        training, held_out = share.of(training), share.of(held_out)
+
+    with ExitStack() as held:
+        # The main process holds the folder, until all are done.
+        needed = plan.statistics_bytes if share else plan.maps_bytes
+        run = from_main(lambda: held.enter_context(open_run(out, request, needed)))
+        keep = save_site if share else partial(_solve_and_write, ridge=ridge)
+        _read_and_keep(run, models, plan, training, held_out, keep)
+        positions = sum(len(passage.weights) for passage in training)
+        from_main(partial(_publish, run, plan, {**request, "positions": positions}))
+    logger.info("Wrote %s after %.0f s", out, time.monotonic() - started)
+    return Path(out)
+
+
+def merge_statistics(shards: Sequence[str], out: str) -> Path:
+    """Adds the statistics of all shares of a text, and solves the maps from the sums; no model is loaded.
+
+    Args:
+        shards: folders that `fit` wrote with `shard`, all of them, in any order
+        out: folder of the bridge to write; it must not hold anything else
+
+    Returns:
+        the folder
+
+    Raises:
+        UserError: a shard is missing, damaged, given twice or of another fit; no bridge has been written.
+    """
+    if not shards:
+        raise UserError(f"No shard is named; {SHARDS_WANTED}.")
+    read = [read_description(Path(shard), STATISTICS_FILE, SHARDS_WANTED) for shard in shards]
+    check_whole(shards, [description for description, _ in read])
+    by_number = dict(zip([Shard.parse(description["shard"]).number for description, _ in read], shards, strict=True))
+    folders = [Path(by_number[number]) for number in sorted(by_number)]
+    description, plan = read[0]
+    description = {**description, "shard": None, "positions": sum(one["positions"] for one, _ in read)}
+    with open_run(out, description, plan.maps_bytes) as run:
+        run.parts.mkdir(exist_ok=True)
+        try:
+            for site in tqdm(plan.sites, desc="maps", unit="site"):
+                path = run.parts / site_file(site)
+                if not path.exists():
+                    added = added_site([folder / path.name for folder in folders])
+                    _solve_and_write(path, *added, description["ridge"])
+        except UserError:
+            run.discard()
+            raise
+        _publish(run, plan, description)
+    logger.info("Wrote %s", out)
+    return Path(out)
+
+
+def _read_and_keep(
+    run: RunDirectory,
+    models: BaseModels,
+    plan: BridgePlan,
+    training: Sequence[AlignedPassage],
+    held_out: Sequence[AlignedPassage],
+    keep: Keep,
+) -> None:
+    """Collects statistics of as many sites at a time as memory holds, and keeps what comes of each.
+
+    An interrupted run has kept some; only the others' are collected.
+    """
+    pairing = from_main(partial(_unfinished, run, plan))
+    use = models.use if models.low_memory else None
+    shares = [share_of_passages(passages, STATISTICS_BATCH) for passages in (training, held_out)]
+    # Statistics of text to solve from and of held-out text are there together.
+    memory = memory_beside(models.source, models.target, use) // 2
+    sites = len(list(by_site(pairing)))
+    with tqdm(total=sites, desc="sites", unit="site", disable=None if sites else True) as progress:
+        for part in parts_of(pairing, plan.source_widths, memory) if sites else ():
+
+            def read(share: Sequence[AlignedPassage], part: Pairing = part) -> SiteMoments:
+                return of_all_processes(collect_moments(models.source, models.target, part, share, use=use))
+
+            # No name is bound to the statistics, so that they are gone before those of the next part are summed.
+            for path, *statistics in _by_file(run.parts, part, *map(read, shares)):
+                if this_process().is_main:
+                    keep(path, *statistics)
+                progress.update()
+
+
+def _by_file(
+    folder: Path, part: Pairing, fitted: SiteMoments, held_out: SiteMoments
+) -> Iterator[tuple[Path, dict[str, Moments], dict[str, Moments]]]:
+    """The file of each site, and its statistics of the text to solve from and of held-out text."""
+    for site, pairs in by_site(part):
+        path = folder / site_file(site)
+        yield path, site_statistics(fitted, site, pairs), site_statistics(held_out, site, pairs)
+
+
+def _unfinished(run: RunDirectory, plan: BridgePlan) -> Pairing:
+    """The pairing without the sites that an interrupted run has kept."""
+    run.parts.mkdir(exist_ok=True)
+    left = {
+        pair.target.name
+        for site, pairs in plan.sites.items()
+        for pair in pairs
+        if not (run.parts / site_file(site)).exists()
+    }
+    return plan.pairing.only(left)
+
+
+def _solve_and_write(path: Path, fitted: dict[str, Moments], held_out: dict[str, Moments], ridge: float) -> None:
+    write_maps(path, *solve_maps(fitted, held_out, ridge))
+
+
+def _publish(run: RunDirectory, plan: BridgePlan, description: dict[str, Any]) -> None:
+    """Puts all sites' files, what describes them and, for a bridge, the card into the folder."""
+    run.finished.mkdir()
+    for site in plan.sites:
+        (run.parts / site_file(site)).replace(run.finished / site_file(site))
+    is_bridge = description["shard"] is None
+    write_description(run.finished, BRIDGE_FILE if is_bridge else STATISTICS_FILE, plan, description)
+    if is_bridge:
+        fits = {Path(name).stem: read_fits(run.finished / name) for name in map(site_file, plan.sites)}
+        write_bridge_card(run.finished, description, fits)
+    run.publish()
