@@ -65,7 +65,8 @@ def folded_here(monkeypatch):
             done = work(*arguments)
             return type("Done", (), {"result": staticmethod(lambda: done)})
 
-    monkeypatch.setattr("castlora.bench.speed.folding.ProcessPoolExecutor", Here)
+    for measure in ("folding", "translating"):
+        monkeypatch.setattr(f"castlora.bench.speed.{measure}.ProcessPoolExecutor", Here)
 
 
 @pytest.mark.slow
@@ -92,6 +93,12 @@ def test_every_measure_leaves_comparable_numbers_and_the_page_shows_them(folded_
     for folding in record["folding"]:
         assert folding["modules"] == 7 * TINY.target.layers and min(folding["seconds"]) > 0
         assert folding["peak_bytes"] >= folding["idle_bytes"] > 0
+    for translation in record["translating"]:
+        assert len(translation["seconds"]) >= 2 and min(translation["seconds"]) > 0
+        assert translation["peak_bytes"] >= translation["idle_bytes"] > 0
+    # Files of 16 bits: the maps of queries and values, and of the inputs that both read.
+    per_layer = 16 * 24 + 24 * 16 + 12 * 16
+    assert record["translating"][1]["maps_bytes"] == pytest.approx(2 * 3 * per_layer, abs=3 * 700)
     assert [(one["of"], one["against"]) for one in record["growth"]] == [
         (work, dimension) for dimension in ("tokens", "layers", "width", "rank") for work in ("fit", "step")
     ]
@@ -103,7 +110,16 @@ def test_every_measure_leaves_comparable_numbers_and_the_page_shows_them(folded_
     assert record["settings"]["seed"] == 0
     shown = (tmp_path / "out" / "speed.md").read_text()
     assert shown == page(record) and shown.startswith("# Speed\n")
-    for title in ("Serving", "Fit", "Distillation step", "Limits of the machine", "Folding", "Growth", "Environment"):
+    for title in (
+        "Serving",
+        "Fit",
+        "Distillation step",
+        "Limits of the machine",
+        "Folding",
+        "Over a bridge",
+        "Growth",
+        "Environment",
+    ):
         assert f"\n## {title}\n" in shown
     widths = {row.count("|") for row in shown.splitlines() if row.startswith("| a ")}
     assert widths == {7} and shown.count("\n| a ") == 8
@@ -112,7 +128,7 @@ def test_every_measure_leaves_comparable_numbers_and_the_page_shows_them(folded_
 def test_only_what_is_asked_for_is_measured(tmp_path):
     record = run_speed(tmp_path, SETTINGS, ["serving"])
     assert {ratio["measure"] for ratio in record["ratios"]} == {"serving"}
-    assert record["limits"] == record["folding"] == record["growth"] == []
+    assert record["limits"] == record["folding"] == record["translating"] == record["growth"] == []
     shown = (tmp_path / "speed.md").read_text()
     assert "## Serving" in shown and "## Fit" not in shown and "## Folding" not in shown
 

@@ -239,3 +239,15 @@ def test_a_bridge_is_uploaded_with_all_that_it_needs(bridge, tmp_path, monkeypat
     assert capsys.readouterr().out == "https://hub/commit/1\n"
     taken = {path for pattern in uploaded[0]["allow_patterns"] for path in place.glob(pattern)}
     assert taken == {path for path in place.rglob("*.*") if path.is_file()} - {place / "notes.txt"}
+
+
+def test_modules_that_an_adapter_leaves_as_they_are_need_no_maps(bridge, base_model, adapter, tmp_path):
+    some = bridge("llama", "llama", roles=["q"])
+    (moved,) = translate(some, [str(adapter("llama", ("q_proj",)))], str(tmp_path / "first"))
+    # It has keys and values too, which engines want beside queries.
+    assert any("k_proj" in name for name in load_file(moved / "adapter_model.safetensors"))
+    (again,) = translate(some, [str(moved)], str(tmp_path / "second"))
+    first, second = (factors_of(folder, base_model("llama")) for folder in (moved, again))
+    name = "model.layers.1.self_attn.q_proj"
+    change = second[name].b @ second[name].a - first[name].b @ first[name].a
+    assert change.norm() < 0.02 * (first[name].b @ first[name].a).norm()

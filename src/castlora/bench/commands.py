@@ -69,12 +69,12 @@ def _bench_speed(
     doublings: int = 3,
     threads: int = 1,
 ) -> None:
-    """Measures what serving, fitting, distilling and folding cost beside what they cannot do without.
+    """Measures what serving, fitting, distilling, folding and translating cost beside what they cannot do without.
 
     Args:
         out: folder of the record and the tables
         shape: sizes of the models, which have random weights: of the zoo, or with that many billion parameters
-        measures: of serving, fit, steps, limits, folding and growth, with commas between; by default all
+        measures: of serving, fit, steps, limits, folding, translating and growth, with commas between; by default all
         seed: of everything random
         repeats: repetitions of each measurement
         rank: rank of the adapter

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from castlora import __version__
@@ -144,11 +145,10 @@ class CastMaps:
         fits = {}
         for site, pairs in by_site(pairing):
             path = self.folder / site_file(site)
-            maps, of_site = read_maps(path), read_fits(path)
-            self._check_shapes(path, maps, pairs, factors)
-            folded |= fold_site(maps, pairs, pairing, factors)
+            # No name is bound to the maps, so that they are gone before those of the next site are read.
+            folded |= fold_site(self._checked_maps(path, pairs, factors), pairs, pairing, factors)
             used = {TO_SOURCE, *(branch_name(pair, branch) for pair in pairs for branch in pair.branches)}
-            fits[path.stem] = {name: fit for name, fit in of_site.items() if name in used}
+            fits[path.stem] = {name: fit for name, fit in read_fits(path).items() if name in used}
         largest = max(lora.rank for lora in folded.values())
         rank = portable_rank(min(largest, PORTABLE_RANKS[-1]))
         written, cut = cut_to_rank(folded, rank) if largest > rank else (folded, 0.0)
@@ -168,7 +168,9 @@ class CastMaps:
         update = read_update(adapter, self.plan.source_config)
         if update.beyond:
             logger.warning("%r also trains %s, which no map carries.", adapter.name, ", ".join(update.beyond))
-        pairing = pair_modules(self.plan.source_slots, self.plan.target_slots, update.factors)
+        # Portable adapters hold zeros in modules that engines want beside those that are changed.
+        factors = {name: lora for name, lora in update.factors.items() if lora.a.any() and lora.b.any()}
+        pairing = pair_modules(self.plan.source_slots, self.plan.target_slots, factors)
         known = {branch_name(pair, branch) for pair, _, branch in self.plan.pairing.branches()}
         for pair, _, branch in pairing.branches():
             if branch_name(pair, branch) not in known:
@@ -176,11 +178,12 @@ class CastMaps:
                     f"Adapter {adapter.name!r} changes {branch.source_module!r}, for which the bridge has no maps; fit "
                     "one with these --roles, or with all."
                 )
-        return pairing, update.factors
+        return pairing, factors
 
-    def _check_shapes(
-        self, path: Path, maps: Mapping[str, Any], pairs: Sequence[ModulePair], factors: Mapping[str, LowRank]
-    ) -> None:
+    def _checked_maps(
+        self, path: Path, pairs: Sequence[ModulePair], factors: Mapping[str, LowRank]
+    ) -> dict[str, Tensor]:
+        maps = read_maps(path)
         for pair in pairs:
             for branch in pair.branches:
                 back = len(row_numbers(branch.target_rows)), len(row_numbers(branch.source_rows))
@@ -191,6 +194,7 @@ class CastMaps:
                             f"{path.name} of the bridge {str(self.folder)!r} has no map {name!r} of shape {shape}; "
                             "copy it again."
                         )
+        return maps
 
 
 def translate(bridge: str, adapters: Sequence[str], out: str) -> list[Path]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from castlora.adapters.factors import LowRank
-from castlora.maps.cast_layer import fold_from_source, fold_to_source, merge_branches
+from castlora.maps.cast_layer import merge_branches
 from castlora.maps.fitting import InputSite, SiteMoments, input_site, reading_the_same
 from castlora.maps.solvers import ridge_map
 from castlora.maps.statistics import Moments
@@ -20,6 +20,7 @@ from castlora.models.pairing import STAND_INS, Branch, ModulePair, Pairing, pair
 
 TO_SOURCE = "to_source"
 """Name of a site's map from the target's input to the source's."""
+_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,14 @@ def fold_site(
         layers = []
         for branch in pair.branches:
             lora = factors[branch.source_module]
-            b = fold_from_source(maps[branch_name(pair, branch)].to(lora.b), lora.b[branch.source_rows])
-            a = fold_to_source(lora.a, maps[TO_SOURCE].to(lora.a))
+            b = _times(maps[branch_name(pair, branch)], lora.b[branch.source_rows])
+            a = _times(maps[TO_SOURCE].T, lora.a.T).T
             # A part of the source that speaks for several target modules has its update divided among them.
             layers.append(LowRank(a, b / pairing.multiplicity(branch)))
         folded[pair.target.name] = merge_branches(layers, [one.target_rows for one in pair.branches], pair.target.d_out)
     return folded
+
+
+def _times(matrix: Tensor, factor: Tensor) -> Tensor:
+    """Matrix · factor in the factor's precision, block by block: a map is large, and in files has fewer bits."""
+    return torch.cat([rows.to(factor) @ factor for rows in matrix.split(_ROWS_AT_ONCE)])

@@ -38,6 +38,8 @@ def tables(record: dict[str, Any]) -> str:
         sections += ["## Limits of the machine", _LIMITS, _limits_table(record["limits"])]
     if record["folding"]:
         sections += ["## Folding", _FOLDING, _folding_table(record["folding"])]
+    if record["translating"]:
+        sections += ["## Over a bridge", _TRANSLATING, _translating_table(record["translating"])]
     if record["growth"]:
         sections += ["## Growth", _GROWTH, _growth_table(record["growth"])]
     return "\n\n".join([*sections, "## Environment", _environment(record["environment"])])
@@ -50,6 +52,11 @@ _LIMITS = (
 _FOLDING = (
     "Elapsed seconds for all modules on a processor, module by module; memory is what the process had at its highest, "
     "beyond its idle state. The adapter and the maps of the module that is being folded are in it."
+)
+_TRANSLATING = (
+    "Elapsed seconds from opening the bridge to the written adapter, files included; memory is what the process had at "
+    "its highest beyond its idle state, pages of the files included. It may be twice the written adapter and the maps "
+    "of one layer."
 )
 _GROWTH = (
     "Medians, while one number doubles and all others stay (2 layers of width 32, rank 8, answered prompts). A factor "
@@ -121,6 +128,25 @@ def _folding_table(foldings: Sequence[dict[str, Any]]) -> str:
             f"| {one['shape']}: {target.layers} layers of width {target.width} | {one['modules']} | {one['rank']} | "
             f"{np.median(one['seconds']):.2g} | ≤ {one['target']:g}: {_verdict(one['is_met'])} | {memory} |"
         )
+    return "\n".join(rows)
+
+
+def _translating_table(translations: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        "| target model | modules | rank | maps (MiB) | seconds | target | memory (MiB) | target |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in translations:
+        target = SHAPES[one["shape"]].target
+        maps, memory, allowed = (
+            f"{size / 2**20:.0f}"
+            for size in (one["maps_bytes"], one["peak_bytes"] - one["idle_bytes"], one["allowed_bytes"])
+        )
+        roles = ", ".join(one["roles"] or ["all"])
+        seconds = f"{np.median(one['seconds']):.2g} | ≤ {one['target']:g}: {_verdict(one['is_in_time'])}"
+        needed = f"{memory} | ≤ {allowed}: {_verdict(one['is_in_memory'])}"
+        size = f"{one['shape']}: {target.layers} layers of width {target.width}"
+        rows.append(f"| {size} | {roles} | {one['rank']} | {maps} | {seconds} | {needed} |")
     return "\n".join(rows)
 
 

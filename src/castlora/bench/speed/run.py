@@ -18,6 +18,7 @@ from castlora.bench.speed.measures import SpeedSettings, measure_fit, measure_se
 from castlora.bench.speed.page import page
 from castlora.bench.speed.steps import measure_steps
 from castlora.bench.speed.timing import Clock
+from castlora.bench.speed.translating import measure_translating
 from castlora.config import check_seed
 from castlora.errors import UserError
 from castlora.execution.run_directory import write_whole
@@ -26,7 +27,7 @@ from castlora.models.loading import best_device
 logger = logging.getLogger("castlora")
 
 RECORD_FILE, PAGE_FILE = "speed.json", "speed.md"
-MEASURES = ("serving", "fit", "steps", "limits", "folding", "growth")
+MEASURES = ("serving", "fit", "steps", "limits", "folding", "translating", "growth")
 _AT_LEAST = {
     "repeats": 1, "rank": 1, "length": 8, "batch_size": 1, "passages": 1, "doublings": 1, "threads": 1,
 }  # fmt: skip
@@ -61,10 +62,10 @@ def run_speed(out: Path, settings: SpeedSettings, measures: Sequence[str] = MEAS
 
 
 def measure(settings: SpeedSettings, measures: Sequence[str]) -> dict[str, Any]:
-    """The record: settings, environment, and what was found under `ratios`, `limits`, `folding` and `growth`."""
+    """The record: settings, environment, and what was found under `ratios` and the names of the other measures."""
     device = best_device()
     ratios = {"serving": measure_serving, "fit": measure_fit, "steps": measure_steps}
-    found: dict[str, list[Any]] = {"ratios": [], "limits": [], "folding": [], "growth": []}
+    found: dict[str, list[Any]] = {"ratios": [], "limits": [], "folding": [], "translating": [], "growth": []}
     with _threads(settings.threads):
         surroundings = {**environment(), "device": _name(device), "seconds": Clock(device).kind}
         for name in measures:
@@ -75,6 +76,8 @@ def measure(settings: SpeedSettings, measures: Sequence[str]) -> dict[str, Any]:
                 found["limits"] += measure_limits(settings, device)
             elif name == "folding":
                 found["folding"] += measure_folding(settings)
+            elif name == "translating":
+                found["translating"] += measure_translating(settings)
             else:
                 found["growth"] += measure_growth(settings, device)
     described = {kind: [one.describe() for one in of_kind] for kind, of_kind in found.items()}
