@@ -159,6 +159,9 @@ def test_what_no_bridge_carries_is_named_and_nothing_is_written(bridge, adapter,
     no_bridge = tmp_path / "none"
     shutil.copytree(place, no_bridge)
     (no_bridge / "bridge.json").write_text("[]")
+    odd = tmp_path / "odd"
+    shutil.copytree(place, odd)
+    (odd / "bridge.json").write_text('{"source": "a", "target": "b", "roles": [["q"]], "seed": 0}')
     for where, adapters, complaint in (
         (place, [], "--adapter names none"),
         (place, [plain, plain], "which would share a folder"),
@@ -171,6 +174,7 @@ def test_what_no_bridge_carries_is_named_and_nothing_is_written(bridge, adapter,
         ("no/where", [plain], "neither a folder here nor reachable"),
         (plain, [plain], "has no bridge.json"),
         (str(no_bridge), [plain], "bridge.json of .* is damaged"),
+        (str(odd), [plain], "bridge.json of .* is damaged"),
         (str(damaged), [plain], "layer-001-mlp.safetensors of the bridge .* is missing or damaged"),
         (str(infinite), [plain], "NaN or infinity"),
         (str(other), [plain], "has no map 'from_source.transformer.h.0.mlp.c_fc.fc' of shape"),

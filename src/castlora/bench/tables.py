@@ -85,7 +85,8 @@ losses, and with a small network beside each map (`nonlinear`, which no LoRA can
 learns what such a target predicts). `synthetic data` trains a fresh
 LoRA on the answers that source + LoRA writes, filtered by contrastive excess. Without training: `closed form` is the
 fold of the closed-form maps and `Theseus` that of rotations, both scaled by the held-out objective; `last layer
-solved` adds to the former the last layer of `readout start`; direct copy,
+solved` adds to the former the last layer of `readout start`; `bridge` is a fold with maps that are fitted once for a
+pair, on general text, and draw towards the identity where target and source are related; direct copy,
 Cross-LoRA and LoRA-X read weights alone, with castlora's pairing of modules, and leave the target bare where they can
 carry no module of a pair; `LoRA-X, constrained` trains its adapter on the task's labels in the form that the paper asks
 for. Controls, which must carry nothing, move random maps, the closed form of positions paired at random, or the adapter

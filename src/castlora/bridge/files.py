@@ -1,7 +1,7 @@
 """What lies in the folder of a bridge, and in that of the statistics that one is solved from."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from castlora.bridge.maps_file import BYTES_PER_NUMBER
-from castlora.config import check_seed
 from castlora.errors import UserError
 from castlora.execution.run_directory import write_whole
 from castlora.maps.fitting import InputSite, map_shapes, statistics_bytes
@@ -21,6 +20,11 @@ from castlora.models.pairing import ModulePair, Pairing
 BRIDGE_FILE = "bridge.json"
 STATISTICS_FILE = "statistics.json"
 _SIDES = ("source", "target")
+_NEEDED: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+    BRIDGE_FILE: {"source": str, "target": str},
+    STATISTICS_FILE: {"source": str, "target": str, "shard": str, "positions": int, "ridge": (int, float)},
+}
+"""Fields that are read again, and their types."""
 _DEFAULT_LENGTH = 256
 
 
@@ -117,13 +121,14 @@ def read_description(folder: Path, name: str, remedy: str) -> tuple[dict[str, An
     path = folder / name
     if not path.is_file():
         raise UserError(f"{str(folder)!r} has no {name}; {remedy}.")
+    damaged = UserError(f"{name} of {str(folder)!r} is damaged; {remedy}.")
     try:
         description = dict(json.loads(path.read_text(encoding="utf-8")))
-        names, roles = [str(description[side]) for side in _SIDES], description["roles"]
-        check_seed(description["seed"])
+        roles = description["roles"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{name} of {str(folder)!r} is damaged; {remedy}.") from error
-    if not all(names) or not isinstance(roles, list | None):
-        raise UserError(f"{name} of {str(folder)!r} is damaged; {remedy}.")
+        raise damaged from error
+    has_all = all(isinstance(description.get(field), kind) for field, kind in _NEEDED[name].items())
+    if not has_all or not (roles is None or (isinstance(roles, list) and all(isinstance(role, str) for role in roles))):
+        raise damaged
     source, target = (str(folder / side) for side in _SIDES)
     return description, plan_bridge(source, target, roles)

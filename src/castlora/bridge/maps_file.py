@@ -1,6 +1,7 @@
 """The file of a site: its maps, and how well each of them does."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -59,9 +60,12 @@ def read_fits(path: Path) -> dict[str, Fit]:
     try:
         with safe_open(path, framework="pt") as file:
             noted = json.loads((file.metadata() or {})[_FITS])
-        return {name: Fit(float(fit["explained"]), bool(fit["is_anchored"])) for name, fit in noted.items()}
+        fits = {name: Fit(float(fit["explained"]), bool(fit["is_anchored"])) for name, fit in noted.items()}
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _damaged(path, first_line(error)) from error
+    if not all(math.isfinite(fit.explained) for fit in fits.values()):
+        raise _damaged(path, "its figures are no numbers")
+    return fits
 
 
 def _damaged(path: Path, why: str) -> UserError:
