@@ -41,7 +41,7 @@ def factors_of(folder, base) -> dict[str, LowRank]:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_onto_the_same_model_an_adapter_stays_what_it_is(bridge, base_model, adapter, tmp_path, family):
-    (moved,) = translate(bridge(family, family), [str(adapter(family))], str(tmp_path / "moved"))
+    (moved,) = translate(bridge(family, family), [str(adapter(family))], str(tmp_path / "moved"), scale=1)
     ids = torch.tensor([tiny.tokenizer_of(base_model(family))("The fox finds the old mill.").input_ids])
     bare, before, after = (
         tiny.logits(model, ids)
@@ -124,10 +124,10 @@ def test_several_adapters_get_a_folder_each_and_a_second_call_goes_on(bridge, ad
     place = bridge("llama", "gpt2")
     write = cast_maps._write
 
-    def stopped(maps, files, out):
+    def stopped(maps, files, out, scale):
         if out.endswith("second"):
             raise KeyboardInterrupt
-        return write(maps, files, out)
+        return write(maps, files, out, scale)
 
     monkeypatch.setattr(cast_maps, "_write", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -247,11 +247,34 @@ def test_a_bridge_is_uploaded_with_all_that_it_needs(bridge, tmp_path, monkeypat
 
 def test_modules_that_an_adapter_leaves_as_they_are_need_no_maps(bridge, base_model, adapter, tmp_path):
     some = bridge("llama", "llama", roles=["q"])
-    (moved,) = translate(some, [str(adapter("llama", ("q_proj",)))], str(tmp_path / "first"))
+    (moved,) = translate(some, [str(adapter("llama", ("q_proj",)))], str(tmp_path / "first"), scale=1)
     # It has keys and values too, which engines want beside queries.
     assert any("k_proj" in name for name in load_file(moved / "adapter_model.safetensors"))
-    (again,) = translate(some, [str(moved)], str(tmp_path / "second"))
+    (again,) = translate(some, [str(moved)], str(tmp_path / "second"), scale=1)
     first, second = (factors_of(folder, base_model("llama")) for folder in (moved, again))
     name = "model.layers.1.self_attn.q_proj"
     change = second[name].b @ second[name].a - first[name].b @ first[name].a
     assert change.norm() < 0.02 * (first[name].b @ first[name].a).norm()
+
+
+def test_between_related_models_the_update_is_larger_unless_it_is_told_not_to_be(bridge, base_model, adapter, tmp_path):
+    source = str(adapter("llama", ("q_proj",)))
+    related, unrelated = bridge("llama", "llama"), bridge("llama", "gpt2")
+    norms = {}
+    for place, scale in ((related, None), (related, 1), (related, 2), (unrelated, None), (unrelated, 1)):
+        (moved,) = translate(place, [source], str(tmp_path / f"{len(norms)}"), scale)
+        weights = load_file(moved / "adapter_model.safetensors")
+        norms[place, scale] = sum(tensor.norm() for name, tensor in weights.items() if "lora_B" in name)
+        if scale is None:
+            record = json.loads((moved / "translation.json").read_text())
+            assert record["scale"] == (1.3 if place == related else 1)
+    assert norms[related, None] / norms[related, 1] == pytest.approx(1.3)
+    assert norms[related, 2] / norms[related, 1] == pytest.approx(2)
+    assert norms[unrelated, None] == norms[unrelated, 1]
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_that_is_none_is_refused(bridge, adapter, tmp_path, scale):
+    with pytest.raises(UserError, match="give a number above 0"):
+        translate(bridge("llama", "gpt2"), [str(adapter("llama"))], str(tmp_path / "moved"), scale)
+    assert not (tmp_path / "moved").exists()

@@ -34,6 +34,7 @@ class Bridged:
         return {
             "explained_to_source": there,
             "explained_from_source": back,
+            "scale": translated.scale,
             "fit_seconds": round(fit_seconds, 1),
             "translate_seconds": round(translate_seconds, 3),
             **score(spec, attach_update(target, translated.factors).causal_lm(), tokenizer, cell.skill),

@@ -77,6 +77,7 @@ def write_translation_card(folder: Path, record: Mapping[str, Any]) -> None:
         ("source adapter", f"{adapter}, rank {record['adapter_rank']}"),
         ("source base model", source),
         ("rank", str(record["rank"])),
+        ("scale of the update", f"{record['scale']:g}"),
         ("no partner in the target", ", ".join(record["dropped"]) or "nothing"),
         ("held-out activations explained", f"{percent(record['explained_to_source'])} to the source, "
          f"{percent(record['explained_from_source'])} from it (means)"),

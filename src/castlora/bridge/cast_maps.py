@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,9 @@ from castlora.publishing.names import public_name
 logger = logging.getLogger("castlora")
 
 _FILES = (BRIDGE_FILE, CARD_FILE, "source/config.json", "target/config.json", "layer-*.safetensors")
+SCALE_BETWEEN_RELATED = 1.3
+"""Regression predicts less of noisy activations than there is, on the way to the source and on the way back. Chosen on
+three skills between two models, docs/translate.md."""
 _HINT = "give a folder that castlora fit wrote, or its hub id"
 
 
@@ -49,6 +53,8 @@ class Translated:
     """Rank to write it with, one that engines accept."""
     cut: float
     """What that rank leaves out, as a share of the norm."""
+    scale: float
+    """What the update was multiplied by."""
     pairing: Pairing
     fits: Fits
     """Site → how well the maps that were used do."""
@@ -130,11 +136,12 @@ class CastMaps:
         """Site → name of a map → how well it does on held-out text."""
         return {Path(name).stem: read_fits(self.folder / name) for name in map(site_file, self.plan.sites)}
 
-    def translate(self, adapter: AdapterFiles) -> Translated:
+    def translate(self, adapter: AdapterFiles, scale: float | None = None) -> Translated:
         """Folds an adapter with the maps, as CAST does (arXiv 2510.17902, eq. 1-3).
 
         Args:
             adapter: a plain LoRA for the source, as `open_adapter` gives it
+            scale: of the update; by default 1.3 where all maps were drawn towards the identity, else 1
 
         Raises:
             UserError: it is none, does not fit the source, changes modules that the bridge has no maps for, or a file
@@ -151,8 +158,13 @@ class CastMaps:
             fits[path.stem] = {name: fit for name, fit in read_fits(path).items() if name in used}
         largest = max(lora.rank for lora in folded.values())
         rank = portable_rank(min(largest, PORTABLE_RANKS[-1]))
-        written, cut = cut_to_rank(folded, rank) if largest > rank else (folded, 0.0)
-        return Translated(written, max(lora.rank for lora in factors.values()), rank, cut, pairing, fits)
+        if scale is None:
+            is_related = all(fit.is_anchored for of_site in fits.values() for fit in of_site.values())
+            scale = SCALE_BETWEEN_RELATED if is_related else 1.0
+        scaled = {name: LowRank(lora.a, scale * lora.b) for name, lora in folded.items()}
+        written, cut = cut_to_rank(scaled, rank) if largest > rank else (scaled, 0.0)
+        source_rank = max(lora.rank for lora in factors.values())
+        return Translated(written, source_rank, rank, cut, scale, pairing, fits)
 
     def pair(self, adapter: AdapterFiles) -> tuple[Pairing, dict[str, LowRank]]:
         """What an adapter reaches in the target, and its factors by source module.
@@ -197,7 +209,7 @@ class CastMaps:
         return maps
 
 
-def translate(bridge: str, adapters: Sequence[str], out: str) -> list[Path]:
+def translate(bridge: str, adapters: Sequence[str], out: str, scale: float | None = None) -> list[Path]:
     """Carries adapters over a bridge; no model is loaded, and nothing is trained.
 
     Called again with the same arguments after an interruption, it continues where it was.
@@ -207,6 +219,7 @@ def translate(bridge: str, adapters: Sequence[str], out: str) -> list[Path]:
         adapters: folders or hub ids of plain LoRAs for its source
         out: folder to write, which must not hold anything else; for several adapters it gets a folder for each, named
             by the last component of its name
+        scale: of the update; by default 1.3 between related models, whose maps predict less than there is, else 1
 
     Returns:
         the folder of each adapter
@@ -214,19 +227,21 @@ def translate(bridge: str, adapters: Sequence[str], out: str) -> list[Path]:
     Raises:
         UserError: the bridge or an adapter cannot be used; nothing has been written then.
     """
+    if scale is not None and not 0 < scale < math.inf:
+        raise UserError(f"scale is {scale}; give a number above 0.")
     maps = CastMaps.load(bridge)
     opened = _opened(adapters)
     for files in opened.values():
         maps.pair(files)
     if len(opened) == 1:
         (files,) = opened.values()
-        return [_write(maps, files, out)]
-    request = {"bridge": bridge, "adapters": list(adapters), "castlora_version": __version__}
+        return [_write(maps, files, out, scale)]
+    request = {"bridge": bridge, "adapters": list(adapters), "scale": scale, "castlora_version": __version__}
     with open_run(out, request, 0) as run:
         folders = {run.out / name: files for name, files in opened.items()}
         for folder, files in tqdm(folders.items(), desc="adapters", unit="adapter"):
             if not is_finished(folder):
-                _write(maps, files, str(folder))
+                _write(maps, files, str(folder), scale)
         run.finished.mkdir()
         run.publish()
     return list(folders)
@@ -247,12 +262,14 @@ def _opened(adapters: Sequence[str]) -> dict[str, AdapterFiles]:
     return {name: open_adapter(adapter) for name, adapter in zip(names, adapters, strict=True)}
 
 
-def _write(maps: CastMaps, adapter: AdapterFiles, out: str) -> Path:
+def _write(maps: CastMaps, adapter: AdapterFiles, out: str, scale: float | None) -> Path:
     """Writes what an adapter becomes, with its card and what was done."""
-    request = {"bridge": str(maps.folder), "adapter": adapter.name, "castlora_version": __version__}
+    request = {
+        "bridge": str(maps.folder), "adapter": adapter.name, "scale": scale, "castlora_version": __version__,
+    }  # fmt: skip
     with open_run(out, request, 0) as run:
         try:
-            translated = maps.translate(adapter)
+            translated = maps.translate(adapter, scale)
         except UserError:
             run.discard()
             raise
@@ -266,6 +283,7 @@ def _write(maps: CastMaps, adapter: AdapterFiles, out: str) -> Path:
             "target": public_name(target),
             "rank": translated.rank,
             "cut": translated.cut,
+            "scale": translated.scale,
             "dropped": list(translated.pairing.dropped),
             "explained_to_source": there,
             "explained_from_source": back,

@@ -13,7 +13,7 @@ def _fit(
     roles: list[Role] | None = None,
     passages: int = 4096,
     max_length: int | None = None,
-    ridge: float = 0.01,
+    ridge: float = 0.1,
     seed: int = 0,
     shard: str | None = None,
     low_memory: bool = False,
@@ -55,7 +55,7 @@ def _merge_stats(shards: list[str], out: str) -> None:
     run(shards, out)
 
 
-def _translate(bridge: str, adapter: list[str] | str, out: str) -> None:
+def _translate(bridge: str, adapter: list[str] | str, out: str, scale: float | None = None) -> None:
     """Carries adapters over a bridge; no model is loaded, and nothing is trained.
 
     The same command continues a run that was interrupted.
@@ -64,10 +64,11 @@ def _translate(bridge: str, adapter: list[str] | str, out: str) -> None:
         bridge: folder or hub id of what castlora fit wrote
         adapter: folder or hub id of a plain LoRA for its source; given several times, each one gets a folder in out
         out: folder to write, new or empty
+        scale: of the update; by default 1.3 between related models, whose maps predict less than there is, else 1
     """
     from castlora.bridge.cast_maps import translate as run
 
-    run(bridge, [adapter] if isinstance(adapter, str) else adapter, out)
+    run(bridge, [adapter] if isinstance(adapter, str) else adapter, out, scale)
 
 
 BRIDGE_COMMANDS: dict[str, Callable[..., None]] = {

@@ -57,7 +57,7 @@ def fit(
     roles: Sequence[Role] | None = None,
     passages: int = 4096,
     max_length: int | None = None,
-    ridge: float = 0.01,
+    ridge: float = 0.1,
     seed: int = 0,
     shard: str | None = None,
     low_memory: bool = False,
