@@ -19,14 +19,17 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+import torch
 from jsonargparse import auto_cli
 from tqdm.auto import tqdm
 
 from benchmarks.mutations import JSON_MUTATIONS, TENSOR_MUTATIONS, TEXT_MUTATIONS, Mutation
-from castlora import convert
+from castlora import CastMaps, convert, fit, merge_statistics
+from castlora.adapters.factors import LowRank, write_portable
+from castlora.adapters.files import open_adapter
 from castlora.adapters.portable import check_portable
 from castlora.alignment.tokens import ByteTokenizer
 from castlora.alignment.vocabulary import SharedVocabulary
@@ -34,7 +37,8 @@ from castlora.bench.grid import environment
 from castlora.demonstration.bundle import SOURCE, TARGET, demo_adapters_path, demo_models_path, demo_skill
 from castlora.errors import UserError
 from castlora.evaluation.tasks import load_task
-from castlora.models.loading import load_model, load_tokenizer
+from castlora.models.loading import load_config, load_model, load_tokenizer, skeleton
+from castlora.models.modules import linear_slots
 from castlora.plan import plan_transfer
 from castlora.teaching.taught import check_taught
 from castlora.text.chat import read_conversations
@@ -83,6 +87,43 @@ def _mlx_adapter() -> dict[str, bytes]:
 def _mlx_files(folder: Path) -> None:
     for name, content in _mlx_adapter().items():
         (folder / name).write_bytes(content)
+
+
+@cache
+def _fitted(shard: str | None) -> tempfile.TemporaryDirectory[str]:
+    """A bridge between the bundled models, or a shard of its statistics; it is there as long as this is remembered."""
+    folder = tempfile.TemporaryDirectory()
+    text = Path(folder.name) / "text.txt"
+    text.write_text("\n\n".join(f"{_TEXT.split('Topic')[0]} Day {day}." for day in range(40)), encoding="utf-8")
+    source, target = (str(demo_models_path() / name) for name in (SOURCE, TARGET))
+    sizes = {"roles": ("q",), "passages": 20, "max_length": 32}
+    fit(source, target, str(Path(folder.name) / "fitted"), str(text), shard=shard, **sizes)
+    return folder
+
+
+def _fitted_files(shard: str | None, folder: Path) -> None:
+    shutil.copytree(Path(_fitted(shard).name) / "fitted", folder, dirs_exist_ok=True)
+
+
+@cache
+def _adapter_of_queries() -> tempfile.TemporaryDirectory[str]:
+    folder = tempfile.TemporaryDirectory()
+    name = str(demo_models_path() / SOURCE)
+    config = load_config(name)
+    slots = linear_slots(skeleton(config), config)
+    lora = {slot: LowRank(torch.ones(8, one.d_in), torch.ones(one.d_out, 8))
+            for slot, one in slots.items() if one.roles == ("q",)}  # fmt: skip
+    write_portable(Path(folder.name), lora, slots, 8, name, None)
+    return folder
+
+
+def _translate(folder: Path) -> None:
+    CastMaps.load(str(folder)).translate(open_adapter(_adapter_of_queries().name))
+
+
+def _merge(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        merge_statistics([str(folder)], str(Path(temporary) / "bridge"))
 
 
 def _model_config(folder: Path) -> None:
@@ -161,6 +202,10 @@ TARGETS: dict[str, Target] = {
     ),
     "tokenizer of a base model": Target(_whole_model, _read_tokenizer, ("tokenizer.json", "tokenizer_config.json")),
     "task, prompts and messages": Target(_task_files, _read_tasks, _TASK_FILES),
+    "bridge": Target(partial(_fitted_files, None), _translate, ("bridge.json", "layer-000-attention.safetensors")),
+    "statistics of a bridge": Target(
+        partial(_fitted_files, "1/1"), _merge, ("statistics.json", "layer-000-attention.safetensors")
+    ),
     "general text": Target(_text_files, _read_text, ("text.txt", "text.jsonl")),
 }
 

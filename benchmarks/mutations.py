@@ -111,7 +111,7 @@ def change_tensors(path: Path, chance: random.Random) -> None:
     if not tensors:
         return
     name = chance.choice(sorted(tensors))
-    tensor = tensors.pop(name)
+    tensor = torch.atleast_1d(tensors.pop(name))
     kind = chance.randrange(7)
     if kind == 0:
         names = (f"{name}/../../x", name.upper(), f"{name}.x", "x" * 10_000, "base_model.model.x")

@@ -5,7 +5,7 @@ import logging
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +25,7 @@ from castlora.bridge.maps_file import read_fits, read_maps
 from castlora.errors import UserError
 from castlora.execution.run_directory import is_finished, open_run, write_whole
 from castlora.maps.cast_layer import cut_to_rank
-from castlora.maps.shared_maps import TO_SOURCE, branch_name, by_site, fold_site
-from castlora.models.modules import row_numbers
+from castlora.maps.shared_maps import TO_SOURCE, branch_name, by_site, fold_site, site_shapes
 from castlora.models.pairing import ModulePair, Pairing, pair_modules
 from castlora.publishing.hub import TRANSLATION_FILE, upload
 from castlora.publishing.licences import CARD_FILE
@@ -153,7 +152,7 @@ class CastMaps:
         for site, pairs in by_site(pairing):
             path = self.folder / site_file(site)
             # No name is bound to the maps, so that they are gone before those of the next site are read.
-            folded |= fold_site(self._checked_maps(path, pairs, factors), pairs, pairing, factors)
+            folded |= fold_site(self._checked_maps(path, pairs), pairs, pairing, factors)
             used = {TO_SOURCE, *(branch_name(pair, branch) for pair in pairs for branch in pair.branches)}
             fits[path.stem] = {name: fit for name, fit in read_fits(path).items() if name in used}
         largest = max(lora.rank for lora in folded.values())
@@ -192,20 +191,14 @@ class CastMaps:
                 )
         return pairing, factors
 
-    def _checked_maps(
-        self, path: Path, pairs: Sequence[ModulePair], factors: Mapping[str, LowRank]
-    ) -> dict[str, Tensor]:
+    def _checked_maps(self, path: Path, pairs: Sequence[ModulePair]) -> dict[str, Tensor]:
         maps = read_maps(path)
-        for pair in pairs:
-            for branch in pair.branches:
-                back = len(row_numbers(branch.target_rows)), len(row_numbers(branch.source_rows))
-                there = factors[branch.source_module].a.shape[1], pair.target.d_in
-                for name, shape in ((TO_SOURCE, there), (branch_name(pair, branch), back)):
-                    if name not in maps or maps[name].shape != shape:
-                        raise UserError(
-                            f"{path.name} of the bridge {str(self.folder)!r} has no map {name!r} of shape {shape}; "
-                            "copy it again."
-                        )
+        for name, shape in site_shapes(pairs, self.plan.source_widths).items():
+            if name not in maps or maps[name].shape != shape:
+                raise UserError(
+                    f"{path.name} of the bridge {str(self.folder)!r} has no map {name!r} of shape {shape}; "
+                    "copy it again."
+                )
         return maps
 
 

@@ -22,7 +22,14 @@ STATISTICS_FILE = "statistics.json"
 _SIDES = ("source", "target")
 _NEEDED: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     BRIDGE_FILE: {"source": str, "target": str},
-    STATISTICS_FILE: {"source": str, "target": str, "shard": str, "positions": int, "ridge": (int, float)},
+    STATISTICS_FILE: {
+        "source": str,
+        "target": str,
+        "shard": str,
+        "positions": int,
+        "ridge": (int, float),
+        "seed": int,
+    },
 }
 """Fields that are read again, and their types."""
 _DEFAULT_LENGTH = 256

@@ -36,7 +36,7 @@ from castlora.maps.fitting import (
     of_all_processes,
     parts_of,
 )
-from castlora.maps.shared_maps import by_site, site_statistics, solve_maps
+from castlora.maps.shared_maps import by_site, site_shapes, site_statistics, solve_maps
 from castlora.maps.statistics import Moments
 from castlora.model_pair import BaseModels, align_text, load_base_models
 from castlora.models.modules import Role
@@ -147,10 +147,11 @@ def merge_statistics(shards: Sequence[str], out: str) -> Path:
     with open_run(out, description, plan.maps_bytes) as run:
         run.parts.mkdir(exist_ok=True)
         try:
-            for site in tqdm(plan.sites, desc="maps", unit="site"):
+            for site, pairs in tqdm(plan.sites.items(), desc="maps", unit="site"):
                 path = run.parts / site_file(site)
                 if not path.exists():
-                    added = added_site([folder / path.name for folder in folders])
+                    shapes = site_shapes(pairs, plan.source_widths)
+                    added = added_site([folder / path.name for folder in folders], shapes)
                     _solve_and_write(path, *added, description["ridge"])
         except UserError:
             run.discard()

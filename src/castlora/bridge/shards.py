@@ -60,24 +60,43 @@ def save_site(path: Path, fitted: Mapping[str, Moments], held_out: Mapping[str, 
     save_moments(named | {_HELD_OUT + name: one for name, one in held_out.items()}, path)
 
 
-def added_site(paths: Sequence[Path]) -> tuple[dict[str, Moments], dict[str, Moments]]:
+def added_site(
+    paths: Sequence[Path], shapes: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, Moments], dict[str, Moments]]:
     """The statistics of a site summed over shards, as `save_site` took them.
 
+    Args:
+        paths: the file of the site in each shard
+        shapes: (d_y, d_x) of each map of the site
+
     Raises:
-        UserError: a file is missing or damaged, or they are of different sites.
+        UserError: a file is missing or damaged, or of another site.
     """
     total: dict[str, Moments] = {}
     for path in paths:
-        try:
-            moments = load_moments(path)
-            total = {name: one.merge(moments[name]) for name, one in total.items()} if total else moments
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise UserError(
-                f"{path.name} of {str(path.parent)!r} is missing or damaged ({first_line(error)}); make it again."
-            ) from error
+        moments = _checked(path, shapes)
+        total = {name: one.merge(moments[name]) for name, one in total.items()} if total else moments
     fitted = {name.removeprefix(_FITTED): one for name, one in total.items() if name.startswith(_FITTED)}
     held_out = {name.removeprefix(_HELD_OUT): one for name, one in total.items() if name.startswith(_HELD_OUT)}
     return fitted, held_out
+
+
+def _checked(path: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Moments]:
+    try:
+        moments = load_moments(path)
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise _damaged(path, first_line(error)) from error
+    expected = {use + name: shape for use in (_FITTED, _HELD_OUT) for name, shape in shapes.items()}
+    if moments.keys() != expected.keys():
+        raise _damaged(path, "it has statistics of other modules")
+    for name, (d_y, d_x) in expected.items():
+        if not moments[name].fits(d_x, d_y):
+            raise _damaged(path, f"{name} is of another shape or no numbers")
+    return moments
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"{path.name} of {str(path.parent)!r} is missing or damaged ({why}); make it again.")
 
 
 def check_whole(folders: Sequence[str], descriptions: Sequence[Mapping[str, Any]]) -> None:

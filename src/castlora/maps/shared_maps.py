@@ -15,7 +15,7 @@ from castlora.maps.cast_layer import merge_branches
 from castlora.maps.fitting import InputSite, SiteMoments, input_site, reading_the_same
 from castlora.maps.solvers import ridge_map
 from castlora.maps.statistics import Moments
-from castlora.models.modules import LinearSlot, Role
+from castlora.models.modules import LinearSlot, Role, row_numbers
 from castlora.models.pairing import STAND_INS, Branch, ModulePair, Pairing, pair_modules
 
 TO_SOURCE = "to_source"
@@ -62,6 +62,21 @@ def by_site(pairing: Pairing) -> Iterator[tuple[InputSite, tuple[ModulePair, ...
 def branch_name(pair: ModulePair, branch: Branch) -> str:
     """Name of the map that brings the update of a branch to the target."""
     return f"from_source.{pair.target.name}.{'+'.join(branch.roles)}"
+
+
+def site_shapes(pairs: Sequence[ModulePair], source_widths: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Numbers that each map of a site makes, and numbers that it takes, by the names of the maps.
+
+    Args:
+        pairs: modules that read there
+        source_widths: how long the inputs of each source module are
+    """
+    outputs = {
+        branch_name(pair, branch): (len(row_numbers(branch.target_rows)), len(row_numbers(branch.source_rows)))
+        for pair in pairs
+        for branch in pair.branches
+    }
+    return {TO_SOURCE: (source_widths[pairs[0].branches[0].source_module], pairs[0].target.d_in), **outputs}
 
 
 def site_statistics(moments: SiteMoments, site: InputSite, pairs: Sequence[ModulePair]) -> dict[str, Moments]:

@@ -36,6 +36,15 @@ class Moments:
         shapes = ((), (d_x,), (d_y,), (d_x, d_x), (d_y, d_x), ())
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
+    def fits(self, d_x: int, d_y: int) -> bool:
+        """Whether these are moments of positions of such activations, and numbers throughout."""
+        expected = vars(Moments.zeros(d_x, d_y, "meta"))
+        have_shapes = all(tensor.shape == expected[field].shape for field, tensor in vars(self).items())
+        are_numbers = all(
+            tensor.dtype == torch.float64 and bool(torch.isfinite(tensor).all()) for tensor in vars(self).values()
+        )
+        return have_shapes and are_numbers and bool(self.count > 0)
+
     def update(self, x: Tensor, y: Tensor) -> None:
         """Adds positions: x (n, d_x) and y (n, d_y). Products in fp32, sums in fp64."""
         x, y = x.detach().float(), y.detach().float()

@@ -38,7 +38,8 @@ def tables(record: dict[str, Any]) -> str:
         sections += ["## Limits of the machine", _LIMITS, _limits_table(record["limits"])]
     if record["folding"]:
         sections += ["## Folding", _FOLDING, _folding_table(record["folding"])]
-    if record["translating"]:
+    # Records of before bridges have none.
+    if record.get("translating"):
         sections += ["## Over a bridge", _TRANSLATING, _translating_table(record["translating"])]
     if record["growth"]:
         sections += ["## Growth", _GROWTH, _growth_table(record["growth"])]

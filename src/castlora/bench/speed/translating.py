@@ -19,8 +19,7 @@ from castlora.bridge.cast_maps import translate
 from castlora.bridge.files import BRIDGE_FILE, plan_bridge, site_file, write_description
 from castlora.bridge.maps_file import write_maps
 from castlora.config import Role, ShapeName
-from castlora.maps.shared_maps import TO_SOURCE, Fit, branch_name
-from castlora.models.modules import row_numbers
+from castlora.maps.shared_maps import Fit, site_shapes
 from castlora.publishing.manifest import peak_memory_bytes
 
 _ROLES: dict[ShapeName, tuple[Role, ...] | None] = {"zoo": None, "7b": ("q", "v")}
@@ -77,14 +76,9 @@ def prepare(folder: Path, shape: ShapeName, rank: int, seed: int) -> None:
     bridge = folder / _BRIDGE
     bridge.mkdir()
     for site, pairs in plan.sites.items():
-        branches = [(pair, branch) for pair in pairs for branch in pair.branches]
-        shapes = {TO_SOURCE: (plan.source_widths[branches[0][1].source_module], pairs[0].target.d_in)} | {
-            branch_name(pair, one): (len(row_numbers(one.target_rows)), len(row_numbers(one.source_rows)))
-            for pair, one in branches
-        }
         maps = {
             name: torch.randn(size, generator=generator, dtype=torch.bfloat16) / size[1] ** 0.5
-            for name, size in shapes.items()
+            for name, size in site_shapes(pairs, plan.source_widths).items()
         }
         write_maps(bridge / site_file(site), maps, dict.fromkeys(maps, Fit(0.0, False)))
     roles = _ROLES[shape]
