@@ -211,6 +211,9 @@ def test_a_saved_bridge_is_the_same_bridge(bridge, adapter, tmp_path):
     ]
     weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in moved]
     assert weights[0] == weights[1]
+    fits = [CastMaps.load(where).fits for where in (place, str(tmp_path / "copy"))]
+    assert fits[0] == fits[1] and len(fits[0]) == 12
+    assert "to_source" in fits[0]["layer-002-neurons"]
     with pytest.raises(UserError, match="exists; give a new folder"):
         CastMaps.load(place).save(tmp_path / "copy")
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -20,7 +19,7 @@ from castlora import __version__
 from castlora.adapters.factors import PORTABLE_RANKS, LowRank, portable_rank, read_update, write_portable
 from castlora.adapters.files import AdapterFiles, open_adapter
 from castlora.bridge.card import Fits, mean_explained, write_translation_card
-from castlora.bridge.files import BRIDGE_FILE, read_description, site_file
+from castlora.bridge.files import BRIDGE_FILE, read_all_fits, read_description, site_file
 from castlora.bridge.maps_file import read_fits, read_maps
 from castlora.errors import UserError
 from castlora.execution.run_directory import is_finished, open_run, write_whole
@@ -131,9 +130,9 @@ class CastMaps:
         return upload(self.folder, repo, private, list(_FILES), "Upload bridge fitted by castlora")
 
     @cached_property
-    def fits(self) -> dict[str, Any]:
+    def fits(self) -> Fits:
         """Site → name of a map → how well it does on held-out text."""
-        return {Path(name).stem: read_fits(self.folder / name) for name in map(site_file, self.plan.sites)}
+        return read_all_fits(self.folder, self.plan)
 
     def translate(self, adapter: AdapterFiles, scale: float | None = None) -> Translated:
         """Folds an adapter with the maps, as CAST does (arXiv 2510.17902, eq. 1-3).

@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from castlora.bridge.maps_file import BYTES_PER_NUMBER
+from castlora.bridge.maps_file import BYTES_PER_NUMBER, read_fits
 from castlora.errors import UserError
 from castlora.execution.run_directory import write_whole
 from castlora.maps.fitting import InputSite, map_shapes, statistics_bytes
-from castlora.maps.shared_maps import by_site, pair_all
+from castlora.maps.shared_maps import Fit, by_site, pair_all
 from castlora.models.loading import context_length, load_config, skeleton
 from castlora.models.modules import MODULE_ROLES, LinearSlot, Role, linear_slots
 from castlora.models.pairing import ModulePair, Pairing
@@ -110,6 +110,11 @@ def site_file(site: InputSite) -> str:
     """Name of the file of a site."""
     target_layer, _, kind = site
     return f"layer-{target_layer:03}-{kind}.safetensors"
+
+
+def read_all_fits(folder: Path, plan: BridgePlan) -> dict[str, dict[str, Fit]]:
+    """Site → name of a map → how well it does on held-out text."""
+    return {Path(name).stem: read_fits(folder / name) for name in map(site_file, plan.sites)}
 
 
 def write_description(folder: Path, name: str, plan: BridgePlan, description: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,12 @@ from castlora.bridge.files import (
     STATISTICS_FILE,
     BridgePlan,
     plan_bridge,
+    read_all_fits,
     read_description,
     site_file,
     write_description,
 )
-from castlora.bridge.maps_file import read_fits, write_maps
+from castlora.bridge.maps_file import write_maps
 from castlora.bridge.shards import SHARDS_WANTED, Shard, added_site, check_whole, save_site
 from castlora.config import Tuning, check_seed, resolve_recipe
 from castlora.errors import UserError
@@ -30,7 +31,6 @@ from castlora.execution.processes import from_main, this_process
 from castlora.execution.run_directory import RunDirectory, check_output, open_run
 from castlora.maps.fitting import (
     STATISTICS_BATCH,
-    SiteMoments,
     collect_moments,
     memory_beside,
     of_all_processes,
@@ -179,26 +179,20 @@ def _read_and_keep(
     # Statistics of text to solve from and of held-out text are there together.
     memory = memory_beside(models.source, models.target, use) // 2
     sites = len(list(by_site(pairing)))
-    with tqdm(total=sites, desc="sites", unit="site", disable=None if sites else True) as progress:
+
+    def keep_part(part: Pairing) -> None:
+        fitted, held = (
+            of_all_processes(collect_moments(models.source, models.target, part, share, use=use)) for share in shares
+        )
+        for site, pairs in by_site(part):
+            if this_process().is_main:
+                statistics = (site_statistics(moments, site, pairs) for moments in (fitted, held))
+                keep(run.parts / site_file(site), *statistics)
+            progress.update()
+
+    with tqdm(total=sites, desc="sites", unit="site") as progress:
         for part in parts_of(pairing, plan.source_widths, memory) if sites else ():
-
-            def read(share: Sequence[AlignedPassage], part: Pairing = part) -> SiteMoments:
-                return of_all_processes(collect_moments(models.source, models.target, part, share, use=use))
-
-            # No name is bound to the statistics, so that they are gone before those of the next part are summed.
-            for path, *statistics in _by_file(run.parts, part, *map(read, shares)):
-                if this_process().is_main:
-                    keep(path, *statistics)
-                progress.update()
-
-
-def _by_file(
-    folder: Path, part: Pairing, fitted: SiteMoments, held_out: SiteMoments
-) -> Iterator[tuple[Path, dict[str, Moments], dict[str, Moments]]]:
-    """The file of each site, and its statistics of the text to solve from and of held-out text."""
-    for site, pairs in by_site(part):
-        path = folder / site_file(site)
-        yield path, site_statistics(fitted, site, pairs), site_statistics(held_out, site, pairs)
+            keep_part(part)
 
 
 def _unfinished(run: RunDirectory, plan: BridgePlan) -> Pairing:
@@ -225,6 +219,5 @@ def _publish(run: RunDirectory, plan: BridgePlan, description: dict[str, Any]) -
     is_bridge = description["shard"] is None
     write_description(run.finished, BRIDGE_FILE if is_bridge else STATISTICS_FILE, plan, description)
     if is_bridge:
-        fits = {Path(name).stem: read_fits(run.finished / name) for name in map(site_file, plan.sites)}
-        write_bridge_card(run.finished, description, fits)
+        write_bridge_card(run.finished, description, read_all_fits(run.finished, plan))
     run.publish()
