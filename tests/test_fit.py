@@ -108,12 +108,17 @@ def test_shards_that_are_not_all_of_one_fit_are_refused(bridge, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(second, damaged)
     (damaged / "layer-001-mlp.safetensors").write_bytes(b"")
+    odd = tmp_path / "odd"
+    shutil.copytree(second, odd)
+    description = json.loads((odd / "statistics.json").read_text())
+    (odd / "statistics.json").write_text(json.dumps({**description, "ridge": 10**400}))
     for shards, complaint in (
         ([first], "Shard 2 of 2 is missing"),
         ([first, second, second], "Shard 2 is given 2 times"),
         ([first, other], r"shards of different fits \(seed\)"),
         ([first, whole], "has no statistics.json"),
         ([first, str(damaged)], "layer-001-mlp.safetensors of .*damaged.* is missing or damaged"),
+        ([first, str(odd)], "statistics.json of .*odd.* is damaged"),
         ([], "No shard is named"),
     ):
         with pytest.raises(UserError, match=complaint):

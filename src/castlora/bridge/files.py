@@ -33,6 +33,7 @@ _NEEDED: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
 }
 """Fields that are read again, and their types."""
 _DEFAULT_LENGTH = 256
+_LARGEST_RIDGE = 1e6
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ def read_description(folder: Path, name: str, remedy: str) -> tuple[dict[str, An
         raise damaged from error
     has_all = all(isinstance(description.get(field), kind) for field, kind in _NEEDED[name].items())
     if not has_all or not (roles is None or (isinstance(roles, list) and all(isinstance(role, str) for role in roles))):
+        raise damaged
+    if name == STATISTICS_FILE and not 0 <= description["ridge"] <= _LARGEST_RIDGE:
         raise damaged
     source, target = (str(folder / side) for side in _SIDES)
     return description, plan_bridge(source, target, roles)
