@@ -52,6 +52,7 @@ def test_what_is_written_says_what_it_is(bridge, base_model, text_file):
     description = json.loads((found / "bridge.json").read_text())
     assert description["source"] == str(base_model("llama"))
     assert description["roles"] == ["q", "v"]
+    assert description["text"] == text_file.name
     assert description["positions"] > 400
     assert {path.name for path in found.iterdir()} == {
         "README.md", "bridge.json", "source", "target", *(f"layer-00{n}-attention.safetensors" for n in range(3))

@@ -85,8 +85,8 @@ def test_running_text_is_read_for_each_target(settings, targets, text_file, tmp_
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"targets": []}, "--target names no model"),
-        ({"targets": ["one/model", "other/model"]}, "names 2 models 'model', which would share a folder"),
+        ({"targets": []}, "--target names nothing"),
+        ({"targets": ["one/model", "other/model"]}, "--target names 'model' 2 times, which would share a folder"),
         ({"targets": ["nowhere/at/all", "mistral"]}, "'nowhere/at/all' is not a folder"),
         ({"rank": 4}, "--rank 4"),
         ({"task": "nowhere.jsonl"}, "nowhere.jsonl"),

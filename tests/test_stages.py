@@ -195,7 +195,7 @@ def test_a_start_of_too_large_a_rank_is_cut_to_the_best_of_the_rank_that_is_writ
     share = 100 * (lost / kept) ** 0.5
     assert share > 1
     assert loss == StartLoss(0.0, pytest.approx(share / 100, rel=1e-3))
-    assert f"The start is cut from rank 4 to 2: {share:.1f} % of its norm is lost." in caplog.text
+    assert f"The update is cut from rank 4 to 2: {share:.1f} % of its norm is lost." in caplog.text
 
 
 def test_the_teacher_has_what_the_adapter_trains_beyond_maps(base_model, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
@@ -17,7 +16,7 @@ from castlora.distillation.tracking import check_tracker
 from castlora.errors import UserError
 from castlora.evaluation.scored_task import ScoredTask
 from castlora.execution.processes import from_main, share_of_batch
-from castlora.execution.run_directory import RunDirectory, file_state, is_finished, open_run, write_whole
+from castlora.execution.run_directory import RunDirectory, file_state, folder_names, is_finished, open_run, write_whole
 from castlora.model_pair import Loading
 from castlora.pipeline import transfer
 from castlora.plan import plan_transfer
@@ -52,7 +51,7 @@ def transfer_to_each(adapter: str, targets: Sequence[str], out: str, **settings:
             written; what ends one later leaves the finished ones as they are.
         RuntimeError: a written adapter does not compute what was trained.
     """
-    names = _folder_names(targets)
+    names = folder_names("--target", targets)
     given = signature(transfer).bind(adapter, targets[0], out, **settings)
     given.apply_defaults()
     chosen = {name: value for name, value in given.arguments.items() if name not in ("adapter", "target", "out")}
@@ -76,21 +75,6 @@ def transfer_to_each(adapter: str, targets: Sequence[str], out: str, **settings:
         from_main(partial(_finish, run, list(names.values())))
     manifests = (json.loads((Path(out) / name / MANIFEST_FILE).read_text("utf-8")) for name in names.values())
     return dict(zip(names, manifests, strict=True))
-
-
-def _folder_names(targets: Sequence[str]) -> dict[str, str]:
-    """Target → name of its folder.
-
-    Raises:
-        UserError: there are no targets, or two would share a folder.
-    """
-    if not targets:
-        raise UserError("--target names no model; give at least one.")
-    names = [(Path(target).resolve() if Path(target).is_dir() else Path(target)).name for target in targets]
-    name, count = Counter(names).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"--target names {count} models {name!r}, which would share a folder; move to one at a time.")
-    return dict(zip(targets, names, strict=True))
 
 
 def _check(adapter: str, targets: Sequence[str], recipe: Recipe, chosen: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,13 +15,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from castlora import __version__
-from castlora.adapters.factors import PORTABLE_RANKS, LowRank, portable_rank, read_update, write_portable
+from castlora.adapters.factors import PORTABLE_RANKS, LowRank, Update, portable_rank, read_update, write_portable
 from castlora.adapters.files import AdapterFiles, open_adapter
 from castlora.bridge.card import Fits, mean_explained, write_translation_card
 from castlora.bridge.files import BRIDGE_FILE, read_all_fits, read_description, site_file
 from castlora.bridge.maps_file import read_fits, read_maps
 from castlora.errors import UserError
-from castlora.execution.run_directory import is_finished, open_run, write_whole
+from castlora.execution.run_directory import folder_names, is_finished, open_run, write_whole
 from castlora.maps.cast_layer import cut_to_rank
 from castlora.maps.shared_maps import TO_SOURCE, branch_name, by_site, fold_site, site_shapes
 from castlora.models.pairing import ModulePair, Pairing, pair_modules
@@ -145,7 +144,10 @@ class CastMaps:
             UserError: it is none, does not fit the source, changes modules that the bridge has no maps for, or a file
                 of the bridge is damaged.
         """
-        pairing, factors = self.pair(adapter)
+        pairing, update = self.pair(adapter)
+        factors = update.factors
+        if update.beyond:
+            logger.warning("%r also trains %s, which no map carries.", adapter.name, ", ".join(update.beyond))
         folded: dict[str, LowRank] = {}
         fits = {}
         for site, pairs in by_site(pairing):
@@ -164,8 +166,8 @@ class CastMaps:
         source_rank = max(lora.rank for lora in factors.values())
         return Translated(written, source_rank, rank, cut, scale, pairing, fits)
 
-    def pair(self, adapter: AdapterFiles) -> tuple[Pairing, dict[str, LowRank]]:
-        """What an adapter reaches in the target, and its factors by source module.
+    def pair(self, adapter: AdapterFiles) -> tuple[Pairing, Update]:
+        """What an adapter reaches in the target, and what it changes in the source, without modules left as they are.
 
         Raises:
             UserError: it is no plain LoRA, does not fit the source, or changes modules that the bridge has no maps for.
@@ -176,8 +178,6 @@ class CastMaps:
                 "model; give a plain LoRA, or move it with castlora transfer."
             )
         update = read_update(adapter, self.plan.source_config)
-        if update.beyond:
-            logger.warning("%r also trains %s, which no map carries.", adapter.name, ", ".join(update.beyond))
         # Portable adapters hold zeros in modules that engines want beside those that are changed.
         factors = {name: lora for name, lora in update.factors.items() if lora.a.any() and lora.b.any()}
         pairing = pair_modules(self.plan.source_slots, self.plan.target_slots, factors)
@@ -188,7 +188,7 @@ class CastMaps:
                     f"Adapter {adapter.name!r} changes {branch.source_module!r}, for which the bridge has no maps; fit "
                     "one with these --roles, or with all."
                 )
-        return pairing, factors
+        return pairing, Update(factors, update.beyond)
 
     def _checked_maps(self, path: Path, pairs: Sequence[ModulePair]) -> dict[str, Tensor]:
         maps = read_maps(path)
@@ -222,7 +222,7 @@ def translate(bridge: str, adapters: Sequence[str], out: str, scale: float | Non
     if scale is not None and not 0 < scale < math.inf:
         raise UserError(f"scale is {scale}; give a number above 0.")
     maps = CastMaps.load(bridge)
-    opened = _opened(adapters)
+    opened = {name: open_adapter(adapter) for adapter, name in folder_names("--adapter", adapters).items()}
     for files in opened.values():
         maps.pair(files)
     if len(opened) == 1:
@@ -237,21 +237,6 @@ def translate(bridge: str, adapters: Sequence[str], out: str, scale: float | Non
         run.finished.mkdir()
         run.publish()
     return list(folders)
-
-
-def _opened(adapters: Sequence[str]) -> dict[str, AdapterFiles]:
-    """Adapters by the names of their folders.
-
-    Raises:
-        UserError: there are none, or two would share a folder.
-    """
-    if not adapters:
-        raise UserError("--adapter names none; give at least one.")
-    names = [(Path(adapter).resolve() if Path(adapter).is_dir() else Path(adapter)).name for adapter in adapters]
-    name, count = Counter(names).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"--adapter names {count} adapters {name!r}, which would share a folder; give other names.")
-    return {name: open_adapter(adapter) for name, adapter in zip(names, adapters, strict=True)}
 
 
 def _write(maps: CastMaps, adapter: AdapterFiles, out: str, scale: float | None) -> Path:

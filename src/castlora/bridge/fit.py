@@ -41,6 +41,7 @@ from castlora.maps.statistics import Moments
 from castlora.model_pair import BaseModels, align_text, load_base_models
 from castlora.models.modules import Role
 from castlora.models.pairing import Pairing, describe
+from castlora.publishing.names import public_name
 from castlora.teaching.curriculum import TextSource, draw_text
 
 logger = logging.getLogger("castlora")
@@ -118,7 +119,8 @@ def fit(
         keep = save_site if share else partial(_solve_and_write, ridge=ridge)
         _read_and_keep(run, models, plan, training, held_out, keep)
         positions = sum(len(passage.weights) for passage in training)
-        from_main(partial(_publish, run, plan, {**request, "positions": positions}))
+        described = {**request, "text": text and public_name(text), "positions": positions}
+        from_main(partial(_publish, run, plan, described))
     logger.info("Wrote %s after %.0f s", out, time.monotonic() - started)
     return Path(out)
 

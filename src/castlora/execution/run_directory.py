@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,6 +272,28 @@ def _free_bytes(folder: Path) -> int:
 def _holds_no_result(folder: Path) -> bool:
     """Whether a folder is empty, up to a run that was interrupted before it began."""
     return all(path.name == STATE_FOLDER for path in folder.iterdir())
+
+
+def folder_names(option: str, named: Sequence[str]) -> dict[str, str]:
+    """Names of the folders inside `out` for models or adapters that an option has named several of.
+
+    Args:
+        option: as people type it
+        named: folders or hub ids
+
+    Returns:
+        what was named → its last component
+
+    Raises:
+        UserError: nothing is named, or two would share a folder.
+    """
+    if not named:
+        raise UserError(f"{option} names nothing; give at least one.")
+    names = [(Path(one).resolve() if Path(one).is_dir() else Path(one)).name for one in named]
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{option} names {name!r} {count} times, which would share a folder; give one at a time.")
+    return dict(zip(named, names, strict=True))
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

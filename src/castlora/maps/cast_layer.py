@@ -151,7 +151,7 @@ def cut_to_rank(folded: Mapping[str, LowRank], rank: int) -> tuple[dict[str, Low
         return cut, 0.0
     whole, kept = _square_of_norm(balanced), _square_of_norm(cut)
     lost = math.sqrt(max(0.0, 1 - kept / whole)) if whole > 0 else 0.0
-    logger.info("The start is cut from rank %d to %d: %.1f %% of its norm is lost.", largest, rank, 100 * lost)
+    logger.info("The update is cut from rank %d to %d: %.1f %% of its norm is lost.", largest, rank, 100 * lost)
     return cut, lost
 
 
