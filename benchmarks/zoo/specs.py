@@ -89,6 +89,12 @@ BASE_MODELS = {
     "llama-s-next": BaseModelSpec(
         tokenizer="llama", architecture=_LLAMA_S, seed=16, tokens=1_500_000, successor_of="llama-s"
     ),
+    "llama-s-later": BaseModelSpec(
+        tokenizer="llama", architecture=_LLAMA_S, seed=18, tokens=1_500_000, successor_of="llama-s-next"
+    ),
+    "gpt2-s-next": BaseModelSpec(
+        tokenizer="gpt2", architecture=_GPT2_S, seed=17, tokens=1_500_000, successor_of="gpt2-s"
+    ),
 }
 
 
@@ -110,10 +116,14 @@ GRID_SKILLS = ("question-type", "subjectivity", "operation")
 
 ADAPTERS = (
     *(AdapterSpec("llama-s", skill, steps=300) for skill in (*GRID_SKILLS, "topic")),
-    *(AdapterSpec("llama-s-next", skill, steps=300) for skill in GRID_SKILLS),
+    *(AdapterSpec(base, skill, steps=300) for base in ("llama-s-next", "llama-s-later") for skill in GRID_SKILLS),
     *(AdapterSpec("mistral-s", skill, steps=500) for skill in GRID_SKILLS),
     *(AdapterSpec(base, skill) for base in ("llama-s", "mistral-s") for skill in ("record", "shakespeare")),
-    *(AdapterSpec(base, skill) for base in ("llama-m", "gpt2-s", "gpt2-m", "stories260K-hf") for skill in GRID_SKILLS),
+    *(
+        AdapterSpec(base, skill)
+        for base in ("llama-m", "gpt2-s", "gpt2-m", "gpt2-s-next", "stories260K-hf")
+        for skill in GRID_SKILLS
+    ),
 )
 
 BLOCK_LENGTH = 256
