@@ -10,7 +10,7 @@ from preloaded import finish, launched, run_castlora
 from safetensors.torch import load_file
 
 from castlora import UserError, fit, merge_statistics
-from castlora.bridge import commands
+from castlora.bridge import commands, results
 from castlora.bridge import fit as fitting
 from castlora.bridge.maps_file import read_fits
 from castlora.maps import fitting as statistics
@@ -153,7 +153,7 @@ def test_bad_input_is_named_and_nothing_is_written(bridge, tmp_path, options, co
 def test_an_interrupted_fit_goes_on_with_the_sites_that_it_lacks(bridge, tmp_path, monkeypatch):
     whole = maps_in(bridge("llama", "gpt2", "whole"))
     monkeypatch.setattr(fitting, "memory_beside", lambda *_arguments: 1)
-    solve, kept = fitting.solve_maps, []
+    solve, kept = results.solve_maps, []
 
     def solve_some(*arguments):
         if len(kept) == 5:
@@ -161,7 +161,7 @@ def test_an_interrupted_fit_goes_on_with_the_sites_that_it_lacks(bridge, tmp_pat
         kept.append(arguments)
         return solve(*arguments)
 
-    monkeypatch.setattr(fitting, "solve_maps", solve_some)
+    monkeypatch.setattr(results, "solve_maps", solve_some)
     with pytest.raises(KeyboardInterrupt):
         bridge("llama", "gpt2")
     assert [path.name for path in (tmp_path / "bridge").iterdir()] == [".castlora"]
@@ -173,7 +173,7 @@ def test_an_interrupted_fit_goes_on_with_the_sites_that_it_lacks(bridge, tmp_pat
     monkeypatch.setattr(
         fitting, "collect_moments", lambda *given, **also: read.append(given) or collect(*given, **also)
     )
-    monkeypatch.setattr(fitting, "solve_maps", solve)
+    monkeypatch.setattr(results, "solve_maps", solve)
     found = maps_in(bridge("llama", "gpt2"))
     # Twelve sites, five of which were kept; each is read for text to solve from and for held-out text.
     assert len(read) == 2 * (12 - 5)

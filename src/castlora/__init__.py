@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from castlora.adapters.portable import check_portable
     from castlora.bridge.cast_maps import CastMaps, translate
     from castlora.bridge.fit import fit, merge_statistics
+    from castlora.bridge.join import join
+    from castlora.bridge.sketch import sketch
     from castlora.errors import UserError
     from castlora.inspection import inspect
     from castlora.maps.cast_layer import CastLayer
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CastLayer", "CastMaps", "UserError", "__version__", "check_portable", "convert", "evaluate", "fit", "inspect",
-    "merge_statistics", "push", "report_runs", "steer", "teach", "transfer", "transfer_to_each", "translate",
+    "join", "merge_statistics", "push", "report_runs", "sketch", "steer", "teach", "transfer", "transfer_to_each",
+    "translate",
 ]  # fmt: skip
 
 _HOMES = {
@@ -37,9 +40,11 @@ _HOMES = {
     "evaluate": "castlora.scoring",
     "fit": "castlora.bridge.fit",
     "inspect": "castlora.inspection",
+    "join": "castlora.bridge.join",
     "merge_statistics": "castlora.bridge.fit",
     "push": "castlora.publishing.hub",
     "report_runs": "castlora.publishing.runs",
+    "sketch": "castlora.bridge.sketch",
     "steer": "castlora.steering",
     "teach": "castlora.teaching.curriculum",
     "transfer": "castlora.pipeline",

@@ -22,7 +22,7 @@ INTERRUPTED = 130
 _REPEATED = {"transfer": "--target", "translate": "--adapter"}
 """The option of a command that can be given several times."""
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
-_SHARED = ("transfer", "fit")
+_SHARED = ("transfer", "fit", "sketch")
 """Commands that several processes can run together."""
 _WITHOUT_OPTION: dict[str, dict[str, Any]] = {
     "runs": {"nargs": "+", "metavar": "RUN", "help": "folder that castlora transfer wrote"},

@@ -217,12 +217,8 @@ def resolve_recipe(
     if departures.get("trained") is None and start in _TRAINED_BY_START:
         departures["trained"] = _TRAINED_BY_START[start]
     recipe = replace(RECIPES[name], **{field: value for field, value in departures.items() if value is not None})
-    for field in _ABOVE_ZERO:
-        if not 0 < getattr(recipe, field) < math.inf:
-            raise UserError(f"{field} is {getattr(recipe, field)}; give a number above 0.")
-    for field in _ZERO_OR_MORE:
-        if not 0 <= getattr(recipe, field) < math.inf:
-            raise UserError(f"{field} is {getattr(recipe, field)}; give 0 or more.")
+    check_above_zero(**{field: getattr(recipe, field) for field in _ABOVE_ZERO})
+    check_zero_or_more(**{field: getattr(recipe, field) for field in _ZERO_OR_MORE})
     if recipe.rehearsal_tokens < 2:
         raise UserError("rehearsal_tokens is 1, and the first token of a text is given; give 2 or more.")
     if recipe.steps == 0 and recipe.start not in _SOLVED_STARTS:
@@ -234,6 +230,20 @@ def resolve_recipe(
     if recipe.kl_weight + recipe.mse_weight + recipe.chunk_weight == 0:
         raise UserError("kl_weight, mse_weight and chunk_weight are all 0; give at least one of them a weight.")
     return recipe
+
+
+def check_above_zero(**settings: float) -> None:
+    """Raises a UserError if one of the settings, by name, is not a number above 0."""
+    for name, value in settings.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"{name} is {value}; give a number above 0.")
+
+
+def check_zero_or_more(**settings: float) -> None:
+    """Raises a UserError if one of the settings, by name, is not 0 or a number above it."""
+    for name, value in settings.items():
+        if not 0 <= value < math.inf:
+            raise UserError(f"{name} is {value}; give 0 or more.")
 
 
 def check_seed(seed: int) -> None:

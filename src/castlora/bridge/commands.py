@@ -55,6 +55,54 @@ def _merge_stats(shards: list[str], out: str) -> None:
     run(shards, out)
 
 
+def _sketch(
+    model: str,
+    out: str,
+    text: str | None = None,
+    roles: list[Role] | None = None,
+    passages: int = 4096,
+    passage_bytes: int = 1024,
+    places: int = 32768,
+    seed: int = 0,
+) -> None:
+    """Keeps what one model computes at places of a text, so that castlora join can make bridges between any two.
+
+    The same command continues a run that was interrupted.
+
+    Args:
+        model: folder or hub id
+        out: folder to write, new or empty
+        text: general text: .txt or .jsonl, gzipped or not, or a hub data set; by default allenai/c4
+        roles: of the modules that are read, as '["q","v"]'; by default all
+        passages: how much text is read
+        passage_bytes: bytes of a passage, at most; what exceeds the context of the model is not read
+        places: how many places are kept, about; several times the width of the model
+        seed: of the draw of the text and of the places
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from castlora.bridge.sketch import sketch as run
+
+    disable_progress_bar()
+    run(model, out, text, roles, passages, passage_bytes, places, seed)
+
+
+def _join(source: str, target: str, out: str, ridge: float = 0.1) -> None:
+    """Fits a bridge from the sketches of two models; neither model is loaded.
+
+    The same command continues a run that was interrupted.
+
+    Args:
+        source: folder that castlora sketch wrote of the model that adapters were trained on
+        target: the same of the model that they are to serve
+        out: folder of the bridge to write, new or empty
+        ridge: penalty of the regression relative to the mean square of the activations
+    """
+    from castlora.bridge.join import join as run
+
+    run(source, target, out, ridge)
+
+
 def _translate(bridge: str, adapter: list[str] | str, out: str, scale: float | None = None) -> None:
     """Carries adapters over a bridge; no model is loaded, and nothing is trained.
 
@@ -74,6 +122,8 @@ def _translate(bridge: str, adapter: list[str] | str, out: str, scale: float | N
 BRIDGE_COMMANDS: dict[str, Callable[..., None]] = {
     "fit": _fit,
     "merge-stats": _merge_stats,
+    "sketch": _sketch,
+    "join": _join,
     "translate": _translate,
 }
 """The commands by name."""

@@ -20,7 +20,9 @@ from castlora.models.pairing import ModulePair, Pairing
 BRIDGE_FILE = "bridge.json"
 STATISTICS_FILE = "statistics.json"
 _SIDES = ("source", "target")
-_NEEDED: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+Fields = Mapping[str, type | tuple[type, ...]]
+"""Names of fields, and their types."""
+_NEEDED: Mapping[str, Fields] = {
     BRIDGE_FILE: {"source": str, "target": str},
     STATISTICS_FILE: {
         "source": str,
@@ -90,21 +92,38 @@ def plan_bridge(source: str, target: str, roles: Iterable[Role] | None) -> Bridg
     Raises:
         UserError: a configuration or a role is none, or no module has a partner.
     """
-    known = {role for of_module in MODULE_ROLES.values() for role in of_module}
-    for role in roles or ():
-        if role not in known:
-            raise UserError(f"roles has {role!r}; choose from {', '.join(sorted(known))}.")
-    source_config, target_config = load_config(source), load_config(target)
-    source_slots = linear_slots(skeleton(source_config), source_config)
-    target_slots = linear_slots(skeleton(target_config), target_config)
-    for name, slots in ((source, source_slots), (target, target_slots)):
-        if not slots:
-            raise UserError(
-                f"Model {name!r}: no linear module has a name that castlora knows; add its names to "
-                "castlora.models.modules.MODULE_ROLES."
-            )
+    check_roles(roles or ())
+    source_config, source_slots = adaptable_modules(source)
+    target_config, target_slots = adaptable_modules(target)
     pairing = pair_all(source_slots, target_slots, roles)
     return BridgePlan(source_config, target_config, source_slots, target_slots, pairing)
+
+
+def check_roles(roles: Iterable[Role]) -> None:
+    """Raises a UserError if one of them is none that castlora knows."""
+    known = {role for of_module in MODULE_ROLES.values() for role in of_module}
+    for role in roles:
+        if role not in known:
+            raise UserError(f"roles has {role!r}; choose from {', '.join(sorted(known))}.")
+
+
+def adaptable_modules(model: str) -> tuple[PreTrainedConfig, dict[str, LinearSlot]]:
+    """The configuration of a model, and the modules that it says there are.
+
+    Args:
+        model: folder or hub id
+
+    Raises:
+        UserError: it is none, or no module has a name that castlora knows.
+    """
+    config = load_config(model)
+    slots = linear_slots(skeleton(config), config)
+    if not slots:
+        raise UserError(
+            f"Model {model!r}: no linear module has a name that castlora knows; add its names to "
+            "castlora.models.modules.MODULE_ROLES."
+        )
+    return config, slots
 
 
 def site_file(site: InputSite) -> str:
@@ -131,19 +150,39 @@ def read_description(folder: Path, name: str, remedy: str) -> tuple[dict[str, An
     Raises:
         UserError: the folder is none of that kind, or damaged.
     """
+    description = read_fields(folder, name, _NEEDED[name], remedy)
+    if name == STATISTICS_FILE and not 0 <= description["ridge"] <= _LARGEST_RIDGE:
+        raise damaged(folder, name, remedy)
+    source, target = (str(folder / side) for side in _SIDES)
+    return description, plan_bridge(source, target, description["roles"])
+
+
+def read_fields(folder: Path, name: str, needed: Fields, remedy: str) -> dict[str, Any]:
+    """Reads a JSON file that says what else lies in its folder.
+
+    Args:
+        folder: where it lies
+        name: of the file
+        needed: fields that it must have beside `roles`
+        remedy: what to do if it cannot be read
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     path = folder / name
     if not path.is_file():
         raise UserError(f"{str(folder)!r} has no {name}; {remedy}.")
-    damaged = UserError(f"{name} of {str(folder)!r} is damaged; {remedy}.")
     try:
         description = dict(json.loads(path.read_text(encoding="utf-8")))
         roles = description["roles"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise damaged from error
-    has_all = all(isinstance(description.get(field), kind) for field, kind in _NEEDED[name].items())
+        raise damaged(folder, name, remedy) from error
+    has_all = all(isinstance(description.get(field), kind) for field, kind in needed.items())
     if not has_all or not (roles is None or (isinstance(roles, list) and all(isinstance(role, str) for role in roles))):
-        raise damaged
-    if name == STATISTICS_FILE and not 0 <= description["ridge"] <= _LARGEST_RIDGE:
-        raise damaged
-    source, target = (str(folder / side) for side in _SIDES)
-    return description, plan_bridge(source, target, roles)
+        raise damaged(folder, name, remedy)
+    return description
+
+
+def damaged(folder: Path, name: str, remedy: str) -> UserError:
+    """Says that a file is not what castlora wrote."""
+    return UserError(f"{name} of {str(folder)!r} is damaged; {remedy}.")

@@ -12,18 +12,8 @@ from tqdm.auto import tqdm
 
 from castlora import __version__
 from castlora.alignment.positions import AlignedPassage, share_of_passages
-from castlora.bridge.card import write_bridge_card
-from castlora.bridge.files import (
-    BRIDGE_FILE,
-    STATISTICS_FILE,
-    BridgePlan,
-    plan_bridge,
-    read_all_fits,
-    read_description,
-    site_file,
-    write_description,
-)
-from castlora.bridge.maps_file import write_maps
+from castlora.bridge.files import STATISTICS_FILE, BridgePlan, plan_bridge, read_description, site_file
+from castlora.bridge.results import publish_sites, solve_and_write
 from castlora.bridge.shards import SHARDS_WANTED, Shard, added_site, check_whole, save_site
 from castlora.config import Tuning, check_seed, resolve_recipe
 from castlora.errors import UserError
@@ -36,7 +26,7 @@ from castlora.maps.fitting import (
     of_all_processes,
     parts_of,
 )
-from castlora.maps.shared_maps import by_site, site_shapes, site_statistics, solve_maps
+from castlora.maps.shared_maps import by_site, site_shapes, site_statistics
 from castlora.maps.statistics import Moments
 from castlora.model_pair import BaseModels, align_text, load_base_models
 from castlora.models.modules import Role
@@ -116,11 +106,11 @@ def fit(
         # The main process holds the folder, until all are done.
         needed = plan.statistics_bytes if share else plan.maps_bytes
         run = from_main(lambda: held.enter_context(open_run(out, request, needed)))
-        keep = save_site if share else partial(_solve_and_write, ridge=ridge)
+        keep = save_site if share else partial(solve_and_write, ridge=ridge)
         _read_and_keep(run, models, plan, training, held_out, keep)
         positions = sum(len(passage.weights) for passage in training)
         described = {**request, "text": text and public_name(text), "positions": positions}
-        from_main(partial(_publish, run, plan, described))
+        from_main(partial(publish_sites, run, plan, described))
     logger.info("Wrote %s after %.0f s", out, time.monotonic() - started)
     return Path(out)
 
@@ -154,11 +144,11 @@ def merge_statistics(shards: Sequence[str], out: str) -> Path:
                 if not path.exists():
                     shapes = site_shapes(pairs, plan.source_widths)
                     added = added_site([folder / path.name for folder in folders], shapes)
-                    _solve_and_write(path, *added, description["ridge"])
+                    solve_and_write(path, *added, description["ridge"])
         except UserError:
             run.discard()
             raise
-        _publish(run, plan, description)
+        publish_sites(run, plan, description)
     logger.info("Wrote %s", out)
     return Path(out)
 
@@ -207,19 +197,3 @@ def _unfinished(run: RunDirectory, plan: BridgePlan) -> Pairing:
         if not (run.parts / site_file(site)).exists()
     }
     return plan.pairing.only(left)
-
-
-def _solve_and_write(path: Path, fitted: dict[str, Moments], held_out: dict[str, Moments], ridge: float) -> None:
-    write_maps(path, *solve_maps(fitted, held_out, ridge))
-
-
-def _publish(run: RunDirectory, plan: BridgePlan, description: dict[str, Any]) -> None:
-    """Puts all sites' files, what describes them and, for a bridge, the card into the folder."""
-    run.finished.mkdir()
-    for site in plan.sites:
-        (run.parts / site_file(site)).replace(run.finished / site_file(site))
-    is_bridge = description["shard"] is None
-    write_description(run.finished, BRIDGE_FILE if is_bridge else STATISTICS_FILE, plan, description)
-    if is_bridge:
-        write_bridge_card(run.finished, description, read_all_fits(run.finished, plan))
-    run.publish()

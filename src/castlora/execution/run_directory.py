@@ -22,7 +22,7 @@ _REQUEST_FILE = "request.json"
 _SEAL_FILE = "sealed.json"
 _LOCK_FILE = "lock"
 _LAST_FILE = "adapter_config.json"
-_LAST_FILES = (_LAST_FILE, "bridge.json", "statistics.json")
+_LAST_FILES = (_LAST_FILE, "bridge.json", "statistics.json", "sketch.json")
 """Without it nothing takes a folder for what it is to be."""
 _FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 _DERIVED = ("resolved_recipe", "castlora_version")

@@ -19,7 +19,7 @@ from castlora.maps.solvers import ridge_inverse, ridge_map
 from castlora.maps.starts import BranchMaps, Maps
 from castlora.maps.statistics import Moments
 from castlora.models.capture import Activations, capture
-from castlora.models.modules import layer_index, row_numbers
+from castlora.models.modules import Role, layer_index, row_numbers
 from castlora.models.pairing import Branch, ModulePair, Pairing
 
 STATISTICS_BATCH = 16
@@ -36,17 +36,18 @@ _Solution = TypeVar("_Solution")
 InputSite = tuple[int, int, str]
 """Target layer, source layer, and which of the layer's inputs it is."""
 
-_INPUT_OF_ROLE = {
+INPUT_OF_ROLE: Mapping[Role, str] = {
     "q": "attention", "k": "attention", "v": "attention", "o": "heads",
     "gate": "mlp", "up": "mlp", "fc": "mlp", "down": "neurons",
 }  # fmt: skip
+"""Which of a layer's inputs a module reads."""
 
 
 def input_site(pair: ModulePair, branch: Branch) -> InputSite:
     """Names the pair of inputs that a branch reads: q, k and v of a layer read the same one."""
     source_layer = layer_index(branch.source_module)
     assert source_layer is not None
-    return pair.target.layer, source_layer, _INPUT_OF_ROLE[branch.roles[0]]
+    return pair.target.layer, source_layer, INPUT_OF_ROLE[branch.roles[0]]
 
 
 @dataclass
@@ -251,9 +252,9 @@ def collect_moments(
             use(second)
         device = _device(models[second])
         for batch, of_first in turn:
-            of_second = _activations(models[second], names[second], batch, second, permutation)
+            of_second = activations_of(models[second], names[second], batch, second, permutation)
             captured = {first: _moved(of_first, device), second: of_second}
-            _add_batch(moments, pairing, captured["source"], captured["target"], _statistics_device(device))
+            add_batch(moments, pairing, captured["source"], captured["target"], _statistics_device(device))
     return moments
 
 
@@ -276,7 +277,7 @@ def _turns(
         if use and not turn:
             first = "target" if _waits(models["source"]) and not _waits(models["target"]) else "source"
             use(first)
-        activations = _activations(models[first], names[first], batch, first, permutation)
+        activations = activations_of(models[first], names[first], batch, first, permutation)
         if use:
             activations = _moved(activations, torch.device("cpu"))
         turn.append((batch, activations))
@@ -288,7 +289,7 @@ def _turns(
         yield first, turn
 
 
-def _activations(
+def activations_of(
     model: nn.Module, names: Sequence[str], batch: Batch, side: Side, permutation: torch.Generator | None
 ) -> dict[str, Activations]:
     """What goes into and comes out of modules at the places of a batch that count, shape (places, width) each."""
@@ -315,13 +316,14 @@ def _moved(activations: Mapping[str, Activations], device: torch.device) -> dict
     return {name: Activations(one.inputs.to(device), one.outputs.to(device)) for name, one in activations.items()}
 
 
-def _add_batch(
+def add_batch(
     moments: SiteMoments,
     pairing: Pairing,
     in_source: Mapping[str, Activations],
     in_target: Mapping[str, Activations],
     kept_on: torch.device,
 ) -> None:
+    """Adds the activations of both models at the same places, shape (places, width) each, by module."""
     counted_inputs = set()
     for pair, index, branch in pairing.branches():
         source_rows, target_rows = in_source[branch.source_module], in_target[pair.target.name]

@@ -16,7 +16,7 @@ from castlora.maps.fitting import InputSite, SiteMoments, input_site, reading_th
 from castlora.maps.solvers import ridge_map
 from castlora.maps.statistics import Moments
 from castlora.models.modules import LinearSlot, Role, row_numbers
-from castlora.models.pairing import STAND_INS, Branch, ModulePair, Pairing, pair_modules
+from castlora.models.pairing import Branch, ModulePair, Pairing, pair_modules, with_stand_ins
 
 TO_SOURCE = "to_source"
 """Name of a site's map from the target's input to the source's."""
@@ -43,7 +43,7 @@ def pair_all(
     """
     if roles is None:
         return pair_modules(source_slots, target_slots, source_slots)
-    wanted = {name for role in roles for name in (role, STAND_INS.get(role, role))}
+    wanted = with_stand_ins(roles)
     adapted = [name for name, slot in source_slots.items() if wanted & set(slot.roles)]
     whole = pair_modules(source_slots, target_slots, adapted)
     pairs = tuple(

@@ -178,6 +178,11 @@ def _branches(target: LinearSlot, sources: list[LinearSlot]) -> tuple[Branch, ..
     return tuple(branches)
 
 
+def with_stand_ins(roles: Iterable[Role]) -> set[Role]:
+    """Roles with those that may take their places."""
+    return {name for role in roles for name in (role, STAND_INS.get(role, role))}
+
+
 def _find_role(role: Role, sources: list[LinearSlot]) -> tuple[LinearSlot, Role] | None:
     for wanted in (role, STAND_INS.get(role, role)):
         for source in sources:
