@@ -27,7 +27,7 @@ from jsonargparse import auto_cli
 from tqdm.auto import tqdm
 
 from benchmarks.mutations import JSON_MUTATIONS, TENSOR_MUTATIONS, TEXT_MUTATIONS, Mutation
-from castlora import CastMaps, convert, fit, merge_statistics
+from castlora import CastMaps, convert, fit, join, merge_statistics, sketch
 from castlora.adapters.factors import LowRank, write_portable
 from castlora.adapters.files import open_adapter
 from castlora.adapters.portable import check_portable
@@ -89,20 +89,45 @@ def _mlx_files(folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
+def _write_text(folder: str) -> str:
+    """Text to read whole models on."""
+    text = Path(folder) / "text.txt"
+    text.write_text("\n\n".join(f"{_TEXT.split('Topic')[0]} Day {day}." for day in range(40)), encoding="utf-8")
+    return str(text)
+
+
 @cache
 def _fitted(shard: str | None) -> tempfile.TemporaryDirectory[str]:
     """A bridge between the bundled models, or a shard of its statistics; it is there as long as this is remembered."""
     folder = tempfile.TemporaryDirectory()
-    text = Path(folder.name) / "text.txt"
-    text.write_text("\n\n".join(f"{_TEXT.split('Topic')[0]} Day {day}." for day in range(40)), encoding="utf-8")
+    text = _write_text(folder.name)
     source, target = (str(demo_models_path() / name) for name in (SOURCE, TARGET))
     sizes = {"roles": ("q",), "passages": 20, "max_length": 32}
-    fit(source, target, str(Path(folder.name) / "fitted"), str(text), shard=shard, **sizes)
+    fit(source, target, str(Path(folder.name) / "fitted"), text, shard=shard, **sizes)
     return folder
 
 
 def _fitted_files(shard: str | None, folder: Path) -> None:
     shutil.copytree(Path(_fitted(shard).name) / "fitted", folder, dirs_exist_ok=True)
+
+
+@cache
+def _sketched(model: str) -> tempfile.TemporaryDirectory[str]:
+    """A sketch of a bundled model; it is there as long as this is remembered."""
+    folder = tempfile.TemporaryDirectory()
+    text = _write_text(folder.name)
+    sizes = {"roles": ("q",), "passages": 20, "passage_bytes": 60, "places": 100}
+    sketch(str(demo_models_path() / model), str(Path(folder.name) / "sketch"), text, **sizes)
+    return folder
+
+
+def _sketch_files(folder: Path) -> None:
+    shutil.copytree(Path(_sketched(SOURCE).name) / "sketch", folder, dirs_exist_ok=True)
+
+
+def _join(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        join(str(folder), str(Path(_sketched(TARGET).name) / "sketch"), str(Path(temporary) / "bridge"))
 
 
 @cache
@@ -191,6 +216,7 @@ def _convert_from_mlx(folder: Path) -> None:
 
 
 _TASK_FILES = ("test.jsonl", "prompts.jsonl", "chat.jsonl", "taught.jsonl")
+_SKETCH = ("sketch.json", "part-00000/places.safetensors", "part-00000/layer-000-attention.safetensors")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TARGETS: dict[str, Target] = {
     "adapter to move": Target(_adapter_files, _plan_from_adapter, _ADAPTER),
@@ -206,6 +232,7 @@ TARGETS: dict[str, Target] = {
     "statistics of a bridge": Target(
         partial(_fitted_files, "1/1"), _merge, ("statistics.json", "layer-000-attention.safetensors")
     ),
+    "sketch of a model": Target(_sketch_files, _join, _SKETCH),
     "general text": Target(_text_files, _read_text, ("text.txt", "text.jsonl")),
 }
 

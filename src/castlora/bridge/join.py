@@ -91,7 +91,7 @@ def join(source: str, target: str, out: str, ridge: float = 0.1) -> Path:
             raise
         described = {
             "source": of_source.description["model"], "target": of_target.description["model"],
-            "text": of_source.description["text"], "roles": roles, "ridge": ridge,
+            "text": of_source.description.get("text"), "roles": roles, "ridge": ridge,
             "seed": of_source.description["seed"], "shard": None,
             "positions": int((~is_held_out).sum()), "castlora_version": __version__,
         }  # fmt: skip
