@@ -278,8 +278,8 @@ def _summary(error: BaseException) -> str:
 
 def _contents(folder: Path) -> dict[str, bytes | str]:
     return {
-        path.name: str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
-        for path in folder.iterdir()
+        str(path): str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else "folder"
+        for path in folder.rglob("*")
     }
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import tiny
 import torch
 from preloaded import finish, launched, run_castlora
 from safetensors.torch import load_file
@@ -29,17 +30,9 @@ def bridge(base_model, text_file, tmp_path):
     return run
 
 
-def maps_in(folder) -> dict[str, torch.Tensor]:
-    return {
-        f"{path.stem} {name}": tensor.float()
-        for path in sorted(folder.glob("layer-*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
-
-
 def test_a_model_is_the_next_version_of_itself(bridge):
     found = bridge("llama", "llama")
-    maps = maps_in(found)
+    maps = tiny.maps_in(found)
     assert len(maps) == 3 * (4 + 7)
     for name, tensor in maps.items():
         torch.testing.assert_close(tensor, torch.eye(len(tensor)), atol=0.01, rtol=0, msg=name)
@@ -79,14 +72,14 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(bridge):
 
 
 def test_shards_add_up_to_the_whole_in_any_order(bridge, tmp_path):
-    whole = maps_in(bridge("llama", "gpt2", "whole"))
+    whole = tiny.maps_in(bridge("llama", "gpt2", "whole"))
     shards = [bridge("llama", "gpt2", f"shard {number}", shard=f"{number}/3") for number in (1, 2, 3)]
     places = list(map(str, shards))
     merged = merge_statistics(places, str(tmp_path / "merged"))
     again = merge_statistics(places[::-1], str(tmp_path / "again"))
     for path in merged.glob("layer-*"):
         assert path.read_bytes() == (again / path.name).read_bytes()
-    found = maps_in(merged)
+    found = tiny.maps_in(merged)
     assert found.keys() == whole.keys()
     for name, tensor in whole.items():
         # Passages are batched otherwise, and files hold 16 bits.
@@ -151,7 +144,7 @@ def test_bad_input_is_named_and_nothing_is_written(bridge, tmp_path, options, co
 
 
 def test_an_interrupted_fit_goes_on_with_the_sites_that_it_lacks(bridge, tmp_path, monkeypatch):
-    whole = maps_in(bridge("llama", "gpt2", "whole"))
+    whole = tiny.maps_in(bridge("llama", "gpt2", "whole"))
     monkeypatch.setattr(fitting, "memory_beside", lambda *_arguments: 1)
     solve, kept = results.solve_maps, []
 
@@ -174,7 +167,7 @@ def test_an_interrupted_fit_goes_on_with_the_sites_that_it_lacks(bridge, tmp_pat
         fitting, "collect_moments", lambda *given, **also: read.append(given) or collect(*given, **also)
     )
     monkeypatch.setattr(results, "solve_maps", solve)
-    found = maps_in(bridge("llama", "gpt2"))
+    found = tiny.maps_in(bridge("llama", "gpt2"))
     # Twelve sites, five of which were kept; each is read for text to solve from and for held-out text.
     assert len(read) == 2 * (12 - 5)
     assert found.keys() == whole.keys()
@@ -183,11 +176,11 @@ def test_an_interrupted_fit_goes_on_with_the_sites_that_it_lacks(bridge, tmp_pat
 
 @pytest.mark.slow
 def test_two_processes_fit_what_one_fits(bridge, base_model, text_file, tmp_path):
-    alone = maps_in(bridge("llama", "gpt2"))
+    alone = tiny.maps_in(bridge("llama", "gpt2"))
     words = ["fit", "--source", base_model("llama"), "--target", base_model("gpt2"), "--text", text_file]
     words += ["--passages", 40, "--max-length", 48, "--out", tmp_path / "together"]
     finish(launched(tmp_path / "said", 2, run_castlora, *words))
-    together = maps_in(tmp_path / "together")
+    together = tiny.maps_in(tmp_path / "together")
     assert together.keys() == alone.keys()
     for name, tensor in alone.items():
         assert (together[name] - tensor).norm() <= 0.01 * tensor.norm(), name

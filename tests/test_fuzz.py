@@ -35,7 +35,7 @@ def test_no_field_of_a_configuration_breaks_a_reader_by_what_it_holds(tmp_path, 
 @pytest.mark.parametrize("name", list(TARGETS))
 def test_intact_inputs_are_taken(tmp_path, name):
     TARGETS[name].files(tmp_path)
-    assert set(TARGETS[name].mutated) <= {path.name for path in tmp_path.iterdir()}
+    assert set(TARGETS[name].mutated) <= {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     TARGETS[name].read(tmp_path)
 
 

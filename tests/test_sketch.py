@@ -14,7 +14,7 @@ from castlora import UserError, join, sketch, translate
 from castlora.alignment.grid import draw_grid, on_grid_alone
 from castlora.alignment.positions import align_passages
 from castlora.alignment.tokens import ByteTokenizer
-from castlora.bridge import commands
+from castlora.bridge import commands, results
 from castlora.bridge import join as joining
 from castlora.bridge import sketch as sketching
 from castlora.bridge.files import plan_bridge
@@ -36,14 +36,6 @@ def sketched(base_model, text_file, tmp_path):
         return place
 
     return make
-
-
-def maps_in(folder) -> dict[str, torch.Tensor]:
-    return {
-        f"{path.stem} {name}": tensor.float()
-        for path in sorted(folder.glob("layer-*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
 
 
 def files_in(folder) -> dict[str, bytes]:
@@ -92,7 +84,7 @@ def test_joined_sketches_give_the_maps_of_both_models_run_side_by_side(
 
     without_models()
     joined = join(*places, str(tmp_path / "joined"))
-    found = maps_in(joined)
+    found = tiny.maps_in(joined)
     assert json.loads((joined / "bridge.json").read_text())["positions"] == int(
         next(iter(fitted.inputs.values())).count
     )
@@ -111,7 +103,7 @@ def test_a_model_is_the_next_version_of_itself_and_its_adapters_stay_what_they_a
 ):
     place = sketched("llama")
     joined = join(place, place, str(tmp_path / "joined"))
-    for name, tensor in maps_in(joined).items():
+    for name, tensor in tiny.maps_in(joined).items():
         torch.testing.assert_close(tensor, torch.eye(len(tensor)), atol=0.01, rtol=0, msg=name)
     (moved,) = translate(str(joined), [str(adapter("llama"))], str(tmp_path / "moved"), scale=1)
     ids = torch.tensor([tiny.tokenizer_of(base_model("llama"))("The fox finds the old mill.").input_ids])
@@ -137,7 +129,7 @@ def test_sketches_of_some_modules_join_in_those_that_both_have(sketched, tmp_pat
     some = sketched("gpt2", roles=["q", "up"])
     joined = join(sketched("llama"), some, str(tmp_path / "joined"))
     assert json.loads((joined / "bridge.json").read_text())["roles"] == ["q", "up"]
-    names = {name.split(".")[-1] for name in maps_in(joined) if "from_source" in name}
+    names = {name.split(".")[-1] for name in tiny.maps_in(joined) if "from_source" in name}
     assert names == {"q", "fc"}
     others = sketched("llama", "others", roles=["v"])
     with pytest.raises(UserError, match=r"The sketches have v and q, up, none in common"):
@@ -182,7 +174,7 @@ def test_an_interrupted_sketch_goes_on_with_the_parts_that_it_lacks(sketched, tm
 def test_an_interrupted_join_goes_on_with_the_sites_that_it_lacks(sketched, tmp_path, monkeypatch):
     places = sketched("llama"), sketched("gpt2")
     whole = files_in(join(*places, str(tmp_path / "whole")))
-    solve, solved = joining.solve_and_write, []
+    solve, solved = results.solve_and_write, []
 
     def solve_some(path, *arguments):
         if len(solved) == 5:
@@ -190,12 +182,12 @@ def test_an_interrupted_join_goes_on_with_the_sites_that_it_lacks(sketched, tmp_
         solved.append(path.name)
         solve(path, *arguments)
 
-    monkeypatch.setattr(joining, "solve_and_write", solve_some)
+    monkeypatch.setattr(results, "solve_and_write", solve_some)
     with pytest.raises(KeyboardInterrupt):
         join(*places, str(tmp_path / "joined"))
     del solved[1:]
     monkeypatch.setattr(
-        joining, "solve_and_write", lambda path, *given: solved.append(path.name) or solve(path, *given)
+        results, "solve_and_write", lambda path, *given: solved.append(path.name) or solve(path, *given)
     )
     assert files_in(join(*places, str(tmp_path / "joined"))) == whole
     assert len(solved) == 1 + 12 - 5

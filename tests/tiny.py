@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -168,3 +169,12 @@ def aligned(source: str, target: str, count: int = 60) -> list[AlignedPassage]:
     """Sentences in the tokenizers of two families."""
     tokenizers = [ByteTokenizer.from_tokenizer(family(name)[1]) for name in (source, target)]
     return list(align_passages(map(Passage, sentences(count)), *tokenizers, 48, 0.1))
+
+
+def maps_in(folder) -> dict[str, torch.Tensor]:
+    """The maps of a bridge, by site and name."""
+    return {
+        f"{path.stem} {name}": tensor.float()
+        for path in sorted(folder.glob("layer-*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from castlora import __version__
 from castlora.alignment.positions import AlignedPassage, share_of_passages
 from castlora.bridge.files import STATISTICS_FILE, BridgePlan, plan_bridge, read_description, site_file
-from castlora.bridge.results import publish_sites, solve_and_write
+from castlora.bridge.results import SiteStatistics, publish_sites, solve_and_write, write_bridge
 from castlora.bridge.shards import SHARDS_WANTED, Shard, added_site, check_whole, save_site
 from castlora.config import Tuning, check_seed, resolve_recipe
 from castlora.errors import UserError
@@ -21,6 +21,7 @@ from castlora.execution.processes import from_main, this_process
 from castlora.execution.run_directory import RunDirectory, check_output, open_run
 from castlora.maps.fitting import (
     STATISTICS_BATCH,
+    InputSite,
     collect_moments,
     memory_beside,
     of_all_processes,
@@ -30,7 +31,7 @@ from castlora.maps.shared_maps import by_site, site_shapes, site_statistics
 from castlora.maps.statistics import Moments
 from castlora.model_pair import BaseModels, align_text, load_base_models
 from castlora.models.modules import Role
-from castlora.models.pairing import Pairing, describe
+from castlora.models.pairing import ModulePair, Pairing, describe
 from castlora.publishing.names import public_name
 from castlora.teaching.curriculum import TextSource, draw_text
 
@@ -136,21 +137,12 @@ def merge_statistics(shards: Sequence[str], out: str) -> Path:
     folders = [Path(by_number[number]) for number in sorted(by_number)]
     description, plan = read[0]
     description = {**description, "shard": None, "positions": sum(one["positions"] for one, _ in read)}
-    with open_run(out, description, plan.maps_bytes) as run:
-        run.parts.mkdir(exist_ok=True)
-        try:
-            for site, pairs in tqdm(plan.sites.items(), desc="maps", unit="site"):
-                path = run.parts / site_file(site)
-                if not path.exists():
-                    shapes = site_shapes(pairs, plan.source_widths)
-                    added = added_site([folder / path.name for folder in folders], shapes)
-                    solve_and_write(path, *added, description["ridge"])
-        except UserError:
-            run.discard()
-            raise
-        publish_sites(run, plan, description)
-    logger.info("Wrote %s", out)
-    return Path(out)
+
+    def added(site: InputSite, pairs: Sequence[ModulePair]) -> SiteStatistics:
+        shapes = site_shapes(pairs, plan.source_widths)
+        return added_site([folder / site_file(site) for folder in folders], shapes)
+
+    return write_bridge(out, description, plan, description, added)
 
 
 def _read_and_keep(

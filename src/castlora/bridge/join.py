@@ -3,24 +3,23 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from castlora import __version__
-from castlora.bridge.files import BridgePlan, plan_bridge, site_file
-from castlora.bridge.results import publish_sites, solve_and_write
+from castlora.bridge.files import BridgePlan, plan_bridge
+from castlora.bridge.results import SiteStatistics, write_bridge
 from castlora.bridge.sketch_files import MODEL_FOLDER, Sketch, model_site
 from castlora.config import check_zero_or_more
 from castlora.errors import UserError
-from castlora.execution.run_directory import check_output, open_run
+from castlora.execution.run_directory import check_output
 from castlora.maps.fitting import InputSite, SiteMoments, add_batch
 from castlora.maps.shared_maps import site_statistics
-from castlora.maps.statistics import Moments
 from castlora.models.capture import Activations
 from castlora.models.modules import Role
 from castlora.models.pairing import ModulePair, Pairing
@@ -79,25 +78,13 @@ def join(source: str, target: str, out: str, ridge: float = 0.1) -> Path:
     is_held_out = torch.cat([places.is_held_out for places in shared])
     if not is_held_out.any() or is_held_out.all():
         raise UserError(f"{source!r} and {target!r} share too few places; sketch both models at more --places.")
-    with open_run(out, request, plan.maps_bytes) as run:
-        run.parts.mkdir(exist_ok=True)
-        try:
-            for site, pairs in tqdm(plan.sites.items(), desc="maps", unit="site"):
-                path = run.parts / site_file(site)
-                if not path.exists():
-                    solve_and_write(path, *_statistics(sketches, plan, site, pairs, shared), ridge)
-        except UserError:
-            run.discard()
-            raise
-        described = {
-            "source": of_source.description["model"], "target": of_target.description["model"],
-            "text": of_source.description.get("text"), "roles": roles, "ridge": ridge,
-            "seed": of_source.description["seed"], "shard": None,
-            "positions": int((~is_held_out).sum()), "castlora_version": __version__,
-        }  # fmt: skip
-        publish_sites(run, plan, described)
-    logger.info("Wrote %s", out)
-    return Path(out)
+    described = {
+        "source": of_source.description["model"], "target": of_target.description["model"],
+        "text": of_source.description.get("text"), "roles": roles, "ridge": ridge,
+        "seed": of_source.description["seed"], "shard": None,
+        "positions": int((~is_held_out).sum()), "castlora_version": __version__,
+    }  # fmt: skip
+    return write_bridge(out, request, plan, described, partial(_statistics, sketches, plan, shared))
 
 
 def _common_roles(of_source: list[Role] | None, of_target: list[Role] | None) -> list[Role] | None:
@@ -129,10 +116,10 @@ def _shared(of_source: Tensor, of_target: Tensor) -> SharedPlaces:
 def _statistics(
     sketches: tuple[Sketch, Sketch],
     plan: BridgePlan,
+    shared: Sequence[SharedPlaces],
     site: InputSite,
     pairs: Sequence[ModulePair],
-    shared: Sequence[SharedPlaces],
-) -> tuple[dict[str, Moments], dict[str, Moments]]:
+) -> SiteStatistics:
     """Statistics of a site over the places of all parts to solve from, and over the held-out ones."""
     fitted, held_out = SiteMoments({}, {}), SiteMoments({}, {})
     of_site = Pairing(tuple(pairs), plan.pairing.layer_map, ())
