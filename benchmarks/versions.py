@@ -26,6 +26,7 @@ from castlora import evaluate, fit, join, sketch, translate
 from castlora.bench.grid import write_missing
 from castlora.bench.spec import SKILL_SLOT, BenchmarkModel
 from castlora.bench.tables import mean_with_interval, measured_with
+from castlora.bridge.cast_maps import SCALE_BETWEEN_RELATED
 
 ROUTES = ("llama-s:llama-s-next:llama-s-later", "llama-s-later:llama-s-next:llama-s")
 _PASSAGE_BYTES = 640
@@ -76,9 +77,9 @@ def _over(bridge: Path, adapter: str, out: Path, scale: float | None = None) -> 
     return str(moved)
 
 
-def _in_a_row(bridges: Bridges, adapter: str, out: Path, first_scale: float | None) -> str:
+def _in_a_row(bridges: Bridges, adapter: str, out: Path, scale: float | None) -> str:
     first, second = bridges.fitted(0, 1), bridges.fitted(1, 2)
-    return _over(second, _over(first, adapter, out / "halfway", first_scale), out / "there")
+    return _over(second, _over(first, adapter, out / "halfway", scale), out / "there", scale)
 
 
 Way = Callable[[Bridges, str, Path], str]
@@ -87,7 +88,7 @@ WAYS: Mapping[str, Way] = {
     "as it is": lambda _bridges, adapter, _out: adapter,
     "one bridge": lambda bridges, adapter, out: _over(bridges.fitted(0, 2), adapter, out),
     "two bridges": lambda bridges, adapter, out: _in_a_row(bridges, adapter, out, None),
-    "two bridges, scaled once": lambda bridges, adapter, out: _in_a_row(bridges, adapter, out, 1.0),
+    "two bridges, each scaled": lambda bridges, adapter, out: _in_a_row(bridges, adapter, out, SCALE_BETWEEN_RELATED),
     **{
         f"joined sketches, {places} places": lambda bridges, adapter, out, places=places: _over(
             bridges.joined(places), adapter, out

@@ -286,6 +286,23 @@ def test_between_related_models_the_update_is_larger_unless_it_is_told_not_to_be
     assert norms[unrelated, None] == norms[unrelated, 1]
 
 
+def test_an_adapter_that_a_bridge_has_scaled_is_not_scaled_again(bridge, adapter, tmp_path):
+    place, folder = bridge("llama", "llama"), str(adapter("llama", ("q_proj",)))
+    records = []
+    for number, scale in enumerate((1, None, None, 2)):
+        (moved,) = translate(place, [folder], str(tmp_path / str(number)), scale)
+        record = json.loads((moved / "translation.json").read_text())
+        records.append((record["scale"], record["total_scale"]))
+        folder = str(moved)
+    assert records == [(1, 1), (1.3, 1.3), (1, 1.3), (2, 2.6)]
+    assert "| scale of the update | 2; 2.6 with bridges before |" in (moved / "README.md").read_text()
+    for damage in ("{", "[]", '{"total_scale": "much"}', '{"total_scale": NaN}', '{"total_scale": 0}'):
+        (moved / "translation.json").write_text(damage)
+        with pytest.raises(UserError, match="total_scale"):
+            translate(place, [folder], str(tmp_path / "more"))
+        assert not (tmp_path / "more").exists()
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_scale_that_is_none_is_refused(bridge, adapter, tmp_path, scale):
     with pytest.raises(UserError, match="give a number above 0"):

@@ -58,8 +58,8 @@ def test_each_way_goes_over_its_own_bridges_which_are_made_once(tmp_path, calls)
     ]
     moves = [call[1:] for call in calls if call[0] == "translate"]
     both = [("0 to 1", None), ("1 to 2", None)]
-    once = [("0 to 1", 1.0), ("1 to 2", None)]
-    assert moves[: 2 + 4 + 4] == [("0 to 2", None)] * 2 + both * 2 + once * 2
+    each_scaled = [("0 to 1", 1.3), ("1 to 2", 1.3)]
+    assert moves[: 2 + 4 + 4] == [("0 to 2", None)] * 2 + both * 2 + each_scaled * 2
     assert moves[10:] == [(f"joined at {places}", None) for places in (32768, 8192, 131072) for _ in range(2)]
 
 

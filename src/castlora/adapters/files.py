@@ -19,6 +19,8 @@ from castlora.models.loading import LIBRARY_ERRORS
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+TRANSLATION_FILE = "translation.json"
+"""What was done to an adapter that went over a bridge."""
 _CARRIED_FIELDS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "init_lora_weights",
@@ -133,7 +135,11 @@ def _adapter_folder(name_or_path: str, revision: str | None) -> Path:
     if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise UserError(f"Adapter {name_or_path!r} is not a folder; give the folder that PEFT saved, or a hub id.")
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(
+            snapshot_download(
+                name_or_path, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, TRANSLATION_FILE]
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"Adapter {name_or_path!r} is neither a folder here nor reachable on the hub.") from error
 

@@ -77,7 +77,8 @@ def write_translation_card(folder: Path, record: Mapping[str, Any]) -> None:
         ("source adapter", f"{adapter}, rank {record['adapter_rank']}"),
         ("source base model", source),
         ("rank", str(record["rank"])),
-        ("scale of the update", f"{record['scale']:g}"),
+        ("scale of the update", f"{record['scale']:g}; {record['total_scale']:g} with bridges before"
+         if record["total_scale"] != record["scale"] else f"{record['scale']:g}"),
         ("no partner in the target", ", ".join(record["dropped"]) or "nothing"),
         ("held-out activations explained", f"{percent(record['explained_to_source'])} to the source, "
          f"{percent(record['explained_from_source'])} from it (means)"),

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from castlora import __version__
 from castlora.adapters.factors import PORTABLE_RANKS, LowRank, Update, portable_rank, read_update, write_portable
-from castlora.adapters.files import AdapterFiles, open_adapter
+from castlora.adapters.files import TRANSLATION_FILE, AdapterFiles, open_adapter
 from castlora.bridge.card import Fits, mean_explained, write_translation_card
 from castlora.bridge.files import BRIDGE_FILE, read_all_fits, read_description, site_file
 from castlora.bridge.maps_file import read_fits, read_maps
@@ -25,7 +25,7 @@ from castlora.execution.run_directory import folder_names, is_finished, open_run
 from castlora.maps.cast_layer import cut_to_rank
 from castlora.maps.shared_maps import TO_SOURCE, branch_name, by_site, fold_site, site_shapes
 from castlora.models.pairing import ModulePair, Pairing, pair_modules
-from castlora.publishing.hub import TRANSLATION_FILE, upload
+from castlora.publishing.hub import upload
 from castlora.publishing.licences import CARD_FILE
 from castlora.publishing.names import public_name
 
@@ -52,6 +52,8 @@ class Translated:
     """What that rank leaves out, as a share of the norm."""
     scale: float
     """What the update was multiplied by."""
+    total_scale: float
+    """That times what it had been multiplied by on bridges before."""
     pairing: Pairing
     fits: Fits
     """Site → how well the maps that were used do."""
@@ -138,7 +140,8 @@ class CastMaps:
 
         Args:
             adapter: a plain LoRA for the source, as `open_adapter` gives it
-            scale: of the update; by default 1.3 where all maps were drawn towards the identity, else 1
+            scale: of the update; by default 1.3 where all maps were drawn towards the identity and no bridge has scaled
+                it before, else 1
 
         Raises:
             UserError: it is none, does not fit the source, changes modules that the bridge has no maps for, or a file
@@ -158,13 +161,14 @@ class CastMaps:
             fits[path.stem] = {name: fit for name, fit in read_fits(path).items() if name in used}
         largest = max(lora.rank for lora in folded.values())
         rank = portable_rank(min(largest, PORTABLE_RANKS[-1]))
+        before = _scaled_before(adapter)
         if scale is None:
             is_related = all(fit.is_anchored for of_site in fits.values() for fit in of_site.values())
-            scale = SCALE_BETWEEN_RELATED if is_related else 1.0
+            scale = SCALE_BETWEEN_RELATED if is_related and before == 1 else 1.0
         scaled = {name: LowRank(lora.a, scale * lora.b) for name, lora in folded.items()}
         written, cut = cut_to_rank(scaled, rank) if largest > rank else (scaled, 0.0)
         source_rank = max(lora.rank for lora in factors.values())
-        return Translated(written, source_rank, rank, cut, scale, pairing, fits)
+        return Translated(written, source_rank, rank, cut, scale, before * scale, pairing, fits)
 
     def pair(self, adapter: AdapterFiles) -> tuple[Pairing, Update]:
         """What an adapter reaches in the target, and what it changes in the source, without modules left as they are.
@@ -211,7 +215,8 @@ def translate(bridge: str, adapters: Sequence[str], out: str, scale: float | Non
         adapters: folders or hub ids of plain LoRAs for its source
         out: folder to write, which must not hold anything else; for several adapters it gets a folder for each, named
             by the last component of its name
-        scale: of the update; by default 1.3 between related models, whose maps predict less than there is, else 1
+        scale: of the update; by default 1.3 between related models, whose maps predict less than there is, else 1, as
+            where a bridge before has scaled it
 
     Returns:
         the folder of each adapter
@@ -225,6 +230,7 @@ def translate(bridge: str, adapters: Sequence[str], out: str, scale: float | Non
     opened = {name: open_adapter(adapter) for adapter, name in folder_names("--adapter", adapters).items()}
     for files in opened.values():
         maps.pair(files)
+        _scaled_before(files)
     if len(opened) == 1:
         (files,) = opened.values()
         return [_write(maps, files, out, scale)]
@@ -237,6 +243,26 @@ def translate(bridge: str, adapters: Sequence[str], out: str, scale: float | Non
         run.finished.mkdir()
         run.publish()
     return list(folders)
+
+
+def _scaled_before(adapter: AdapterFiles) -> float:
+    """What bridges that an adapter went over have multiplied its update by.
+
+    Raises:
+        UserError: its record is damaged.
+    """
+    path = adapter.folder / TRANSLATION_FILE
+    if not path.is_file():
+        return 1.0
+    try:
+        scale = float(json.loads(path.read_text(encoding="utf-8"))["total_scale"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        raise UserError(
+            f"{TRANSLATION_FILE} of {adapter.name!r} has no total_scale; copy the adapter again."
+        ) from error
+    if not 0 < scale < math.inf:
+        raise UserError(f"total_scale in {TRANSLATION_FILE} of {adapter.name!r} is {scale}; copy the adapter again.")
+    return scale
 
 
 def _write(maps: CastMaps, adapter: AdapterFiles, out: str, scale: float | None) -> Path:
@@ -261,6 +287,7 @@ def _write(maps: CastMaps, adapter: AdapterFiles, out: str, scale: float | None)
             "rank": translated.rank,
             "cut": translated.cut,
             "scale": translated.scale,
+            "total_scale": translated.total_scale,
             "dropped": list(translated.pairing.dropped),
             "explained_to_source": there,
             "explained_from_source": back,

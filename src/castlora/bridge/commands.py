@@ -112,7 +112,8 @@ def _translate(bridge: str, adapter: list[str] | str, out: str, scale: float | N
         bridge: folder or hub id of what castlora fit wrote
         adapter: folder or hub id of a plain LoRA for its source; given several times, each one gets a folder in out
         out: folder to write, new or empty
-        scale: of the update; by default 1.3 between related models, whose maps predict less than there is, else 1
+        scale: of the update; by default 1.3 between related models, whose maps predict less than there is, else 1, as
+            where a bridge before has scaled it
     """
     from castlora.bridge.cast_maps import translate as run
 

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 # The one that the hub's client raises where there is no network; the package does not list it as its own.
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
-from castlora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from castlora.adapters.files import CONFIG_FILE, TRANSLATION_FILE, WEIGHTS_FILE
 from castlora.adapters.portable import check_portable
 from castlora.errors import UserError
 from castlora.publishing.licences import CARD_FILE
@@ -19,8 +19,6 @@ from castlora.text.chat import TEMPLATE_FILE
 
 logger = logging.getLogger("castlora")
 
-TRANSLATION_FILE = "translation.json"
-"""What was done to an adapter that went over a bridge."""
 PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, MANIFEST_FILE, TRANSLATION_FILE, TEMPLATE_FILE)
 # What the hub's client raises where a name, a login or the network is not as it must be.
 _REFUSALS = (HTTPError, HFValidationError, OSError)
