@@ -3,14 +3,15 @@
 python -m benchmarks.quality_report
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jsonargparse import auto_cli
 
+from benchmarks.retrained import Learned, lifts_by_seed, pooled, read_records
 from castlora.bench.results import DEFAULT_METHOD, MeanLift, PooledCell, References, mean_lifts
-from castlora.bench.tables import REGIME_TITLES, arrow, write_page
+from castlora.bench.tables import REGIME_TITLES, arrow, mean_with_interval, write_page
 from castlora.config import REGIMES, Regime
 
 WITHOUT = "ridge start"
@@ -35,6 +36,7 @@ COMPARED = {
     "closed form, last layer solved, rehearsed": "untrained (`--steps 0`)",
     "closed form, last layer solved": "untrained, no rehearsal",
     "closed form": "closed form, untrained",
+    "Cross-LoRA": "Cross-LoRA, which reads weights alone",
 }
 """Rows of the README's table: methods of the benchmark, and what they are called there."""
 TUNED_ON = ("llama-s:mistral-s", "gpt2-s:gpt2-m", "stories260K-hf:llama-s", "llama-s:stories260K-hf")
@@ -68,8 +70,13 @@ def _means(title: str, cells: Sequence[PooledCell]) -> str:
     return f"| {title} | | | | {written} |"
 
 
-def comparison(cells: Sequence[PooledCell]) -> str:
-    """The README's table: mean lifts by what is known about the task, of the default and of others."""
+def comparison(cells: Sequence[PooledCell], retrained: Mapping[int, Mapping[Learned, float]]) -> str:
+    """The README's table: mean lifts by what is known about the task, of the default and of others.
+
+    Args:
+        cells: of the benchmark
+        retrained: lifts of retrained adapters of other seeds, by seed
+    """
     regimes = [regime for regime in REGIMES if regime != "none"]
     rows = [f"| | {' | '.join(REGIME_TITLES[regime] for regime in regimes)} |", "|---" * (1 + len(regimes)) + "|"]
     untouched = [cell for cell in cells if cell.pair not in TUNED_ON]
@@ -77,9 +84,14 @@ def comparison(cells: Sequence[PooledCell]) -> str:
     for titles, counted in ((COMPARED, cells), (last, untouched)):
         found = {(mean.method, mean.regime): mean for mean in mean_lifts(counted)}
         for method, title in titles.items():
-            means = [found.get((method, regime)) for regime in regimes]
+            # What reads no text is the same whatever is known.
+            means = [found.get((method, regime), found.get((method, "none"))) for regime in regimes]
             if any(means):
                 rows.append(f"| {title} | {' | '.join(_mean(mean, counted) for mean in means)} |")
+    if retrained:
+        lifts = pooled(retrained)
+        again = f"{mean_with_interval(lifts)} · {len(lifts)} · {len(retrained)}"
+        rows.append(f"| retrained with the labels, other seeds | {' | '.join([again] * len(regimes))} |")
     return "\n".join(rows)
 
 
@@ -111,6 +123,7 @@ def main(
     page: Path = Path("docs/results.md"),
     findings: Path | None = Path("docs/findings.md"),
     readme: Path | None = Path("README.md"),
+    retrained: Path = Path("benchmarks/results/retrained"),
 ) -> None:
     """Writes the page, tables in two other pages and, beside the results, a summary as JSON.
 
@@ -119,9 +132,11 @@ def main(
         page: Markdown file to write
         findings: Markdown file with a marked table to replace, of lifts by pair and skill; null for none
         readme: the same, of mean lifts; null for none
+        retrained: folder of what `python -m benchmarks.retrained` found, for the latter
     """
     references, cells = write_page(results, page)
-    for path, table in ((findings, overview(references, cells)), (readme, comparison(cells))):
+    again = lifts_by_seed(references, read_records(retrained))
+    for path, table in ((findings, overview(references, cells)), (readme, comparison(cells, again))):
         if path is not None:
             path.write_text(replace_marked(path.read_text(), table))
 

@@ -77,6 +77,17 @@ def lifts_by_seed(references: References, records: Sequence[Mapping[str, Any]]) 
     return lifts
 
 
+def pooled(lifts: Mapping[int, Mapping[Learned, float]]) -> list[float]:
+    """Mean over the seeds of each pair and skill, which then has one voice."""
+    places = dict.fromkeys(place for of_seed in lifts.values() for place in of_seed)
+    return [float(np.mean([of_seed[place] for of_seed in lifts.values() if place in of_seed])) for place in places]
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """What `retrain` found, of all adapters in the record."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
+
+
 def render(references: References, records: Sequence[dict[str, Any]]) -> str:
     """The page."""
     lifts = lifts_by_seed(references, records)
@@ -94,9 +105,7 @@ def render(references: References, records: Sequence[dict[str, Any]]) -> str:
         f"Seed {seed}: mean lift {mean_with_interval(list(of_seed.values()))} over {len(of_seed)} pairs and skills."
         for seed, of_seed in lifts.items()
     ]
-    places = dict.fromkeys(place for of_seed in lifts.values() for place in of_seed)
-    pooled = [float(np.mean([of_seed[place] for of_seed in lifts.values() if place in of_seed])) for place in places]
-    together = f"Together: {mean_with_interval(pooled)}; intervals are bootstrap 95 % over pairs and skills."
+    together = f"Together: {mean_with_interval(pooled(lifts))}; intervals are bootstrap 95 % over pairs and skills."
     parts = ["# Retrained adapters of other seeds", " ".join(_INTRODUCTION.split()), " ".join([*means, together])]
     return "\n\n".join([*parts, "\n".join(rows), "## Environment", measured_with(records)]) + "\n"
 
@@ -132,8 +141,7 @@ def main(
         path = record_path(out, base, skill, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_missing(path, partial(retrain, spec, base, skill, seed))
-    records = [json.loads(path.read_text()) for path in sorted(out.glob("*/*.json"))]
-    page.write_text(render(read_results(results)[0], records), encoding="utf-8")
+    page.write_text(render(read_results(results)[0], read_records(out)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,21 @@ def test_the_page_shows_what_was_run_and_nothing_else(results, tmp_path):
     assert f"|\n| no rehearsal | – | – | {ridge} |\n| a fresh LoRA, no rehearsal | – | – | {fresh} |\n<!--" in readme
 
 
+def test_what_reads_no_text_and_what_was_retrained_stand_beside_every_text(results, tmp_path):
+    cross = run("Cross-LoRA", 0, "1000000000") | {"regime": "none"}
+    (results / "small--large" / "colours" / "Cross-LoRA.none.seed0.json").write_text(json.dumps(cross))
+    (tmp_path / "retrained" / "large").mkdir(parents=True)
+    for seed, score in ((1, 0.6), (2, 0.8)):
+        again = {"base": "large", "skill": "colours", "seed": seed, "score": score, "environment": ENVIRONMENT}
+        (tmp_path / "retrained" / "large" / f"colours.seed{seed}.json").write_text(json.dumps(again))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{TABLE_BEGINS}{TABLE_ENDS}")
+    main(results, tmp_path / "results.md", None, readme, tmp_path / "retrained")
+    table = readme.read_text()
+    assert f"| Cross-LoRA, which reads weights alone |{3 * ' 0.12 [0.12, 0.12] · 1 · 1 |'}\n" in table
+    assert f"| retrained with the labels, other seeds |{3 * ' 0.88 [0.88, 0.88] · 1 · 2 |'}\n" in table
+
+
 def test_pairs_that_were_tuned_on_do_not_count_as_untouched(results, tmp_path, monkeypatch):
     for path in (results / "small--large" / "colours").glob("ridge-start.*"):
         default = json.loads(path.read_text()) | {"method": "default"}
