@@ -268,3 +268,13 @@ def test_the_commands_take_what_the_library_takes(command, function):
         for taker in (command, function)
     ]
     assert taken[0] == taken[1]
+
+
+def test_parts_without_a_place_are_kept_as_such(sketched, tmp_path, monkeypatch):
+    monkeypatch.setattr(sketching, "_PASSAGES_PER_PART", 4)
+    sketched("llama", "few", places=3)
+    counts = [len(load_file(path)["places"]) for path in sorted((tmp_path / "few").rglob("places.safetensors"))]
+    assert len(counts) == 12 and 0 in counts and sum(counts) > 0
+    for path in (tmp_path / "few").rglob("layer-*.safetensors"):
+        number = int(path.parent.name.split("-")[1])
+        assert {len(tensor) for tensor in load_file(path).values()} == {counts[number]}
