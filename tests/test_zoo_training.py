@@ -69,6 +69,23 @@ def test_a_successor_begins_with_the_weights_of_the_model_before_it(tmp_path: Pa
     assert not same(begin(spec, tokenizer, tmp_path))
 
 
+def test_a_successor_with_more_layers_begins_with_those_of_the_model_before_it(tmp_path: Path) -> None:
+    architecture = dict(model_type="llama", hidden_size=16, num_attention_heads=2, intermediate_size=32)
+    write_zoo(tmp_path, {**architecture, "num_hidden_layers": 2, "tie_word_embeddings": True}, "all-linear")
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "tiny")
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token
+    grown = {**architecture, "num_hidden_layers": 3}
+    spec = BaseModelSpec("words", grown, seed=5, successor_of="tiny", layers=(0, 1, 1))
+    model = begin(spec, tokenizer, tmp_path)
+    ids = torch.tensor([[2, 3, 4]])
+    hidden = [one(ids, output_hidden_states=True).hidden_states for one in (before, model)]
+    torch.testing.assert_close(hidden[1][1], hidden[0][1])
+    for name, tensor in model.model.layers[2].state_dict().items():
+        assert torch.equal(tensor, before.model.layers[1].state_dict()[name])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "modules", "expected"),

@@ -5,7 +5,9 @@ python -m benchmarks.zoo.pretrain --model llama-s --corpus CORPUS --out ZOO
 
 import json
 import math
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -107,11 +109,22 @@ def _save_checkpoint(path: Path, step: int, model, optimizers, log: list) -> Non
 
 def begin(spec: BaseModelSpec, tokenizer: PreTrainedTokenizerFast, out: Path) -> PreTrainedModel:
     """The model before its first step: with random weights, or those of the model that it succeeds."""
-    if spec.successor_of is not None:
-        return AutoModelForCausalLM.from_pretrained(out / "models" / spec.successor_of, dtype=torch.float32)
     torch.manual_seed(spec.seed)
     config = spec.config(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if spec.successor_of is None:
+        return model
+    before = AutoModelForCausalLM.from_pretrained(out / "models" / spec.successor_of, dtype=torch.float32)
+    if spec.layers is None:
+        return before
+    weights = before.state_dict()
+    model.load_state_dict({name: weights[_name_before(name, spec.layers)] for name in model.state_dict()})
+    return model
+
+
+def _name_before(name: str, layers: Sequence[int]) -> str:
+    """The name of a weight in the model whose layers a model begins with."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", lambda number: str(layers[int(number[0])]), name, count=1)
 
 
 def pretrain(name: str, corpus: Path, out: Path, precision: Precision = "bfloat16") -> dict:

@@ -30,6 +30,8 @@ class BaseModelSpec:
     """Training tokens; every model that begins with random weights sees the same number."""
     successor_of: str | None = None
     """The model whose weights it begins with, instead of random ones."""
+    layers: tuple[int, ...] | None = None
+    """Which layers of that model its own begin as, where it has more of them or fewer."""
 
     def config(self, vocab_size: int, bos_token_id: int, eos_token_id: int) -> PreTrainedConfig:
         """The transformers configuration of this model."""
@@ -92,6 +94,14 @@ BASE_MODELS = {
     "llama-s-later": BaseModelSpec(
         tokenizer="llama", architecture=_LLAMA_S, seed=18, tokens=1_500_000, successor_of="llama-s-next"
     ),
+    "llama-s-deeper": BaseModelSpec(
+        tokenizer="llama",
+        architecture={**_LLAMA_S, "num_hidden_layers": 6},
+        seed=19,
+        tokens=1_500_000,
+        successor_of="llama-s",
+        layers=(0, 1, 1, 2, 2, 3),
+    ),
     "gpt2-s-next": BaseModelSpec(
         tokenizer="gpt2", architecture=_GPT2_S, seed=17, tokens=1_500_000, successor_of="gpt2-s"
     ),
@@ -116,7 +126,11 @@ GRID_SKILLS = ("question-type", "subjectivity", "operation")
 
 ADAPTERS = (
     *(AdapterSpec("llama-s", skill, steps=300) for skill in (*GRID_SKILLS, "topic")),
-    *(AdapterSpec(base, skill, steps=300) for base in ("llama-s-next", "llama-s-later") for skill in GRID_SKILLS),
+    *(
+        AdapterSpec(base, skill, steps=300)
+        for base in ("llama-s-next", "llama-s-later", "llama-s-deeper")
+        for skill in GRID_SKILLS
+    ),
     *(AdapterSpec("mistral-s", skill, steps=500) for skill in GRID_SKILLS),
     *(AdapterSpec(base, skill) for base in ("llama-s", "mistral-s") for skill in ("record", "shakespeare")),
     *(
