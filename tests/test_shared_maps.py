@@ -10,6 +10,7 @@ from castlora.maps.shared_maps import (
     by_site,
     fold_site,
     pair_all,
+    site_shapes,
     site_statistics,
     solve_maps,
 )
@@ -110,11 +111,27 @@ def test_between_unrelated_models_the_fold_is_that_of_the_closed_form(paired, so
         assert not any(fit.is_anchored for fit in fits.values())
     folded = {}
     for site, pairs in by_site(pairing):
-        folded |= fold_site(maps[site], pairs, pairing, factors)
+        folded |= fold_site(maps[site], pairs, pairing, factors, anchored=())
     assert folded.keys() == expected.keys()
     for name, lora in expected.items():
         torch.testing.assert_close(folded[name].a, lora.a, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(folded[name].b, lora.b, rtol=1e-3, atol=1e-5)
+
+
+def test_an_update_is_divided_among_the_layers_that_it_speaks_for_unless_they_repeat_its_own(paired, generator):
+    _, _, pairing, factors = paired("gpt2", "gpt2-deep")
+    widths = {name: lora.a.shape[1] for name, lora in factors.items()}
+    divided, whole = {}, {}
+    for _, pairs in by_site(pairing):
+        shapes = site_shapes(pairs, widths)
+        maps = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        divided |= fold_site(maps, pairs, pairing, factors, anchored={TO_SOURCE})
+        whole |= fold_site(maps, pairs, pairing, factors, anchored=set(maps))
+    among = {pair.target.name: pairing.multiplicity(branch) for pair, _, branch in pairing.branches()}
+    assert set(among.values()) == {1, 2}
+    for name, count in among.items():
+        torch.testing.assert_close(whole[name].b, count * divided[name].b)
+        torch.testing.assert_close(whole[name].a, divided[name].a)
 
 
 @pytest.mark.parametrize(("source", "target"), [("llama", "phi3"), ("gpt2", "mistral"), ("mistral", "gpt2")])

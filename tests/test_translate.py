@@ -14,6 +14,7 @@ from castlora.adapters.files import open_adapter
 from castlora.bridge import cast_maps
 from castlora.cli import main
 from castlora.maps.cast_layer import LowRank
+from castlora.maps.shared_maps import Fit
 from castlora.models.loading import load_config
 
 SHORT = {"passages": 40, "max_length": 48}
@@ -284,6 +285,12 @@ def test_between_related_models_the_update_is_larger_unless_it_is_told_not_to_be
     assert norms[related, None] / norms[related, 1] == pytest.approx(1.3)
     assert norms[related, 2] / norms[related, 1] == pytest.approx(2)
     assert norms[unrelated, None] == norms[unrelated, 1]
+
+
+def test_models_are_related_where_most_of_the_maps_were_drawn_towards_the_identity():
+    near, far = Fit(0.9, is_anchored=True), Fit(0.3, is_anchored=False)
+    assert cast_maps.are_related({"layer-000-mlp": {"to_source": near, "from_source.up": near}, "one": {"up": far}})
+    assert not cast_maps.are_related({"layer-000-mlp": {"to_source": near}, "layer-001-mlp": {"to_source": far}})
 
 
 def test_an_adapter_that_a_bridge_has_scaled_is_not_scaled_again(bridge, adapter, tmp_path):

@@ -140,8 +140,8 @@ class CastMaps:
 
         Args:
             adapter: a plain LoRA for the source, as `open_adapter` gives it
-            scale: of the update; by default 1.3 where all maps were drawn towards the identity and no bridge has scaled
-                it before, else 1
+            scale: of the update; by default 1.3 where most maps were drawn towards the identity and no bridge has
+                scaled it before, else 1
 
         Raises:
             UserError: it is none, does not fit the source, changes modules that the bridge has no maps for, or a file
@@ -156,15 +156,14 @@ class CastMaps:
         for site, pairs in by_site(pairing):
             path = self.folder / site_file(site)
             # No name is bound to the maps, so that they are gone before those of the next site are read.
-            folded |= fold_site(self._checked_maps(path, pairs), pairs, pairing, factors)
+            folded |= fold_site(self._checked_maps(path, pairs), pairs, pairing, factors, _anchored(path))
             used = {TO_SOURCE, *(branch_name(pair, branch) for pair in pairs for branch in pair.branches)}
             fits[path.stem] = {name: fit for name, fit in read_fits(path).items() if name in used}
         largest = max(lora.rank for lora in folded.values())
         rank = portable_rank(min(largest, PORTABLE_RANKS[-1]))
         before = _scaled_before(adapter)
         if scale is None:
-            is_related = all(fit.is_anchored for of_site in fits.values() for fit in of_site.values())
-            scale = SCALE_BETWEEN_RELATED if is_related and before == 1 else 1.0
+            scale = SCALE_BETWEEN_RELATED if are_related(fits) and before == 1 else 1.0
         scaled = {name: LowRank(lora.a, scale * lora.b) for name, lora in folded.items()}
         written, cut = cut_to_rank(scaled, rank) if largest > rank else (scaled, 0.0)
         source_rank = max(lora.rank for lora in factors.values())
@@ -243,6 +242,17 @@ def translate(bridge: str, adapters: Sequence[str], out: str, scale: float | Non
         run.finished.mkdir()
         run.publish()
     return list(folders)
+
+
+def _anchored(path: Path) -> set[str]:
+    """Names of the maps of a site that were drawn towards the identity."""
+    return {name for name, fit in read_fits(path).items() if fit.is_anchored}
+
+
+def are_related(fits: Fits) -> bool:
+    """Whether most maps were drawn towards the identity, so that one model was trained on from the other."""
+    anchored = [fit.is_anchored for of_site in fits.values() for fit in of_site.values()]
+    return 2 * sum(anchored) > len(anchored)
 
 
 def _scaled_before(adapter: AdapterFiles) -> float:

@@ -4,7 +4,7 @@ A site is an input of a target layer with the modules that read it. Its maps hav
 the source, and one for each part of each module brings its update back.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,25 +122,34 @@ def solve_maps(
 
 
 def fold_site(
-    maps: Mapping[str, Tensor], pairs: Iterable[ModulePair], pairing: Pairing, factors: Mapping[str, LowRank]
+    maps: Mapping[str, Tensor],
+    pairs: Iterable[ModulePair],
+    pairing: Pairing,
+    factors: Mapping[str, LowRank],
+    anchored: Container[str],
 ) -> dict[str, LowRank]:
     """The updates of target modules that read at a site, folded as those of CAST (arXiv 2510.17902, eq. 1-3).
+
+    A part of the source that speaks for several target modules has its update divided among them, unless they are that
+    part over again: a model that was grown by repeating layers (arXiv 2312.15166) does in each of them what the source
+    does in one.
 
     Args:
         maps: of the site, by name
         pairs: modules that read there and that the adapter reaches
         pairing: all that the adapter reaches
         factors: the adapter, by source module
+        anchored: names of the maps that were drawn towards the identity
     """
     folded = {}
     for pair in pairs:
         layers = []
         for branch in pair.branches:
             lora = factors[branch.source_module]
-            b = _times(maps[branch_name(pair, branch)], lora.b[branch.source_rows])
+            name = branch_name(pair, branch)
+            b = _times(maps[name], lora.b[branch.source_rows])
             a = _times(maps[TO_SOURCE].T, lora.a.T).T
-            # A part of the source that speaks for several target modules has its update divided among them.
-            layers.append(LowRank(a, b / pairing.multiplicity(branch)))
+            layers.append(LowRank(a, b / (1 if name in anchored else pairing.multiplicity(branch))))
         folded[pair.target.name] = merge_branches(layers, [one.target_rows for one in pair.branches], pair.target.d_out)
     return folded
 
