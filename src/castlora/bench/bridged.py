@@ -25,7 +25,7 @@ class Bridged:
     def run(self, settings: Settings, cell: Cell) -> dict[str, Any]:
         """Fits a bridge unless the pair and the seed have one, carries the cell's adapter, and scores."""
         spec = settings.spec
-        bridge, fit_seconds = fitted_bridge(spec.base(cell.source), spec.base(cell.target), spec.text, cell.seed)
+        bridge, fit_seconds = _fitted(spec.base(cell.source), spec.base(cell.target), spec.text, cell.seed)
         started = time.monotonic()
         translated = CastMaps.load(bridge.name).translate(open_adapter(spec.adapter(cell.source, cell.skill)))
         translate_seconds = time.monotonic() - started
@@ -42,7 +42,7 @@ class Bridged:
 
 
 @lru_cache(maxsize=4)
-def fitted_bridge(source: str, target: str, text: str | None, seed: int) -> tuple[TemporaryDirectory[str], float]:
+def _fitted(source: str, target: str, text: str | None, seed: int) -> tuple[TemporaryDirectory[str], float]:
     """A bridge, which is there as long as this is remembered, and the seconds that it took."""
     started = time.monotonic()
     folder = TemporaryDirectory()

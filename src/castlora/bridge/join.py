@@ -1,6 +1,5 @@
 """Joining sketches: the bridge between two models from what each of them computed alone."""
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +22,6 @@ from castlora.maps.shared_maps import site_statistics
 from castlora.models.capture import Activations
 from castlora.models.modules import Role
 from castlora.models.pairing import ModulePair, Pairing
-
-logger = logging.getLogger("castlora")
 
 _SAME_GRID = ("text_sha256", "places", "seed", "passages", "parts")
 _HELD_OUT_EVERY = 16

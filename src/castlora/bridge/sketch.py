@@ -131,11 +131,12 @@ def _on_grid(
     """Passages of a part that have places, and those places: number of the passage, and bytes of it read by then."""
     aligned, places = [], []
     longest = context_length(plan.config)
-    for number, encoded in enumerate(tokenizer.encode_batch([passage.text for passage in passages]), first):
-        on_grid = draw_grid(int(encoded.ends[-1]), number, share, seed)
-        passage, ends = on_grid_alone(encoded, on_grid, longest)
+    texts = [passage.text for passage in passages]
+    for number, (text, encoded) in enumerate(zip(texts, tokenizer.encode_batch(texts), strict=True), first):
+        on_grid = draw_grid(len(text.encode()), number, share, seed)
+        read, ends = on_grid_alone(encoded, on_grid, longest)
         if len(ends):
-            aligned.append(passage)
+            aligned.append(read)
             places += [(number, end) for end in ends.tolist()]
     return aligned, torch.tensor(places, dtype=torch.long).reshape(-1, 2)
 
