@@ -1,8 +1,9 @@
 """How much of a skill reaches the version after the next: one bridge, two in a row, and one joined from sketches.
 
-    python -m benchmarks.versions --tasks TASKS --text CORPUS/train-05.jsonl.gz
+    python -m benchmarks.versions --tasks TASKS --text CORPUS/train-05.jsonl.gz --zoo ZOO
 
-Nothing is trained. Ways that are already in the record are skipped. The record is rendered into docs.
+ZOO is made by `python -m benchmarks.zoo.build`. Nothing is trained. Ways that are already in the record are skipped,
+and the record is rendered into docs.
 """
 
 import json
@@ -156,6 +157,7 @@ def main(
     text: Path,
     out: Path = Path("benchmarks/results/versions"),
     page: Path = Path("docs/versions.md"),
+    zoo: Path = ZOO,
     routes: Sequence[str] = ROUTES,
     skills: Sequence[str] = GRID_SKILLS,
     ways: Sequence[str] = tuple(WAYS),
@@ -168,6 +170,7 @@ def main(
         text: general text
         out: folder of the records
         page: Markdown file to write
+        zoo: folder of the zoo, with the models that the repository does not hold
         routes: S:P:U, each
         skills: names of skills
         ways: how a skill goes
@@ -175,7 +178,7 @@ def main(
     """
     torch.set_num_threads(1)
     disable_progress_bar()
-    models = zoo_models(ZOO, Path())
+    models = zoo_models(zoo, Path())
     with tqdm(total=len(seeds) * len(routes) * len(ways), desc="ways", unit="way") as progress:
         for seed, route in product(seeds, routes):
             with tempfile.TemporaryDirectory() as temporary:

@@ -18,6 +18,8 @@ from castlora.demonstration.bundle import SOURCE, TARGET, DemoSkill, demo_models
 
 HERE = Path(__file__).parent
 DEMO_SKILL = DemoSkill("question-type", "Question types", "Question: {text}\nType:")
+NOT_KEPT = ("llama-s-later", "llama-s-deeper")
+"""Models of which the repository has the training records alone, so that it stays small."""
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
@@ -60,8 +62,6 @@ def bundle_model(name: str, zoo: Path, destination: Path) -> None:
     )
     metadata = ModelCardData(license="other", language="en", pipeline_tag="text-generation", tags=["castlora"])
     ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}").save(destination / "README.md")
-    (HERE / "training" / f"{name}.json").parent.mkdir(exist_ok=True)
-    shutil.copyfile(source / "training.json", HERE / "training" / f"{name}.json")
 
 
 def bundle_adapter(source: Path, destination: Path) -> None:
@@ -85,15 +85,20 @@ def main(zoo: Path) -> None:
     Args:
         zoo: the folder that the training scripts wrote
     """
+    (HERE / "training").mkdir(exist_ok=True)
     for name in BASE_MODELS:
         if not (zoo / "models" / name / "training.json").exists():
             continue
-        bundle_model(name, zoo, (demo_models_path() if name in (SOURCE, TARGET) else HERE / "models") / name)
+        if name not in NOT_KEPT:
+            bundle_model(name, zoo, (demo_models_path() if name in (SOURCE, TARGET) else HERE / "models") / name)
+        shutil.copyfile(zoo / "models" / name / "training.json", HERE / "training" / f"{name}.json")
         print(f"model {name}")
     skills = [summary(path) for path in sorted((zoo / "adapters").glob("*/*/training.json"))]
     (HERE / "training" / "skills.json").write_text(json.dumps(skills, indent=1) + "\n")
     for record in sorted((zoo / "adapters").glob("*/*/training.json")):
         base, skill = record.parent.parent.name, record.parent.name
+        if base in NOT_KEPT:
+            continue
         bundle_adapter(record.parent, HERE / "adapters" / base / skill)
         print(f"adapter {base}/{skill}")
         if skill == DEMO_SKILL.name and base in (SOURCE, TARGET):
