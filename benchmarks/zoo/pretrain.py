@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,9 +25,6 @@ OTHER_LEARNING_RATE = 4e-3
 WARMUP_FRACTION = 0.03
 CHECKPOINT_EVERY_STEPS = 300
 VALIDATION_DOCUMENTS = 300
-
-Precision = Literal["bfloat16", "float32"]
-"""Of forward and backward passes; bf16 is for processors that compute in it."""
 
 
 def tokenize_blocks(documents, tokenizer: PreTrainedTokenizerFast, token_budget: int) -> np.ndarray:
@@ -127,7 +123,7 @@ def _name_before(name: str, layers: Sequence[int]) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", lambda number: str(layers[int(number[0])]), name, count=1)
 
 
-def pretrain(name: str, corpus: Path, out: Path, precision: Precision = "bfloat16") -> dict:
+def pretrain(name: str, corpus: Path, out: Path) -> dict:
     """Trains to the end of the token budget and returns the training record."""
     spec = BASE_MODELS[name]
     tokenizer = AutoTokenizer.from_pretrained(out / "tokenizers" / spec.tokenizer)
@@ -138,7 +134,7 @@ def pretrain(name: str, corpus: Path, out: Path, precision: Precision = "bfloat1
     steps = len(blocks) // BLOCKS_PER_STEP
     optimizers = make_optimizers(model)
     base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    training = _Training(model, getattr(torch, precision))
+    training = _Training(model, getattr(torch, spec.precision))
 
     checkpoint = out / "models" / f"{name}.checkpoint"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +171,7 @@ def pretrain(name: str, corpus: Path, out: Path, precision: Precision = "bfloat1
     record = {
         "model": name,
         "parameters": model.num_parameters(),
-        "precision": precision,
+        "precision": spec.precision,
         "training_tokens": steps * BLOCKS_PER_STEP * BLOCK_LENGTH,
         "training_loss": log,
         "validation": validation_figures(model, tokenizer, corpus),
@@ -184,7 +180,7 @@ def pretrain(name: str, corpus: Path, out: Path, precision: Precision = "bfloat1
     return record
 
 
-def main(model: str, corpus: Path, out: Path, threads: int = 1, precision: Precision = "bfloat16") -> None:
+def main(model: str, corpus: Path, out: Path, threads: int = 1) -> None:
     """Pretrains one base model.
 
     Args:
@@ -192,10 +188,9 @@ def main(model: str, corpus: Path, out: Path, threads: int = 1, precision: Preci
         corpus: folder with `train-*.jsonl.gz` and `valid.jsonl.gz`
         out: the zoo folder; the model goes to `OUT/models/MODEL`
         threads: processor threads
-        precision: of forward and backward passes
     """
     torch.set_num_threads(threads)
-    record = pretrain(model, corpus, out, precision)
+    record = pretrain(model, corpus, out)
     print(json.dumps(record["validation"]))
 
 

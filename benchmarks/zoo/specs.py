@@ -5,6 +5,9 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
+Precision = Literal["bfloat16", "float32"]
+"""bf16 is for processors that compute in it."""
+
 
 @dataclass(frozen=True)
 class TokenizerSpec:
@@ -32,6 +35,8 @@ class BaseModelSpec:
     """The model whose weights it begins with, instead of random ones."""
     layers: tuple[int, ...] | None = None
     """Which layers of that model its own begin as, where it has more of them or fewer."""
+    precision: Precision = "bfloat16"
+    """Of forward and backward passes in training."""
 
     def config(self, vocab_size: int, bos_token_id: int, eos_token_id: int) -> PreTrainedConfig:
         """The transformers configuration of this model."""
@@ -89,10 +94,15 @@ BASE_MODELS = {
     "gpt2-s": BaseModelSpec(tokenizer="gpt2", architecture=_GPT2_S, seed=14),
     "gpt2-m": BaseModelSpec(tokenizer="gpt2", architecture=_GPT2_M, seed=15),
     "llama-s-next": BaseModelSpec(
-        tokenizer="llama", architecture=_LLAMA_S, seed=16, tokens=1_500_000, successor_of="llama-s"
+        tokenizer="llama", architecture=_LLAMA_S, seed=16, tokens=1_500_000, successor_of="llama-s", precision="float32"
     ),
     "llama-s-later": BaseModelSpec(
-        tokenizer="llama", architecture=_LLAMA_S, seed=18, tokens=1_500_000, successor_of="llama-s-next"
+        tokenizer="llama",
+        architecture=_LLAMA_S,
+        seed=18,
+        tokens=1_500_000,
+        successor_of="llama-s-next",
+        precision="float32",
     ),
     "llama-s-deeper": BaseModelSpec(
         tokenizer="llama",
@@ -101,9 +111,10 @@ BASE_MODELS = {
         tokens=1_500_000,
         successor_of="llama-s",
         layers=(0, 1, 1, 2, 2, 3),
+        precision="float32",
     ),
     "gpt2-s-next": BaseModelSpec(
-        tokenizer="gpt2", architecture=_GPT2_S, seed=17, tokens=1_500_000, successor_of="gpt2-s"
+        tokenizer="gpt2", architecture=_GPT2_S, seed=17, tokens=1_500_000, successor_of="gpt2-s", precision="float32"
     ),
 }
 

@@ -152,7 +152,7 @@ def read_description(folder: Path, name: str, remedy: str) -> tuple[dict[str, An
     """
     description = read_fields(folder, name, _NEEDED[name], remedy)
     if name == STATISTICS_FILE and not 0 <= description["ridge"] <= _LARGEST_RIDGE:
-        raise damaged(folder, name, remedy)
+        raise _damaged(folder, name, remedy)
     source, target = (str(folder / side) for side in _SIDES)
     return description, plan_bridge(source, target, description["roles"])
 
@@ -176,13 +176,13 @@ def read_fields(folder: Path, name: str, needed: Fields, remedy: str) -> dict[st
         description = dict(json.loads(path.read_text(encoding="utf-8")))
         roles = description["roles"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise damaged(folder, name, remedy) from error
+        raise _damaged(folder, name, remedy) from error
     has_all = all(isinstance(description.get(field), kind) for field, kind in needed.items())
     if not has_all or not (roles is None or (isinstance(roles, list) and all(isinstance(role, str) for role in roles))):
-        raise damaged(folder, name, remedy)
+        raise _damaged(folder, name, remedy)
     return description
 
 
-def damaged(folder: Path, name: str, remedy: str) -> UserError:
+def _damaged(folder: Path, name: str, remedy: str) -> UserError:
     """Says that a file is not what castlora wrote."""
     return UserError(f"{name} of {str(folder)!r} is damaged; {remedy}.")

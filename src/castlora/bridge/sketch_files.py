@@ -22,7 +22,7 @@ from castlora.models.pairing import with_stand_ins
 
 SKETCH_FILE = "sketch.json"
 MODEL_FOLDER = "model"
-SKETCH_WANTED = "give a folder that castlora sketch wrote"
+_SKETCH_WANTED = "give a folder that castlora sketch wrote"
 _PLACES_FILE = "places.safetensors"
 _PLACES = "places"
 INPUTS = "inputs"
@@ -124,9 +124,9 @@ class Sketch:
         Raises:
             UserError: it is none, or damaged.
         """
-        description = read_fields(Path(folder), SKETCH_FILE, _NEEDED, SKETCH_WANTED)
+        description = read_fields(Path(folder), SKETCH_FILE, _NEEDED, _SKETCH_WANTED)
         if not 0 < description["parts"] <= _MOST_PARTS:
-            raise UserError(f"{SKETCH_FILE} of {folder!r} has {description['parts']} parts; {SKETCH_WANTED}.")
+            raise UserError(f"{SKETCH_FILE} of {folder!r} has {description['parts']} parts; {_SKETCH_WANTED}.")
         return cls(Path(folder), description, plan_sketch(str(Path(folder) / MODEL_FOLDER), description["roles"]))
 
     def places(self, part: int) -> Tensor:
