@@ -124,6 +124,7 @@ def main(
     findings: Path | None = Path("docs/findings.md"),
     readme: Path | None = Path("README.md"),
     retrained: Path = Path("benchmarks/results/retrained"),
+    steps: Path | None = Path("docs/steps.md"),
 ) -> None:
     """Writes the page, tables in two other pages and, beside the results, a summary as JSON.
 
@@ -133,8 +134,11 @@ def main(
         findings: Markdown file with a marked table to replace, of lifts by pair and skill; null for none
         readme: the same, of mean lifts; null for none
         retrained: folder of what `python -m benchmarks.retrained` found, for the latter
+        steps: page of `python -m benchmarks.steps`, to show the charts that it has beside this one; null for none
     """
-    references, cells = write_page(results, page)
+    charts = {} if steps is None else {regime: f"{steps.stem}-{regime}.svg" for regime in REGIMES}
+    beside = {regime: chart for regime, chart in charts.items() if page.with_name(chart).exists()}
+    references, cells = write_page(results, page, beside)
     again = lifts_by_seed(references, read_records(retrained))
     for path, table in ((findings, overview(references, cells)), (readme, comparison(cells, again))):
         if path is not None:

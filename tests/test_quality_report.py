@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -8,8 +9,9 @@ import pytest
 
 from benchmarks.quality_report import TABLE_BEGINS, TABLE_ENDS, main, replace_marked
 from castlora.bench.methods import METHODS
-from castlora.bench.plots import Curve, curve_chart, lift_chart
-from castlora.bench.results import MeanLift, PooledCell, compare, make_cells, read_results
+from castlora.bench.parts import PARTS, MeasuredPart
+from castlora.bench.plots import Curve, curve_chart, drift_chart, lift_chart, parts_chart
+from castlora.bench.results import Comparison, Drift, MeanLift, PooledCell, compare, make_cells, read_results
 
 WIDE_LETTER = 7.3  # In pixels: DejaVu Sans at 13 of them; most other fonts are narrower.
 SVG = "{http://www.w3.org/2000/svg}"
@@ -71,7 +73,7 @@ def test_the_page_shows_what_was_run_and_nothing_else(results, tmp_path):
     for written, begins in ((findings, "| pair |"), (readme, "| | General text only |")):
         assert written.startswith(f"before\n{TABLE_BEGINS}\n{begins}") and written.endswith(f"\n{TABLE_ENDS}\nafter\n")
         assert "old" not in written
-    assert "| a closed-form start instead of a fresh LoRA | Unlabelled task prompts | +0.50 | 1 | 1, 0 |" in page
+    assert "| a closed-form start instead of a fresh LoRA | Unlabelled task prompts | +0.50 (1) | 1, 0 |" in page
     assert "| maps trained as such" not in page
     assert "| small → large | colours | 0.000 | 0.800 | – | – | – | – | – | 1.00 | 0.62 |\n" in findings
     assert "| mean (cells) | | | | – | – | – | – | – | 1.00 (1) | 0.62 (1) |" in findings
@@ -128,6 +130,18 @@ def test_the_loss_on_held_out_text_is_compared_with_the_bare_and_the_retrained_t
     assert "ridge start" not in page.partition("## General ability")[2]
     summary = json.loads((tmp_path / "quality-summary.json").read_text())
     assert [cell["text_loss_added"] for cell in summary] == [pytest.approx(0.3), None]
+    charts = re.findall(r"!\[.*\]\((.*)\)", page)
+    assert charts == ["results.svg", "results-parts.svg", "results-drift.svg"]
+    assert all((tmp_path / chart).stat().st_size for chart in charts)
+
+
+def test_charts_of_steps_are_shown_where_they_lie_beside_the_page(results, tmp_path):
+    (tmp_path / "steps-prompts.svg").touch()
+    main(results, tmp_path / "results.md", None, None)
+    page = (tmp_path / "results.md").read_text()
+    assert re.findall(r"\((steps-.*)\)", page) == ["steps-prompts.svg"]
+    main(results, tmp_path / "results.md", None, None, steps=None)
+    assert "Steps against lift" not in (tmp_path / "results.md").read_text()
 
 
 def test_a_page_without_marks_is_left_alone():
@@ -153,6 +167,16 @@ def mean(method: str, lift: float, ci95: tuple[float, float], regime: str = "pro
     return MeanLift(regime, method, 3, lift, ci95, 0.5, None)
 
 
+def bars_of(chart: ElementTree.Element) -> list[tuple[float, float]]:
+    """Where the bars of a chart begin, and how wide they are."""
+    bars = list(chart.iter(f"{SVG}rect"))[1:]
+    return [(float(bar.get("x")), float(bar.get("width"))) for bar in bars]
+
+
+def places_of(chart: ElementTree.Element) -> dict[str, float]:
+    return {text.text: float(text.get("x")) for text in chart.iter(f"{SVG}text")}
+
+
 def test_the_chart_has_a_bar_from_zero_to_each_lift_and_room_for_every_interval():
     means = [
         mean("ridge start", 0.5, (0.4, 0.6)),
@@ -160,21 +184,52 @@ def test_the_chart_has_a_bar_from_zero_to_each_lift_and_room_for_every_interval(
         mean("c", 1.25, (1.0, 1.5), "none"),
     ]
     chart = ElementTree.fromstring(lift_chart(means, {"prompts": "Prompts", "none": "Weights"}))
-    drawn = [{name: bar.get(name) for name in ("x", "width")} for bar in chart.iter(f"{SVG}rect")][1:]
-    starts, widths = ([float(bar[name]) for bar in drawn] for name in ("x", "width"))
+    starts, widths = zip(*bars_of(chart), strict=True)
     assert widths[1] == pytest.approx(widths[0] / 2, abs=0.1) and widths[2] == pytest.approx(widths[0] * 2.5, abs=0.1)
     assert starts[0] == starts[2] == pytest.approx(starts[1] + widths[1], abs=0.1)
-    texts = [text.text for text in chart.iter(f"{SVG}text")]
-    assert {"Prompts", "Weights", "a <b>", "0.50 (3 cells)", "retrained 1"} <= set(texts)
+    assert {"Prompts", "Weights", "a <b>", "0.50 (3 cells)", "retrained 1"} <= places_of(chart).keys()
     ends = [float(number) for path in chart.iter(f"{SVG}path") for number in re.findall(r"[MH]([\d.]+)", path.get("d"))]
     assert min(ends) >= 310 and max(ends) <= 730
+
+
+def test_parts_are_drawn_by_text_with_room_for_the_longest_name():
+    longest = replace(max(PARTS, key=lambda part: len(part.change)), regime="prompts")
+    others = [part for part in PARTS if part.regime == "general"][:2]
+    added = (Comparison(21, above, (above, above + 0.1), 5, 4) for above in (0.05, 0.2, -0.1))
+    parts = [MeasuredPart(part, of_part) for part, of_part in zip((longest, *others), added, strict=True)]
+    chart = ElementTree.fromstring(parts_chart(parts, {"general": "General", "prompts": "Prompts"}))
+    (up, wide), (down, back), (last, narrow) = bars_of(chart)
+    assert up == last == pytest.approx(down + back, abs=0.1)
+    assert (back, narrow) == pytest.approx((wide / 2, wide / 4), abs=0.2)
+    places = places_of(chart)
+    assert {"General", "Prompts", "+0.20 (21 cells)", "-0.10 (21 cells)"} <= places.keys()
+    assert places["0"] == up and places["+0.2"] == pytest.approx(up + wide, abs=0.2)
+    assert places[longest.change] >= WIDE_LETTER * len(longest.change) - 10
+
+
+def test_drift_is_drawn_on_a_logarithmic_axis_beside_what_retraining_does():
+    measured = [Drift("general", "default", 1, 2.0, 8.0), Drift("general", "fresh", 3, 4.0, 8.0)]
+    chart = ElementTree.fromstring(drift_chart(measured, {"general": "General"}))
+    (start, twice), (_, four_times) = bars_of(chart)
+    assert four_times == pytest.approx(2 * twice, abs=0.1)
+    rings = [float(ring.get("cx")) for ring in chart.iter(f"{SVG}circle")]
+    assert rings == pytest.approx([start + 3 * twice] * 2, abs=0.2)
+    places = places_of(chart)
+    assert (places["bare 1"], places["× 2"]) == pytest.approx((start, start + twice), abs=0.1)
+    assert {"2.00 (1 cell)", "4.00 (3 cells)", "○ retrained"} <= places.keys()
+
+
+def test_one_part_that_adds_nothing_and_no_drift_can_be_drawn():
+    nothing = MeasuredPart(PARTS[0], Comparison(1, 0.0, (0.0, 0.0), 0, 0))
+    assert "+0.00 (1 cell)" in parts_chart([nothing], {PARTS[0].regime: "General"})
+    assert "1.00 (1 cell)" in drift_chart([Drift("general", "fresh", 1, 1.0, 1.0)], {"general": "General"})
 
 
 def test_the_longest_name_of_a_method_fits_beside_its_bar_and_no_lift_is_minus_zero():
     longest = max(METHODS, key=len)
     means = [MeanLift("prompts", longest, 3, -0.001, (-0.01, 0.01), 0.9, None)]
     chart = ElementTree.fromstring(lift_chart(means, {"prompts": "Prompts"}))
-    ends = {text.text: float(text.get("x")) for text in chart.iter(f"{SVG}text")}
+    ends = places_of(chart)
     assert ends[longest] >= WIDE_LETTER * len(longest)
     assert "0.00 (3 cells)" in ends
 

@@ -1,12 +1,13 @@
-"""The charts of the benchmark, drawn as SVG: mean lift of each method with its interval, and lift along a number."""
+"""The charts of the benchmark, drawn as SVG: bars of each method or part with intervals, and lift along a number."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby, pairwise
 
-from castlora.bench.results import DEFAULT_METHOD, MeanLift
+from castlora.bench.parts import MeasuredPart
+from castlora.bench.results import DEFAULT_METHOD, Drift, MeanLift
 from castlora.config import Regime
 
 _WIDTH, _ROW, _TITLE, _MARGIN = 860, 24, 34, 16
@@ -15,6 +16,8 @@ _NAMES, _VALUES = 310, 130
 _CURVES_HEIGHT, _LINE = 360, 16
 _DEFAULT_COLOUR, _OTHER_COLOUR, _INK, _FAINT = "#0b6e75", "#8c959f", "#1f2328", "#d0d7de"
 _MOST_TICKS = 8
+_LEAST_LIFT = 0.1
+"""Room for lift that a part adds, where all add less."""
 _LINES = (
     (_DEFAULT_COLOUR, "none", 4), ("#b35900", "7 4", 3), ("#6e4fa3", "2 3", 3), ("#57606a", "12 4", 3),
     ("#b02a5b", "8 3 2 3", 3), ("#2f6f2f", "4 2", 3), ("#1f5fbf", "1 5", 3),
@@ -31,23 +34,92 @@ def lift_chart(means: Sequence[MeanLift], titles: Mapping[Regime, str]) -> str:
         means: mean lifts, grouped by regime
         titles: of the regimes
     """
-    low = min([0.0, *(mean.ci95[0] for mean in means)])
-    high = max([1.0, *(mean.ci95[1] for mean in means)])
-    scale = (_WIDTH - _NAMES - _VALUES) / (high - low)
+    bars = [
+        _Bar(
+            titles[mean.regime], mean.method, mean.lift, f"{mean.lift:z.2f} ({_cells(mean.cells)})",
+            mean.method == DEFAULT_METHOD, mean.ci95,
+        )
+        for mean in means
+    ]  # fmt: skip
+    return _bar_chart(bars, "Mean lift by method", {0: "bare 0", 1: "retrained 1"})
 
-    def x(lift: float) -> float:
-        return _NAMES + (lift - low) * scale
+
+def parts_chart(parts: Sequence[MeasuredPart], titles: Mapping[Regime, str]) -> str:
+    """One bar per part and regime from nothing to the lift that the part adds, with its 95 % interval.
+
+    Args:
+        parts: in any order
+        titles: of the regimes, in the order of the chart
+    """
+    bars = [
+        _Bar(
+            title, part.part.change, part.added.above, f"{part.added.above:+z.2f} ({_cells(part.added.cells)})",
+            interval=part.added.ci95,
+        )
+        for regime, title in titles.items()
+        for part in parts
+        if part.part.regime == regime
+    ]  # fmt: skip
+    ends = [0.0, _LEAST_LIFT, *(bound for part in parts for bound in (part.added.above, *part.added.ci95))]
+    lines = {0.0: "0"} | {tick: f"{tick:+.2g}" for tick in even_ticks(min(ends), max(ends)) if tick}
+    return _bar_chart(bars, "Lift that each part adds", lines)
+
+
+def drift_chart(drifts: Sequence[Drift], titles: Mapping[Regime, str]) -> str:
+    """One bar per method and regime from the bare target's perplexity to its own; a ring has the retrained adapters'.
+
+    Args:
+        drifts: grouped by regime
+        titles: of the regimes
+    """
+    bars = [
+        _Bar(
+            titles[drift.regime], drift.method, math.log(drift.perplexity),
+            f"{drift.perplexity:.2f} ({_cells(drift.cells)})", drift.method == DEFAULT_METHOD,
+            ring=math.log(drift.retrained),
+        )
+        for drift in drifts
+    ]  # fmt: skip
+    factors = [1.0, 2.0, *(factor for drift in drifts for factor in (drift.perplexity, drift.retrained))]
+    lines = {0.0: "bare 1"} | {math.log(tick): f"× {tick:g}" for tick in _round_numbers(factors) if tick != 1}
+    label = "Perplexity on general text, as a multiple of the bare target's"
+    return _bar_chart(bars, label, lines, legend="○ retrained")
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """A bar of a chart, in the units of the chart's axis."""
+
+    group: str
+    name: str
+    end: float
+    figures: str
+    is_default: bool = False
+    interval: tuple[float, ...] = ()
+    ring: float | None = None
+
+
+def _bar_chart(bars: Sequence[_Bar], label: str, lines: Mapping[float, str], legend: str = "") -> str:
+    """Bars that begin at 0, in groups one below the other, with named lines across them."""
+    ends = [*lines, *(end for bar in bars for end in (bar.end, *bar.interval))]
+    ends += [bar.ring for bar in bars if bar.ring is not None]
+    names = max([_NAMES, *(_LETTER * len(bar.name) + _MARGIN for bar in bars)])
+    low, high = min(ends), max(ends)
+    scale = (_WIDTH - names - _VALUES) / (high - low)
+
+    def x(end: float) -> float:
+        return names + (end - low) * scale
 
     parts, y = [], float(_MARGIN)
-    for regime, group in groupby(means, key=lambda mean: mean.regime):
-        parts.append(_text(_MARGIN, y + 20, titles[regime], weight=600))
+    for group, of_group in groupby(bars, key=lambda bar: bar.group):
+        parts.append(_text(_MARGIN, y + 20, group, weight=600))
         y += _TITLE
-        for mean in group:
-            parts.append(_bar(mean, x(0), x(mean.lift), x(mean.ci95[0]), x(mean.ci95[1]), y))
+        for bar in of_group:
+            parts.append(_bar(bar, x, y, names))
             y += _ROW
-    lines = [_mark(x(0), y, "bare 0"), _mark(x(1), y, "retrained 1")]
-    height = y + 2 * _MARGIN
-    return _svg(height, "Mean lift by method", [*lines, *parts])
+    marks = [_mark(x(end), y, title) for end, title in lines.items()]
+    explained = [_text(_WIDTH - _VALUES + 12, _MARGIN + 20, legend)] if legend else []
+    return _svg(y + 2 * _MARGIN, label, [*marks, *parts, *explained])
 
 
 @dataclass(frozen=True)
@@ -104,11 +176,27 @@ def logarithmic_ticks(values: Iterable[float]) -> list[float]:
         [10.0, 20.0, 50.0, 100.0]
     """
     distinct = sorted(set(values))
-    if len(distinct) <= _MOST_TICKS:
-        return distinct
-    low, high = distinct[0], distinct[-1]
+    return distinct if len(distinct) <= _MOST_TICKS else _round_numbers(distinct)
+
+
+def _round_numbers(values: Sequence[float]) -> list[float]:
+    """1, 2 and 5 times powers of ten between the least and the greatest of some values above 0."""
+    low, high = min(values), max(values)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [tick for decade in decades for step in (1, 2, 5) if low <= (tick := step * 10.0**decade) <= high]
+
+
+def even_ticks(low: float, high: float) -> list[float]:
+    """Where to label an axis between two numbers: at most eight multiples of 1, 2 or 5 times a power of ten.
+
+    Example:
+        >>> even_ticks(-0.12, 0.33)
+        [-0.1, 0.0, 0.1, 0.2, 0.3]
+    """
+    decade = math.floor(math.log10(high - low)) - 1
+    steps = (factor * 10.0**power for power in (decade, decade + 1) for factor in (1, 2, 5))
+    step = next(step for step in steps if (high - low) / step < _MOST_TICKS)
+    return [round(number * step, 10) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _apart(heights: Sequence[float]) -> list[float]:
@@ -129,20 +217,24 @@ def _curve(name: str, places: Sequence[tuple[float, float]], number: int, label_
     return "\n".join([line, *marks, _text(places[-1][0] + 10, label_height + 4, name, colour=colour)])
 
 
-def _bar(mean: MeanLift, zero: float, end: float, low: float, high: float, y: float) -> str:
-    colour = _DEFAULT_COLOUR if mean.method == DEFAULT_METHOD else _OTHER_COLOUR
-    middle = y + _ROW / 2
-    plural = "cell" if mean.cells == 1 else "cells"
-    figures = f"{mean.lift:z.2f} ({mean.cells} {plural})"
-    return "\n".join(
-        [
-            _text(_NAMES - 10, middle + 4, mean.method, anchor="end"),
-            f'<rect x="{min(zero, end):.1f}" y="{y + 4:.1f}" width="{abs(end - zero):.1f}" height="{_ROW - 8}" '
-            f'fill="{colour}"/>',
-            f'<path d="M{low:.1f} {middle:.1f}H{high:.1f}" stroke="{_INK}" stroke-width="1.5"/>',
-            _text(_WIDTH - _VALUES + 12, middle + 4, figures),
-        ]
-    )
+def _bar(bar: _Bar, x: Callable[[float], float], y: float, names: float) -> str:
+    """A bar with its name, interval, ring and figures; x turns units of the axis into pixels."""
+    colour = _DEFAULT_COLOUR if bar.is_default else _OTHER_COLOUR
+    middle, start, end = y + _ROW / 2, *sorted((x(0), x(bar.end)))
+    drawn = [
+        _text(names - 10, middle + 4, bar.name, anchor="end"),
+        f'<rect x="{start:.1f}" y="{y + 4:.1f}" width="{end - start:.1f}" height="{_ROW - 8}" fill="{colour}"/>',
+    ]
+    if bar.interval:
+        low, high = map(x, bar.interval)
+        drawn.append(f'<path d="M{low:.1f} {middle:.1f}H{high:.1f}" stroke="{_INK}" stroke-width="1.5"/>')
+    if bar.ring is not None:
+        drawn.append(f'<circle cx="{x(bar.ring):.1f}" cy="{middle:.1f}" r="5" fill="none" stroke="{_INK}"/>')
+    return "\n".join([*drawn, _text(_WIDTH - _VALUES + 12, middle + 4, bar.figures)])
+
+
+def _cells(cells: int) -> str:
+    return "1 cell" if cells == 1 else f"{cells} cells"
 
 
 def _svg(height: float, label: str, parts: Iterable[str]) -> str:

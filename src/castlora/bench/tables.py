@@ -2,20 +2,20 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from castlora.bench.plots import lift_chart
+from castlora.bench.parts import MeasuredPart, measured_parts
+from castlora.bench.plots import drift_chart, lift_chart, parts_chart
 from castlora.bench.results import (
     METHOD_ORDER,
     Comparison,
     Drift,
     PooledCell,
     References,
-    compare,
     drifts,
     make_cells,
     mean_lifts,
@@ -32,39 +32,6 @@ REGIME_TITLES: dict[Regime, str] = {
     "prompts": "Unlabelled task prompts",
 }
 COUNTABLE_POINTS = 20
-_SINGLE, _GENERIC = "ridge start, single sentences", "ridge start, generic formats"
-_TAUGHT_BY_NETWORKS = "paper start, nonlinear, distilled"
-PARTS: tuple[tuple[str, Regime, str, str], ...] = (
-    ("a closed-form start instead of a fresh LoRA", "general", "ridge start", "fresh"),
-    ("a closed-form start instead of a fresh LoRA", "format", "ridge start", "fresh"),
-    ("a closed-form start instead of a fresh LoRA", "prompts", "ridge start", "fresh"),
-    ("a closed-form start instead of a fresh LoRA, both rehearsed", "prompts", "default", "fresh, rehearsed"),
-    ("a closed-form start instead of random maps", "general", "ridge start", "paper start"),
-    ("a closed-form start instead of random maps", "format", "ridge start", "paper start"),
-    ("a closed-form start instead of random maps", "prompts", "ridge start", "paper start"),
-    ("folded factors trained instead of the maps", "format", _SINGLE, f"{_SINGLE}, maps"),
-    ("prompts instead of running text", "general", "ridge start", "ridge start, running text"),
-    ("formats that the adapter listens to instead of common ones", "general", _SINGLE, _GENERIC),
-    ("the KL divergence alone taught in the paper's recipe", "general", "paper, KL alone", "paper"),
-    ("hidden states alone taught in the paper's recipe", "general", "paper, MSE alone", "paper"),
-    ("nonlinear maps in the paper's recipe", "general", "paper, nonlinear", "paper"),
-    ("the choice of telling prompts", "format", _SINGLE, "ridge start, any prompts"),
-    ("up to three sentences, of 32 candidates, instead of one, of 8", "general", "ridge start", _SINGLE),
-    ("up to three sentences, of 32 candidates, instead of one, of 8", "format", "ridge start", _SINGLE),
-    ("the tokens of the prompts taught too", "general", "default, prompts taught", "default"),
-    ("the tokens of the prompts taught too", "format", "default, prompts taught", "default"),
-    ("the tokens of the prompts taught too", "prompts", "default, prompts taught", "default"),
-    ("hidden states taught too, inside prompts", "general", "default, hidden states", "default"),
-    ("hidden states taught too, inside prompts", "format", "default, hidden states", "default"),
-    ("hidden states taught too, inside prompts", "prompts", "default, hidden states", "default"),
-    ("rehearsal of what the bare target writes", "general", "default", "ridge start"),
-    ("rehearsal of what the bare target writes", "format", "default", "ridge start"),
-    ("rehearsal of what the bare target writes", "prompts", "default", "ridge start"),
-    ("nonlinear maps instead of linear ones", "prompts", "paper start, nonlinear", "paper start"),
-    ("a plain LoRA taught by nonlinear maps, instead of linear maps", "prompts", _TAUGHT_BY_NETWORKS, "paper start"),
-)
-"""What is changed, the text, the method that has it, and the one that does not."""
-
 INTRODUCTION = """
 Measured on held-out test items that no training, transfer or selection has seen. Lift is (transferred − bare target) /
 (retrained − bare target) with a bootstrap 95 % interval over items and seeds; ratio is transferred / retrained. A lift
@@ -94,21 +61,54 @@ of another skill. The logit-delta oracle adds up the predictions of three models
 """
 
 
-def render(references: References, runs: Sequence[dict[str, Any]], cells: Sequence[PooledCell], chart_name: str) -> str:
-    """The page: references, one table per text regime, means with their chart, and the environment."""
+def render(
+    references: References,
+    runs: Sequence[dict[str, Any]],
+    cells: Sequence[PooledCell],
+    name: str,
+    steps: Mapping[Regime, str] | None = None,
+) -> tuple[str, dict[str, str]]:
+    """The page, and the charts that go beside it.
+
+    Args:
+        references: what methods are compared with
+        runs: records of the runs
+        cells: the runs, pooled
+        name: what file names of charts begin with
+        steps: file names of charts of steps against lift that are there already
+
+    Returns:
+        Markdown, and SVG by file name
+    """
+    charts = {f"{name}.svg": lift_chart(mean_lifts(cells), REGIME_TITLES)}
     sections = ["# Results", _introduction(runs), "## What the models can do", _reference_table(references)]
     for regime, title in REGIME_TITLES.items():
         table = _regime_table([cell for cell in cells if cell.regime == regime])
         if table:
             sections += [f"## {title}", table]
-    chart = f"![Mean lift by method]({chart_name})"
-    sections += ["## Mean lift by method", chart, _mean_table(cells)]
-    if parts := _parts_table(cells):
-        sections += ["## What each part adds", parts]
+    sections += ["## Mean lift by method", _image("Mean lift by method", f"{name}.svg"), _mean_table(cells)]
+    if steps:
+        titles = {REGIME_TITLES[regime]: chart for regime, chart in steps.items()}
+        drawn = [f"{title}:\n\n{_image(f'{title}: steps against lift', chart)}" for title, chart in titles.items()]
+        sections += [
+            "## Steps against lift",
+            "Every point is a training of its own, on some of the pairs and skills.",
+            *drawn,
+        ]
+    if parts := measured_parts(cells):
+        chart = f"{name}-parts.svg"
+        charts[chart] = parts_chart(parts, REGIME_TITLES)
+        sections += ["## What each part adds", _image("Lift that each part adds", chart), _parts_table(parts)]
     if measured := drifts(references, cells):
-        sections += ["## General ability", _drift_table(measured)]
+        chart = f"{name}-drift.svg"
+        charts[chart] = drift_chart(measured, REGIME_TITLES)
+        sections += ["## General ability", _image("Perplexity on general text", chart), _drift_table(measured)]
     sections += ["## Environment", measured_with(runs)]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(sections) + "\n", charts
+
+
+def _image(title: str, file: str) -> str:
+    return f"![{title}]({file})"
 
 
 def _introduction(runs: Sequence[dict[str, Any]]) -> str:
@@ -181,26 +181,19 @@ def _mean_table(cells: Sequence[PooledCell]) -> str:
 
 def _comparison(comparison: Comparison) -> str:
     low, high = comparison.ci95
-    interval = f" [{low:+.2f}, {high:+.2f}]" if comparison.cells > 1 else ""
-    return f"{comparison.above:+.2f}{interval} ({comparison.cells}) | {comparison.ahead}, {comparison.behind}"
+    interval = f" [{low:+z.2f}, {high:+z.2f}]" if comparison.cells > 1 else ""
+    return f"{comparison.above:+z.2f}{interval} ({comparison.cells}) | {comparison.ahead}, {comparison.behind}"
 
 
-def _parts_table(cells: Sequence[PooledCell]) -> str:
-    rows = []
-    for part, regime, method, without in PARTS:
-        of_regime = [cell for cell in cells if cell.regime == regime]
-        comparison = compare(*([cell for cell in of_regime if cell.method == name] for name in (method, without)))
-        if comparison is not None:
-            low, high = comparison.ci95
-            interval = f" [{low:+.2f}, {high:+.2f}]" if comparison.cells > 1 else ""
-            added = f"{comparison.above:+.2f}{interval} | {comparison.cells} | {comparison.ahead}, {comparison.behind}"
-            rows.append(f"| {part} | {REGIME_TITLES[regime]} | {added} |")
+def _parts_table(parts: Sequence[MeasuredPart]) -> str:
     note = (
         "Each row changes one thing and compares lift on the same cells and seeds, with a bootstrap 95 % interval over "
-        "pairs and skills; ahead and behind count cells."
+        "pairs and skills; ahead and behind count cells. The chart has the same numbers."
     )
-    head = ["| part | text | lift added | cells | ahead, behind |", "|---|---|---|---|---|"]
-    return "\n".join([note, "", *head, *rows]) if rows else ""
+    rows = [note, "", "| part | text | lift added, cells | ahead, behind |", "|---|---|---|---|"]
+    for part in parts:
+        rows.append(f"| {part.part.change} | {REGIME_TITLES[part.part.regime]} | {_comparison(part.added)} |")
+    return "\n".join(rows)
 
 
 def _drift_table(measured: Sequence[Drift]) -> str:
@@ -213,7 +206,7 @@ def _drift_table(measured: Sequence[Drift]) -> str:
         rows.append(f"| {title} | {drift.method} | {drift.cells} | {drift.perplexity:.2f} | {drift.retrained:.2f} |")
     note = (
         "Perplexity on held-out general text, geometric means over cells: what an adapter does to all that it was not "
-        "made for, beside what retraining on the task does."
+        "made for, beside what retraining on the task does (in the chart, the rings)."
     )
     return "\n".join([note, "", *rows])
 
@@ -249,22 +242,26 @@ def _listed(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
 
 
-def write_page(results: Path, page: Path) -> tuple[References, list[PooledCell]]:
-    """Writes the tables and the chart of a folder of results, and beside the folder a summary of its cells as JSON.
+def write_page(
+    results: Path, page: Path, steps: Mapping[Regime, str] | None = None
+) -> tuple[References, list[PooledCell]]:
+    """Writes the tables and the charts of a folder of results, and beside the folder a summary of its cells as JSON.
 
     Args:
         results: folder of the runs
         page: Markdown file to write
+        steps: file names of charts of steps against lift that lie beside the page
 
     Returns:
         what methods are compared with, and all cells
     """
     references, runs = read_results(results)
     cells = make_cells(references, runs)
+    text, charts = render(references, runs, cells, page.stem, steps)
     page.parent.mkdir(parents=True, exist_ok=True)
-    chart = page.with_suffix(".svg")
-    page.write_text(render(references, runs, cells, chart.name), encoding="utf-8")
-    chart.write_text(lift_chart(mean_lifts(cells), REGIME_TITLES), encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
+    for name, chart in charts.items():
+        page.with_name(name).write_text(chart, encoding="utf-8")
     summary = [_summary(cell) for cell in cells]
     results.with_name(f"{results.name}-summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return references, cells
