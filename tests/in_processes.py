@@ -7,10 +7,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from castlora.adapters.factors import LowRank
@@ -27,6 +29,7 @@ from castlora.errors import UserError
 from castlora.execution.launcher import process_count
 from castlora.execution.processes import from_all, from_main, leave, share_of_batch, share_of_mean, this_process
 from castlora.maps.fitting import SiteMoments, solve_in_parts
+from castlora.models.loading import load_sharded
 from castlora.models.modules import linear_slots
 from castlora.models.pairing import pair_modules
 
@@ -120,6 +123,32 @@ def write_parts(source: Path, target: Path, out: Path) -> None:
     assert errors_of_main() == ["process 0 has seen it."] * this_process().count
     if this_process().is_main:
         save_file(found, out)
+    leave()
+
+
+def read_in_parts(base: Path, out: Path) -> None:
+    """Writes what a sharded model says to all processes, and to the main one alone, and which part each has of it."""
+    torch.set_num_threads(1)
+    here = this_process()
+    model, _ = load_sharded(str(base), None, here.device)
+    ids = torch.arange(5, 13)[None]
+
+    def refuse() -> None:
+        tiny.logits(model, ids)
+        raise UserError("seen after a layer was read.")
+
+    # What the processes read together, they read each its own.
+    said = {"all": tiny.logits(model, ids + here.index)[..., : -here.index or None]}
+    alone = from_main(lambda: [tiny.logits(model, ids), model.generate(input_ids=ids, max_new_tokens=3, min_length=11)])
+    said |= {"main": alone[0], "generated": alone[1]}
+    with pytest.raises(UserError, match="seen after"):
+        from_main(refuse)
+    said["again"] = from_main(lambda: tiny.logits(model, ids))
+    parts_of_all = [weight.to_local().numel() for weight in model.parameters() if isinstance(weight, DTensor)]
+    said["held"] = torch.tensor(from_all(sum(parts_of_all)))
+    said["whole"] = torch.tensor(sum(weight.numel() for weight in model.parameters() if isinstance(weight, DTensor)))
+    if here.is_main:
+        save_file({name: tensor.contiguous() for name, tensor in said.items()}, out)
     leave()
 
 

@@ -34,6 +34,7 @@ def _transfer(
     low_memory: bool = False,
     source_bits: Bits | None = None,
     target_bits: Bits | None = None,
+    sharded: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
     json: bool = False,
@@ -67,6 +68,8 @@ def _transfer(
             for pairs too large for it, and slower
         source_bits: 4 (NF4) or 8, for a source quantized by bitsandbytes, such as QLoRA trains on
         target_bits: the same for the target, if it is to be served so
+        sharded: whether each of the processes that torchrun started keeps a part of both models' layers (FSDP2); for
+            models that no accelerator holds
         push_to_hub: OWNER/NAME of a repository on the hub that the adapter is uploaded to, as castlora push does
         private: whether a new repository is private
         json: whether the manifest is printed when all is done; of several targets, the manifest of each
@@ -83,7 +86,7 @@ def _transfer(
         "source": source, "text": text, "prompt_format": _prompt_format(prompt_format), "prompts": prompts,
         "chat": chat, "taught": taught, "recipe": recipe, "start": start, "steps": steps, "batch_size": batch_size,
         "seed": seed, "rank": rank, "tuning": tuning, "task": task, "report_to": report_to, "low_memory": low_memory,
-        "source_bits": source_bits, "target_bits": target_bits,
+        "source_bits": source_bits, "target_bits": target_bits, "sharded": sharded,
     }  # fmt: skip
     targets = [target] if isinstance(target, str) else target
     if push_to_hub:

@@ -14,9 +14,10 @@ from castlora.alignment.tokens import ByteTokenizer
 from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.config import Bits, Recipe
 from castlora.errors import UserError
+from castlora.execution.launcher import process_count
 from castlora.execution.offloading import Offloading
 from castlora.models.endings import end_tokens_of
-from castlora.models.loading import best_device, load_model
+from castlora.models.loading import best_device, load_model, load_sharded
 from castlora.plan import Plan
 from castlora.text.passages import Passage
 
@@ -33,6 +34,8 @@ class Loading:
     source_bits: Bits | None = None
     """Of a weight of the source's layers; by default those of its dtype."""
     target_bits: Bits | None = None
+    sharded: bool = False
+    """Whether each process keeps a part of both models' layers."""
 
     def check(self, is_plain: bool) -> None:
         """Looks whether it can be done.
@@ -48,6 +51,24 @@ class Loading:
                 raise UserError(f"{name} 8 cannot be had with --low-memory, since such weights do not move; give 4.")
         if self.source_bits and not is_plain:
             raise UserError("--source-bits is for plain LoRAs, and this adapter merges into the weights; leave it out.")
+        if self.sharded:
+            self._check_sharded(is_plain)
+
+    def _check_sharded(self, is_plain: bool) -> None:
+        if process_count() == 1:
+            raise UserError("--sharded splits models among processes, and there is one; start several with torchrun.")
+        if self.low_memory or self.source_bits or self.target_bits:
+            raise UserError("--sharded takes models in full; leave out --low-memory, --source-bits and --target-bits.")
+        if not is_plain:
+            raise UserError("--sharded is for plain LoRAs, and this adapter merges into the weights; leave it out.")
+
+    def load(
+        self, name_or_path: str, revision: str | None, bits: Bits | None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """Loads one of the models to where it runs."""
+        if self.sharded:
+            return load_sharded(name_or_path, revision, best_device())
+        return load_model(name_or_path, revision, best_device(), bits)
 
 
 IN_FULL = Loading()
@@ -93,20 +114,19 @@ class Models(BaseModels):
     shared: SharedVocabulary
 
 
-def load_base_models(source: str, target: str, low_memory: bool) -> BaseModels:
+def load_base_models(source: str, target: str, loading: Loading) -> BaseModels:
     """Loads both models without any adapter.
 
     Args:
         source: folder or hub id
         target: folder or hub id
-        low_memory: whether the accelerator holds one of them at a time
+        loading: in what precision, and where they are held
     """
-    device = best_device()
-    model, tokenizer = load_model(source, None, device)
+    model, tokenizer = loading.load(source, None, loading.source_bits)
     offloading = Offloading()
-    if low_memory:
+    if loading.low_memory:
         offloading.move(model, torch.device("cpu"))
-    target_model, target_tokenizer = load_model(target, None, device)
+    target_model, target_tokenizer = loading.load(target, None, loading.target_bits)
     return BaseModels(
         source=model,
         target=target_model,
@@ -114,7 +134,7 @@ def load_base_models(source: str, target: str, low_memory: bool) -> BaseModels:
         target_tokenizer=target_tokenizer,
         source_bytes=ByteTokenizer.from_tokenizer(tokenizer),
         target_bytes=ByteTokenizer.from_tokenizer(target_tokenizer),
-        low_memory=low_memory,
+        low_memory=loading.low_memory,
         offloading=offloading,
     )
 
@@ -124,16 +144,15 @@ def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
 
     Args:
         plan: of the transfer
-        loading: in what precision, and whether the accelerator holds one of them at a time
+        loading: in what precision, and where they are held
     """
-    device = best_device()
-    source, source_tokenizer = load_model(plan.source, plan.source_revision, device, loading.source_bits)
+    source, source_tokenizer = loading.load(plan.source, plan.source_revision, loading.source_bits)
     teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
     source_ends = _source_ends(teacher, source_tokenizer)
     offloading = Offloading()
     if loading.low_memory:
         offloading.move(source, torch.device("cpu"))
-    target, target_tokenizer = load_model(plan.target, None, device, loading.target_bits)
+    target, target_tokenizer = loading.load(plan.target, None, loading.target_bits)
     source_bytes = ByteTokenizer.from_tokenizer(source_tokenizer)
     target_bytes = ByteTokenizer.from_tokenizer(target_tokenizer)
     shared = SharedVocabulary.of(

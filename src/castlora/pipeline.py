@@ -19,13 +19,13 @@ from castlora.config import Bits, Recipe, RecipeName, Start, Tracker, Tuning, ch
 from castlora.distillation.distill import HeldOut, Student, check_objective, measure_held_out, shared_mass
 from castlora.distillation.rehearsal import measure_drift
 from castlora.distillation.tracking import check_tracker, tracking
-from castlora.distillation.training import train_student
+from castlora.distillation.training import check_batch, train_student
 from castlora.evaluation.changes import measure_changes
 from castlora.evaluation.imitation import compare_answers
 from castlora.evaluation.scored_task import ScoredTask
 from castlora.evaluation.similarity import measure_similarity
 from castlora.evaluation.verification import check_written, live_logits, rounding_difference
-from castlora.execution.processes import from_main, share_of_batch, this_process
+from castlora.execution.processes import from_main, this_process
 from castlora.execution.run_directory import RunDirectory, check_output, open_run, write_whole
 from castlora.maps.copied_start import StartChoice, copied_start, gentle_recipe, keep_better_start
 from castlora.maps.last_layer import LastLayer, Solution
@@ -91,6 +91,7 @@ def transfer(
     low_memory: bool = False,
     source_bits: Bits | None = None,
     target_bits: Bits | None = None,
+    sharded: bool = False,
 ) -> TransferResult:
     """Moves an adapter to another base model and writes a standard PEFT LoRA.
 
@@ -126,6 +127,8 @@ def transfer(
             machine's memory, and activations are computed again instead of kept; takes longer
         source_bits: 4 (NF4) or 8, for a source whose layers are quantized by bitsandbytes, as one that QLoRA trained on
         target_bits: the same for the target; the adapter then belongs to a target that is quantized alike
+        sharded: whether each of several processes keeps only its part of both models' layers (FSDP2), for models that
+            no accelerator holds
 
     Returns:
         the folder, the manifest and the training log
@@ -139,12 +142,12 @@ def transfer(
         "adapter": adapter, "target": target, "source": source, "text": text, "prompt_format": prompt_format,
         "prompts": prompts, "chat": chat, "taught": taught, "recipe": recipe, "start": start, "steps": steps,
         "batch_size": batch_size, "seed": seed, "rank": rank, "tuning": asdict(tuning), "task": task,
-        "low_memory": low_memory, "source_bits": source_bits, "target_bits": target_bits,
+        "low_memory": low_memory, "source_bits": source_bits, "target_bits": target_bits, "sharded": sharded,
     }  # fmt: skip
     resolved = resolve_recipe(recipe, start, steps, batch_size, tuning)
     check_seed(seed)
     check_tracker(report_to)
-    share_of_batch(resolved.batch_size)
+    check_batch(resolved, sharded)
     settings = {**request, "resolved_recipe": asdict(resolved), "castlora_version": __version__}
     resumed = check_output(out, settings)
     started = time.monotonic()
@@ -152,7 +155,7 @@ def transfer(
     plan = plan_transfer(adapter, target, source)
     output_rank = plan.rank(resolved, rank)
     plan.check_length(resolved)
-    loading = Loading(low_memory, source_bits, target_bits)
+    loading = Loading(low_memory, source_bits, target_bits, sharded)
     loading.check(plan.adapter.is_plain)
     logger.info(describe(plan.pairing))
     if plan.beyond:
@@ -185,6 +188,7 @@ def transfer(
             "rank": output_rank,
             "source_bits": source_bits,
             "target_bits": target_bits,
+            "sharded": sharded,
             "pairing": describe_pairing(plan.pairing),
             "layer_map": list(plan.pairing.layer_map),
             "recipe": describe_recipe(resolved, recipe),
@@ -326,7 +330,7 @@ def _finish(
         "answers": describe_imitation(imitation),
         TASKS: tasks,
         "scored_along": scored and scored.sha256,
-        "logit_difference": _write_adapter(run, plan, models, student, known["rank"], held_out, known["target_bits"]),
+        "logit_difference": _write_adapter(run, plan, models, student, known, held_out),
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_accelerator_bytes": peak_accelerator_bytes(),
@@ -361,12 +365,11 @@ def _write_adapter(
     plan: Plan,
     models: Models,
     student: Student,
-    rank: int,
+    known: Mapping[str, Any],
     held_out: list[AlignedPassage],
-    bits: Bits | None,
 ) -> float:
     factors = student_factors(student.model, adapted_modules(student.model))
-    write_portable(run.finished, factors, plan.target_slots, rank, plan.target, None)
+    write_portable(run.finished, factors, plan.target_slots, known["rank"], plan.target, None)
     batch = collate(held_out[:_CHECKED_PASSAGES])
     ids, mask = batch["target_ids"], batch["target_mask"]
     device = next(student.model.parameters()).device
@@ -375,7 +378,8 @@ def _write_adapter(
     roundings = rounding_difference(student.model, *on_device, live)
     # The process that loads it needs the room.
     models.put_away()
-    difference = check_written(run.finished, plan.target, None, ids, mask, live.cpu(), bits, roundings)
+    held = known["target_bits"], known["sharded"]
+    difference = check_written(run.finished, plan.target, None, ids, mask, live.cpu(), roundings, *held)
     logger.debug("Loaded again, the adapter's logits differ by %.1e of the largest", difference)
     return difference
 

@@ -79,6 +79,9 @@ def transfer_to_each(adapter: str, targets: Sequence[str], out: str, **settings:
 
 def _check(adapter: str, targets: Sequence[str], recipe: Recipe, chosen: Mapping[str, Any]) -> None:
     """Raises a UserError for what would end one of the transfers before its work begins."""
+    if chosen["sharded"]:
+        # What source + LoRA says to all of them is written by the main process alone.
+        raise UserError("--sharded is for one target at a time; give one --target.")
     loading = Loading(chosen["low_memory"], chosen["source_bits"], chosen["target_bits"])
     for target in targets:
         plan = plan_transfer(adapter, target, chosen["source"])

@@ -1,5 +1,6 @@
 """Aligned positions: passages as token ids of both models with the places where they can be compared."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
@@ -172,9 +173,11 @@ def _from_end_of_prompt(text: EncodedText, prompt_bytes: int) -> EncodedText:
 def share_of_passages(passages: Sequence[AlignedPassage], batch_size: int) -> Sequence[AlignedPassage]:
     """The passages of this process: whole batches in turn, so that each is read as one process would read it.
 
-    A process for which there is no batch gets a passage of which no position counts.
+    A process that has a batch less than others gets a passage of which no position counts: models that all processes
+    hold together are read by all of them at once.
     """
     here = this_process()
     starts = range(here.index * batch_size, len(passages), here.count * batch_size)
     share = [passage for start in starts for passage in passages[start : start + batch_size]]
-    return share or [replace(passages[0], weights=[0.0] * len(passages[0].weights))]
+    has_less = len(starts) < math.ceil(len(passages) / (here.count * batch_size))
+    return [*share, replace(passages[0], weights=[0.0] * len(passages[0].weights))] if has_less else share

@@ -17,6 +17,7 @@ def _fit(
     seed: int = 0,
     shard: str | None = None,
     low_memory: bool = False,
+    sharded: bool = False,
 ) -> None:
     """Fits a bridge: maps between two related models that then carry any number of adapters, each in seconds.
 
@@ -34,13 +35,14 @@ def _fit(
         seed: of the draw of the text
         shard: 3/8 reads the third of eight shares of the text and writes its statistics, for castlora merge-stats
         low_memory: whether an accelerator holds one of the models at a time
+        sharded: whether each of the processes that torchrun started keeps a part of both models' layers (FSDP2)
     """
     from transformers.utils.logging import disable_progress_bar
 
     from castlora.bridge.fit import fit as run
 
     disable_progress_bar()
-    run(source, target, out, text, roles, passages, max_length, ridge, seed, shard, low_memory)
+    run(source, target, out, text, roles, passages, max_length, ridge, seed, shard, low_memory, sharded)
 
 
 def _merge_stats(shards: list[str], out: str) -> None:

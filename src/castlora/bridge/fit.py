@@ -29,7 +29,7 @@ from castlora.maps.fitting import (
 )
 from castlora.maps.shared_maps import by_site, site_shapes, site_statistics
 from castlora.maps.statistics import Moments
-from castlora.model_pair import BaseModels, align_text, load_base_models
+from castlora.model_pair import BaseModels, Loading, align_text, load_base_models
 from castlora.models.modules import Role
 from castlora.models.pairing import ModulePair, Pairing, describe
 from castlora.publishing.names import public_name
@@ -53,6 +53,7 @@ def fit(
     seed: int = 0,
     shard: str | None = None,
     low_memory: bool = False,
+    sharded: bool = False,
 ) -> Path:
     """Fits maps between two models that carry any adapter, or sums up the statistics that they are solved from.
 
@@ -75,6 +76,7 @@ def fit(
         seed: of the draw of the text
         shard: "3/8" reads the third of eight shares of the text and writes its statistics for `merge_statistics`
         low_memory: whether an accelerator holds one of the models at a time
+        sharded: whether each of several processes keeps only its part of both models' layers (FSDP2)
 
     Returns:
         the folder
@@ -84,6 +86,8 @@ def fit(
     """
     share = Shard.parse(shard) if shard is not None else None
     check_seed(seed)
+    loading = Loading(low_memory, sharded=sharded)
+    loading.check(is_plain=True)
     request: dict[str, Any] = {
         "source": source, "target": target, "text": text, "roles": list(roles) if roles else None,
         "passages": passages, "max_length": max_length, "ridge": ridge, "seed": seed, "shard": shard,
@@ -97,7 +101,7 @@ def fit(
     logger.info(describe(plan.pairing))
     text_source = TextSource(text)
     from_main(text_source.check)
-    models = load_base_models(source, target, low_memory)
+    models = load_base_models(source, target, loading)
     drawn = from_main(partial(draw_text, models, text_source, (), recipe, seed))
     training, held_out = align_text(models, drawn, recipe)
     if share:

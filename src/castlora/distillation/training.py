@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import SequentialSampler
 from transformers import (
     PrinterCallback,
@@ -29,6 +30,8 @@ from castlora.distillation.distill import Student, total_loss
 from castlora.distillation.rehearsal import PASSAGES_PER_REHEARSED, Rehearsal
 from castlora.distillation.teacher import Teacher
 from castlora.distillation.tracking import PROJECT
+from castlora.errors import UserError
+from castlora.execution.launcher import process_count
 from castlora.execution.processes import from_all, from_main, share_of_batch, share_of_mean, wait_for_all
 from castlora.execution.run_directory import seal
 from castlora.models.loading import best_device
@@ -92,6 +95,9 @@ class DistillationTrainer(Trainer):
         )
         warmup = max(1, round(WARMUP_FRACTION * recipe.steps))
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, recipe.steps)
+        # Frozen weights are alike in all processes, or each has its part of them.
+        frozen = [name for name, parameter in student.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(student, frozen)
         # On a machine with several, the Trainer would hand a batch for each to one process.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         self.lessons = lessons(examples, rehearsal.passages if rehearsal else ())
@@ -179,6 +185,24 @@ def _measuring_steps(steps: int) -> int:
     """A tenth of the steps, as far as it is a multiple of those that are logged."""
     logged = _logging_steps(steps)
     return max(logged, steps // _MEASURES // logged * logged)
+
+
+def check_batch(recipe: Recipe, sharded: bool) -> None:
+    """Looks whether the processes can share every batch.
+
+    Args:
+        recipe: of the training
+        sharded: whether they hold the target together, so that all have to read it equally often in each step
+
+    Raises:
+        UserError: they cannot.
+    """
+    share = share_of_batch(recipe.batch_size)
+    if sharded and recipe.rehearsal_weight > 0 and share % PASSAGES_PER_REHEARSED:
+        raise UserError(
+            f"batch_size is {recipe.batch_size}; with --sharded each process rehearses in every step, so give a "
+            f"multiple of {process_count() * PASSAGES_PER_REHEARSED}."
+        )
 
 
 def peak_learning_rate(recipe: Recipe, hidden_size: int) -> float:

@@ -15,7 +15,7 @@ from castlora.adapters.files import WEIGHTS_FILE
 from castlora.config import Bits
 from castlora.errors import BAD_INPUT, UserError
 from castlora.execution.launcher import environment_of_its_own
-from castlora.models.loading import best_device, load_model
+from castlora.models.loading import best_device, load_model, load_spread
 
 _TOLERANCE, _ROUNDINGS = 1e-4, 4
 
@@ -64,8 +64,9 @@ def check_written(
     ids: Tensor,
     mask: Tensor,
     live: Tensor,
-    bits: Bits | None = None,
     roundings: float = 0.0,
+    bits: Bits | None = None,
+    is_spread: bool = False,
 ) -> float:
     """Loads the adapter in a fresh process and compares its logits with the live model's.
 
@@ -76,8 +77,9 @@ def check_written(
         ids: token ids, shape (batch, tokens)
         mask: attention mask, shape (batch, tokens)
         live: logits of the model in memory for these ids, shape (batch, tokens, vocabulary), in its dtype
-        bits: of a weight of the base model's layers, where they are quantized
         roundings: how much they make, by `rounding_difference`
+        bits: of a weight of the base model's layers, where they are quantized
+        is_spread: whether the base model takes more than one accelerator
 
     Returns:
         the largest difference relative to the largest logit
@@ -86,10 +88,11 @@ def check_written(
         UserError: the base model cannot be read any more.
         RuntimeError: the difference is above `tolerance`, or the adapter could not be loaded.
     """
+    loading = {"target": target, "revision": revision, "bits": bits, "is_spread": is_spread}
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference.safetensors"
         save_file({"ids": ids, "mask": mask, "logits": live.float().contiguous()}, reference)
-        arguments = json.dumps({"adapter": str(adapter), "target": target, "revision": revision, "bits": bits})
+        arguments = json.dumps({"adapter": str(adapter), **loading})
         finished = subprocess.run(
             [sys.executable, "-m", "castlora.evaluation.verification", arguments, str(reference)],
             capture_output=True,
@@ -111,10 +114,12 @@ def check_written(
 
 
 @torch.no_grad()
-def _relative_difference(adapter: str, target: str, revision: str | None, bits: Bits | None, reference: Path) -> float:
+def _relative_difference(
+    adapter: str, target: str, revision: str | None, bits: Bits | None, is_spread: bool, reference: Path
+) -> float:
     expected = load_file(reference)
     device = best_device()
-    base, _ = load_model(target, revision, device, bits)
+    base = load_spread(target, revision) if is_spread else load_model(target, revision, device, bits)[0]
     model = PeftModel.from_pretrained(base, adapter)
     written = load_file(Path(adapter) / WEIGHTS_FILE)
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -4,7 +4,8 @@ Each reads its share of the text for the statistics and of every batch of the tr
 it looks, decides and writes, and the others take over what it has found.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -15,7 +16,8 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from torch import Tensor
 
 from castlora.errors import UserError
-from castlora.execution.launcher import is_launched, process_count
+from castlora.execution.launcher import is_launched, local_process_count, process_count
+from castlora.execution.sharding import follow, leading
 
 _LONGEST_WAIT = timedelta(days=7)
 """While the main process chooses text or compares answers, the others wait. Where it ends, the launcher ends them."""
@@ -49,6 +51,17 @@ def wait_for_all() -> None:
     _joined().wait_for_everyone()
 
 
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Lets one process of a machine after the other do what needs much of the machine's memory for a while."""
+    before = _joined().local_process_index
+    for _ in range(before):
+        wait_for_all()
+    yield
+    for _ in range(local_process_count() - before):
+        wait_for_all()
+
+
 def leave() -> None:
     """Takes leave of the other processes, when no more is to be shared."""
     _joined().destroy_process_group()
@@ -68,10 +81,13 @@ def from_main(find: Callable[[], _Found]) -> _Found:
         return find()
     outcome: list[Any] = [None]
     if here.is_main:
-        try:
-            outcome = [find()]
-        except UserError as error:
-            outcome = [error]
+        with leading():
+            try:
+                outcome = [find()]
+            except UserError as error:
+                outcome = [error]
+    else:
+        follow()
     broadcast_object_list(outcome)
     (found,) = outcome
     if isinstance(found, UserError):

@@ -24,8 +24,9 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 
 from castlora.config import Bits
 from castlora.errors import UserError, first_line
-from castlora.execution.processes import this_process
-from castlora.models.modules import layer_index
+from castlora.execution.processes import in_turn, this_process
+from castlora.execution.sharding import join, shard
+from castlora.models.modules import layer_index, layer_path, linear_slots, number_of_layers
 
 logger = logging.getLogger("castlora")
 
@@ -106,8 +107,63 @@ def load_model(
     if bits and not is_bitsandbytes_available():
         raise UserError(f"Weights of {bits} bits need bitsandbytes; pip install 'castlora[quantized]'.")
     config = load_config(name_or_path, revision)
-    dtype = dtype_on(torch.device(device))
     is_quantized = bits is not None or "quantization_config" in config.to_dict()
+    dtype = dtype_on(torch.device(device))
+    model = _read(config, name_or_path, revision, dtype, bits, {"": device} if is_quantized else None)
+    logger.debug("Loaded %s in %s on %s", public_name(name_or_path), f"{bits} bits" if bits else dtype, device)
+    tokenizer = load_tokenizer(name_or_path, revision)
+    if is_quantized and is_bitsandbytes_available():
+        _let_gradients_through(model)
+    # bitsandbytes lets nobody move weights of 8 bits.
+    return model.eval() if is_quantized else model.eval().to(device=torch.device(device)), tokenizer
+
+
+def load_spread(name_or_path: str, revision: str | None = None) -> PreTrainedModel:
+    """Loads a base model, to be read only, onto all accelerators of the machine, and into its memory what is left.
+
+    Raises:
+        UserError: as `load_model` does.
+    """
+    return _read(load_config(name_or_path, revision), name_or_path, revision, dtype_on(best_device()), None, "auto")
+
+
+def load_sharded(
+    name_or_path: str, revision: str | None, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Loads a base model of whose decoder layers each process keeps a part; all processes have to call this.
+
+    Embeddings and output head are whole in each.
+
+    Args:
+        name_or_path: folder or hub id
+        revision: of the hub id
+        device: of this process
+
+    Raises:
+        UserError: as `load_model` does, or the model was saved quantized.
+    """
+    config = load_config(name_or_path, revision)
+    if "quantization_config" in config.to_dict():
+        raise UserError(f"Model {name_or_path!r} was saved quantized and cannot be sharded; leave out --sharded.")
+    join(device)
+    with in_turn():
+        model = _read(config, name_or_path, revision, dtype_on(device), None, None)
+        slots = linear_slots(model, config)
+        shard(model, [layer_path(slots, layer) for layer in range(number_of_layers(slots))])
+        model.eval().to(device=device)
+    logger.debug("Loaded a part of %s in %s on %s", public_name(name_or_path), dtype_on(device), device)
+    return model, load_tokenizer(name_or_path, revision)
+
+
+def _read(
+    config: PreTrainedConfig,
+    name_or_path: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    bits: Bits | None,
+    device_map: dict[str, torch.device | str] | str | None,
+) -> PreTrainedModel:
+    """The model with its weights, which are looked at."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -115,7 +171,7 @@ def load_model(
             revision=revision,
             dtype=dtype,
             quantization_config=_quantization(bits, dtype) if bits else None,
-            device_map={"": device} if is_quantized else None,
+            device_map=device_map,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -134,14 +190,10 @@ def load_model(
             "download the model again or fix its config.json."
         )
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
             raise UserError(f"Weights of {name_or_path!r} hold NaN or infinity in {name!r}; use an intact checkpoint.")
-    logger.debug("Loaded %s in %s on %s", public_name(name_or_path), f"{bits} bits" if bits else dtype, device)
-    tokenizer = load_tokenizer(name_or_path, revision)
-    if is_quantized and is_bitsandbytes_available():
-        _let_gradients_through(model)
-    # bitsandbytes lets nobody move weights of 8 bits.
-    return model.eval() if is_quantized else model.eval().to(device=torch.device(device)), tokenizer
+    model.eval()
+    return model
 
 
 def _quantization(bits: Bits, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -1,0 +1,138 @@
+"""Models of which each of several processes holds a part behave as those that each holds in full."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from in_processes import read_in_parts
+from preloaded import finish, launched, run_castlora
+from safetensors.torch import load_file
+
+from castlora import UserError, fit, transfer, transfer_to_each
+from castlora.alignment import positions
+from castlora.alignment.positions import share_of_passages
+from castlora.config import Tuning
+from castlora.execution.processes import Process
+from castlora.models.loading import load_sharded, load_spread
+
+SHORT = Tuning(max_length=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "count"), [("llama", 2), ("gpt2", 3)])
+def test_a_model_in_parts_says_what_the_whole_one_says_to_one_process_and_to_all(base_model, tmp_path, family, count):
+    out = tmp_path / "said.safetensors"
+    finish(launched(tmp_path / "heard", count, read_in_parts, base_model(family), out))
+    said, model, ids = load_file(out), tiny.load(base_model(family)), torch.arange(5, 13)[None]
+    for name in ("all", "main", "again"):
+        torch.testing.assert_close(said[name], tiny.logits(model, ids), msg=name)
+    assert torch.equal(said["generated"], model.generate(input_ids=ids, max_new_tokens=3, min_length=11))
+    held, whole = said["held"].tolist(), int(said["whole"])
+    # A weight is cut along its first axis, of which a part may have one row more.
+    assert len(held) == count and sum(held) == whole and max(held) < 1.2 * whole / count
+
+
+@pytest.fixture(scope="module")
+def moved(base_model, adapter, prompts_file, tmp_path_factory):
+    """What two processes write with models in full and in parts."""
+    places = {"adapter": adapter("llama"), "target": base_model("gpt2"), "prompts": prompts_file}
+    numbers = {"steps": 12, "batch-size": 8, "start": "readout", "tuning.max-length": 60, "tuning.answer-tokens": 6}
+    numbers |= {"tuning.rehearsal-passages": 8, "tuning.rehearsal-tokens": 12}
+    words = ["transfer", *(word for key, value in (places | numbers).items() for word in (f"--{key}", str(value)))]
+    folder = tmp_path_factory.mktemp("moved")
+    for sharded in ("false", "true"):
+        options = ["--out", folder / sharded, "--sharded", sharded]
+        finish(launched(folder / f"said {sharded}", 2, run_castlora, *words, *options))
+    return folder / "false", folder / "true"
+
+
+@pytest.mark.slow
+def test_a_transfer_writes_the_same_bytes(moved):
+    whole, in_parts = ((folder / "adapter_model.safetensors").read_bytes() for folder in moved)
+    assert whole == in_parts
+    manifests = [json.loads((folder / "castlora.json").read_text()) for folder in moved]
+    assert [manifest["sharded"] for manifest in manifests] == [False, True]
+    assert manifests[0]["losses"] == manifests[1]["losses"]
+    assert "--sharded true" in manifests[1]["command"] and "--sharded" not in manifests[0]["command"]
+    # Checked with another copy of the target, loaded as one that no accelerator holds.
+    assert 0 <= manifests[1]["logit_difference"] < 1e-4
+
+
+@pytest.mark.slow
+def test_a_bridge_has_the_same_maps(base_model, text_file, tmp_path):
+    words = ["fit", "--source", base_model("llama"), "--target", base_model("mistral"), "--text", text_file]
+    words += ["--passages", "40", "--roles", '["q","v"]']
+    for sharded in ("false", "true"):
+        options = ["--out", tmp_path / sharded, "--sharded", sharded]
+        finish(launched(tmp_path / f"said {sharded}", 2, run_castlora, *words, *options))
+    whole, in_parts = (tiny.maps_in(tmp_path / sharded) for sharded in ("false", "true"))
+    assert whole and whole.keys() == in_parts.keys()
+    assert all(torch.equal(whole[name], in_parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("count", range(1, 5))
+def test_processes_read_as_many_batches_as_each_other_and_no_passage_twice(monkeypatch, count):
+    passages = tiny.aligned("llama", "gpt2", 40)
+    for read in range(1, 41):
+        shares = []
+        for index in range(count):
+            here = Process(index, count, torch.device("cpu"))
+            monkeypatch.setattr(positions, "this_process", lambda here=here: here)
+            shares.append(share_of_passages(passages[:read], 8))
+        assert len({-(-len(share) // 8) for share in shares}) == 1
+        counted = [passage for share in shares for passage in share if sum(passage.weights)]
+        assert len(counted) == read and all(passage in counted for passage in passages[:read])
+
+
+def test_a_spread_model_is_the_model(base_model):
+    ids = torch.arange(5, 13)[None]
+    spread, whole = load_spread(str(base_model("llama"))), tiny.load(base_model("llama"))
+    assert torch.equal(tiny.logits(spread, ids), tiny.logits(whole, ids))
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "complaint"),
+    [
+        ({}, 1, "--sharded splits models among processes, and there is one; start several with torchrun"),
+        ({"low_memory": True}, 2, "--sharded takes models in full; leave out --low-memory, --source-bits and"),
+        ({"target_bits": 4}, 2, "--sharded takes models in full"),
+        ({"batch_size": 12}, 2, "batch_size is 12; with --sharded each process rehearses in every step, so give a mul"),
+    ],
+)
+def test_what_cannot_be_done_in_parts_is_refused(base_model, adapter, tmp_path, monkeypatch, options, count, complaint):
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    with pytest.raises(UserError, match=complaint):
+        transfer(
+            str(adapter("llama")), str(base_model("gpt2")), str(tmp_path / "out"), sharded=True, tuning=SHORT, **options
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_that_merge_into_weights_cannot_be_moved_in_parts(base_model, adapter, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--sharded is for plain LoRAs, and this adapter merges into the weights"):
+        transfer(
+            str(adapter("llama", use_dora=True)),
+            str(base_model("gpt2")),
+            str(tmp_path / "out"),
+            sharded=True,
+            tuning=SHORT,
+        )
+
+
+def test_several_targets_and_a_lone_fit_cannot_be_had_in_parts(base_model, adapter, tmp_path):
+    targets = [str(base_model("gpt2")), str(base_model("mistral"))]
+    with pytest.raises(UserError, match="--sharded is for one target at a time; give one --target"):
+        transfer_to_each(str(adapter("llama")), targets, str(tmp_path / "out"), sharded=True)
+    with pytest.raises(UserError, match="--sharded splits models among processes"):
+        fit(*targets, str(tmp_path / "out"), sharded=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_was_saved_quantized_cannot_be_sharded(base_model, tmp_path):
+    config = json.loads((base_model("llama") / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="was saved quantized and cannot be sharded; leave out --sharded"):
+        load_sharded(str(tmp_path), None, torch.device("cpu"))
