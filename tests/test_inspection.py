@@ -138,6 +138,26 @@ def test_quantized_weights_are_forecast_and_stand_in_the_command(adapter, base_m
         inspect(str(dora), str(base_model("mistral")), source_bits=4)
 
 
+def test_what_each_process_holds_of_the_models_is_forecast(adapter, base_model):
+    def found(**options):
+        return inspect(str(adapter("llama")), str(base_model("mistral")), **options)
+
+    memory = [found(processes=count).record["forecast"]["memory_bytes"] for count in (1, 2, 4)]
+    assert memory == sorted(memory, reverse=True) and len(set(memory)) == 3
+    told = found(processes=4)
+    assert "in each of 4 processes that hold the models together" in str(told) and "--low-memory" not in str(told)
+    assert told.record["command"].startswith("torchrun --nproc-per-node 4 -m -- castlora transfer")
+    assert told.record["command"].endswith("--sharded true") and "--sharded" not in found().record["command"]
+    refused = {
+        "--sharded takes models in full": {"processes": 2, "source_bits": 4},
+        "processes is 0; give": {"processes": 0},
+        "each process rehearses in every step, so give a multiple of 12": {"processes": 3},
+    }
+    for complaint, options in refused.items():
+        with pytest.raises(UserError, match=complaint):
+            found(**options)
+
+
 @pytest.mark.parametrize("available", [True, False])
 def test_a_missing_package_is_named_beside_the_command(adapter, base_model, monkeypatch, available):
     monkeypatch.setattr("castlora.inspection.is_bitsandbytes_available", lambda: available)

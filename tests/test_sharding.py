@@ -14,7 +14,7 @@ from castlora.alignment import positions
 from castlora.alignment.positions import share_of_passages
 from castlora.config import Tuning
 from castlora.execution.processes import Process
-from castlora.models.loading import load_sharded, load_spread
+from castlora.models.loading import load_sharded, load_spread, sharded_bytes
 
 SHORT = Tuning(max_length=60)
 
@@ -31,6 +31,9 @@ def test_a_model_in_parts_says_what_the_whole_one_says_to_one_process_and_to_all
     held, whole = said["held"].tolist(), int(said["whole"])
     # A weight is cut along its first axis, of which a part may have one row more.
     assert len(held) == count and sum(held) == whole and max(held) < 1.2 * whole / count
+    in_one = max(held) + model.num_parameters() - whole
+    layer = whole / model.config.num_hidden_layers
+    assert sharded_bytes(model.config, 1, count) == pytest.approx(in_one + layer, rel=0.1)
 
 
 @pytest.fixture(scope="module")

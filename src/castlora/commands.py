@@ -183,6 +183,7 @@ def _inspect(
     batch_size: int = 16,
     source_bits: Bits | None = None,
     target_bits: Bits | None = None,
+    processes: int = 1,
     json: bool = False,
 ) -> None:
     """Shows before a transfer what will be paired, what will be dropped, and what it will cost.
@@ -195,11 +196,12 @@ def _inspect(
         batch_size: passages per step to forecast
         source_bits: 4 (NF4) or 8, for a source that bitsandbytes is to quantize
         target_bits: the same for the target
+        processes: how many are to hold both models together with castlora transfer --sharded
         json: whether all this is printed as JSON
     """
     from castlora.inspection import inspect as run
 
-    found = run(adapter, target, source, steps, batch_size, source_bits, target_bits)
+    found = run(adapter, target, source, steps, batch_size, source_bits, target_bits, processes)
     _print_result(found.record, str(found), json)
 
 

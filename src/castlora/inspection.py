@@ -1,5 +1,6 @@
 """The preflight: what a transfer will pair, drop and cost, from configurations and the adapter alone."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -12,11 +13,20 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 from castlora.adapters.factors import PORTABLE_RANKS
 from castlora.alignment.tokens import ByteTokenizer
 from castlora.alignment.vocabulary import SharedVocabulary
-from castlora.config import DEFAULT, Bits
+from castlora.config import DEFAULT, Bits, check_above_zero
 from castlora.distillation.rehearsal import PASSAGES_PER_REHEARSED
+from castlora.distillation.training import check_rehearsal
 from castlora.maps.copied_start import has_shapes_of_source
 from castlora.model_pair import HELD_OUT_PASSAGES, Loading
-from castlora.models.loading import best_device, dtype_on, load_tokenizer, public_name, skeleton, weight_bytes
+from castlora.models.loading import (
+    best_device,
+    dtype_on,
+    load_tokenizer,
+    public_name,
+    sharded_bytes,
+    skeleton,
+    weight_bytes,
+)
 from castlora.models.modules import number_of_layers
 from castlora.models.pairing import describe
 from castlora.plan import Plan, describe_beyond, plan_transfer
@@ -53,6 +63,7 @@ def inspect(
     batch_size: int = 16,
     source_bits: Bits | None = None,
     target_bits: Bits | None = None,
+    processes: int = 1,
 ) -> Inspection:
     """Describes a transfer without loading a model.
 
@@ -64,6 +75,7 @@ def inspect(
         batch_size: passages per step to forecast
         source_bits: 4 or 8, for a source whose layers bitsandbytes is to quantize
         target_bits: the same for the target
+        processes: how many are to hold both models together, each a part of their layers (FSDP2)
 
     Returns:
         a text for the terminal, and the record that it was made from
@@ -79,8 +91,11 @@ def inspect(
         (4, 5, [])
     """
     plan = plan_transfer(adapter, target, source)
-    loading = Loading(source_bits=source_bits, target_bits=target_bits)
-    loading.check(plan.adapter.is_plain)
+    check_above_zero(processes=processes)
+    loading = Loading(source_bits=source_bits, target_bits=target_bits, sharded=processes > 1)
+    loading.check(plan.adapter.is_plain, processes)
+    if loading.sharded:
+        check_rehearsal(batch_size, processes)
     source_bytes = ByteTokenizer.from_tokenizer(load_tokenizer(plan.source, plan.source_revision))
     target_bytes = ByteTokenizer.from_tokenizer(load_tokenizer(plan.target))
     record: dict[str, Any] = {
@@ -91,8 +106,8 @@ def inspect(
         "dropped": list(plan.pairing.dropped),
         "unchanged": [pair.target.name for pair in plan.pairing.pairs if not pair.branches],
         "licences": read_licences(plan),
-        "forecast": asdict(_forecast(plan, steps, batch_size, loading)),
-        "command": _command(adapter, target, source, loading, steps, batch_size),
+        "forecast": asdict(_forecast(plan, steps, batch_size, loading, processes)),
+        "command": _command(adapter, target, source, loading, steps, batch_size, processes),
     }
     sections = [
         _say_verdict(plan),
@@ -210,12 +225,14 @@ class _Forecast:
     writing_seconds: float
     memory_bytes: int
     low_memory_bytes: int | None
-    """Of the accelerator, with --low-memory; None where weights of 8 bits rule it out."""
+    """Of the accelerator, with --low-memory; None where weights of 8 bits or several processes rule it out."""
+    processes: int
+    """How many hold the models together; memory is of each."""
     disk_bytes: int
     """While it runs; what is left afterwards is the adapter."""
 
 
-def _forecast(plan: Plan, steps: int, batch_size: int, loading: Loading) -> _Forecast:
+def _forecast(plan: Plan, steps: int, batch_size: int, loading: Loading, processes: int) -> _Forecast:
     source_count, target_count = parameter_count(plan)
     # Two operations per weight and token forward, and two more for the student's way back through frozen weights.
     if steps > 0:
@@ -227,7 +244,7 @@ def _forecast(plan: Plan, steps: int, batch_size: int, loading: Loading) -> _For
     # The bare target's predictions are looked up.
     operations += rehearsed * 4 * target_count
     rate = _product_rate()
-    memory_bytes, low_memory_bytes = _forecast_memory(plan, batch_size, loading)
+    memory_bytes, low_memory_bytes = _forecast_memory(plan, math.ceil(batch_size / processes), loading, processes)
     candidates = (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.candidates
     written = DEFAULT.rehearsal_passages + HELD_OUT_REHEARSED
     prompts = candidates * _PROMPT_TOKENS + (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.answer_tokens
@@ -243,15 +260,27 @@ def _forecast(plan: Plan, steps: int, batch_size: int, loading: Loading) -> _For
         writing_seconds=2 * target_count * written * DEFAULT.rehearsal_tokens / (_UTILISATION * rate),
         memory_bytes=memory_bytes,
         low_memory_bytes=low_memory_bytes,
+        processes=processes,
         disk_bytes=plan.state_bytes(DEFAULT),
     )
 
 
-def _forecast_memory(plan: Plan, batch_size: int, loading: Loading) -> tuple[int, int | None]:
-    """Bytes that a step needs, with both models and all activations, and with one model and few."""
+def _forecast_memory(plan: Plan, batch_size: int, loading: Loading, processes: int) -> tuple[int, int | None]:
+    """Bytes that a step needs, with both models and all activations, and with one model and few.
+
+    Args:
+        plan: of the transfer
+        batch_size: passages that one process reads
+        loading: in what precision
+        processes: how many hold the models together
+    """
     bytes_per_number = dtype_on(best_device()).itemsize
-    of_source = weight_bytes(plan.source_config, bytes_per_number, loading.source_bits)
-    of_target = weight_bytes(plan.target_config, bytes_per_number, loading.target_bits)
+    if processes > 1:
+        configs = plan.source_config, plan.target_config
+        of_source, of_target = (sharded_bytes(config, bytes_per_number, processes) for config in configs)
+    else:
+        of_source = weight_bytes(plan.source_config, bytes_per_number, loading.source_bits)
+        of_target = weight_bytes(plan.target_config, bytes_per_number, loading.target_bits)
     scored = 4 * batch_size * DEFAULT.max_length
     taught, learned = scored * plan.source_config.vocab_size, 3 * scored * plan.target_config.vocab_size
     read = batch_size * DEFAULT.max_length + batch_size // PASSAGES_PER_REHEARSED * DEFAULT.rehearsal_tokens
@@ -260,7 +289,7 @@ def _forecast_memory(plan: Plan, batch_size: int, loading: Loading) -> tuple[int
     of_layer = read * (_KEPT_BYTES_PER_WIDTH * width + _KEPT_NUMBERS_PER_NEURON * bytes_per_number * neurons)
     inputs = read * layers * width * bytes_per_number
     together = of_source + of_target + taught + learned + layers * of_layer
-    if 8 in (loading.source_bits, loading.target_bits):
+    if processes > 1 or 8 in (loading.source_bits, loading.target_bits):
         return together, None
     return together, max(of_source, of_target + inputs + of_layer + learned) + taught
 
@@ -288,9 +317,10 @@ def _say_forecast(forecast: _Forecast) -> str:
     alone = ""
     if forecast.low_memory_bytes is not None:
         alone = f" ({forecast.low_memory_bytes / 2**30:.1f} on an accelerator with --low-memory true)"
+    each = f" in each of {forecast.processes} processes that hold the models together" if forecast.processes > 1 else ""
     return (
-        f"Forecast for {what} on this machine: about "
-        f"{_duration(forecast.seconds)}, {forecast.memory_bytes / 2**30:.1f} GiB of memory beyond Python's own{alone}, "
+        f"Forecast for {what} on this machine: about {_duration(forecast.seconds)}, "
+        f"{forecast.memory_bytes / 2**30:.1f} GiB of memory beyond Python's own{alone}{each}, "
         f"and {forecast.disk_bytes / 2**30:.2f} GiB of disk while it runs. "
         f"Before, source + LoRA reads {forecast.candidate_prompts} candidate prompts and writes answers: about "
         f"{_duration(forecast.reading_seconds)}, less where --prompts are given; and the target writes "
@@ -300,15 +330,17 @@ def _say_forecast(forecast: _Forecast) -> str:
     )
 
 
-def _command(adapter: str, target: str, source: str | None, loading: Loading, steps: int, batch_size: int) -> str:
+def _command(
+    adapter: str, target: str, source: str | None, loading: Loading, steps: int, batch_size: int, processes: int
+) -> str:
     places = {"adapter": adapter, "target": target, "source": source, "out": "NEW-FOLDER", "prompts": "FILE"}
-    bits = {"source_bits": loading.source_bits, "target_bits": loading.target_bits}
+    held = {"source_bits": loading.source_bits, "target_bits": loading.target_bits, "sharded": loading.sharded}
     numbers = {
         "steps": steps if steps != DEFAULT.steps else None,
         "batch_size": batch_size if batch_size != DEFAULT.batch_size else None,
     }
     # It is read where the folders are, and must run there.
-    return command_line({**places, **numbers, **bits, "tuning": {}}, place=str)
+    return command_line({**places, **numbers, **held, "tuning": {}}, str, processes)
 
 
 def _say_command(command: str, loading: Loading) -> str:

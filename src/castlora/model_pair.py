@@ -14,7 +14,6 @@ from castlora.alignment.tokens import ByteTokenizer
 from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.config import Bits, Recipe
 from castlora.errors import UserError
-from castlora.execution.launcher import process_count
 from castlora.execution.offloading import Offloading
 from castlora.models.endings import end_tokens_of
 from castlora.models.loading import best_device, load_model, load_sharded
@@ -37,11 +36,12 @@ class Loading:
     sharded: bool = False
     """Whether each process keeps a part of both models' layers."""
 
-    def check(self, is_plain: bool) -> None:
+    def check(self, is_plain: bool, processes: int) -> None:
         """Looks whether it can be done.
 
         Args:
             is_plain: whether the adapter is a plain LoRA, whose update does not depend on the weights
+            processes: how many load the models
 
         Raises:
             UserError: it cannot.
@@ -52,10 +52,10 @@ class Loading:
         if self.source_bits and not is_plain:
             raise UserError("--source-bits is for plain LoRAs, and this adapter merges into the weights; leave it out.")
         if self.sharded:
-            self._check_sharded(is_plain)
+            self._check_sharded(is_plain, processes)
 
-    def _check_sharded(self, is_plain: bool) -> None:
-        if process_count() == 1:
+    def _check_sharded(self, is_plain: bool, processes: int) -> None:
+        if processes == 1:
             raise UserError("--sharded splits models among processes, and there is one; start several with torchrun.")
         if self.low_memory or self.source_bits or self.target_bits:
             raise UserError("--sharded takes models in full; leave out --low-memory, --source-bits and --target-bits.")

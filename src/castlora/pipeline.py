@@ -25,6 +25,7 @@ from castlora.evaluation.imitation import compare_answers
 from castlora.evaluation.scored_task import ScoredTask
 from castlora.evaluation.similarity import measure_similarity
 from castlora.evaluation.verification import check_written, live_logits, rounding_difference
+from castlora.execution.launcher import process_count
 from castlora.execution.processes import from_main, this_process
 from castlora.execution.run_directory import RunDirectory, check_output, open_run, write_whole
 from castlora.maps.copied_start import StartChoice, copied_start, gentle_recipe, keep_better_start
@@ -156,7 +157,7 @@ def transfer(
     output_rank = plan.rank(resolved, rank)
     plan.check_length(resolved)
     loading = Loading(low_memory, source_bits, target_bits, sharded)
-    loading.check(plan.adapter.is_plain)
+    loading.check(plan.adapter.is_plain, process_count())
     logger.info(describe(plan.pairing))
     if plan.beyond:
         logger.info(describe_beyond(plan.beyond))

@@ -15,6 +15,7 @@ from castlora.config import Recipe, TextTuning, Tuning, resolve_recipe
 from castlora.distillation.tracking import check_tracker
 from castlora.errors import UserError
 from castlora.evaluation.scored_task import ScoredTask
+from castlora.execution.launcher import process_count
 from castlora.execution.processes import from_main, share_of_batch
 from castlora.execution.run_directory import RunDirectory, file_state, folder_names, is_finished, open_run, write_whole
 from castlora.model_pair import Loading
@@ -87,7 +88,7 @@ def _check(adapter: str, targets: Sequence[str], recipe: Recipe, chosen: Mapping
         plan = plan_transfer(adapter, target, chosen["source"])
         plan.rank(recipe, chosen["rank"])
         plan.check_length(recipe)
-        loading.check(plan.adapter.is_plain)
+        loading.check(plan.adapter.is_plain, process_count())
     check_tracker(chosen["report_to"])
     if chosen["task"]:
         ScoredTask.read(chosen["task"], chosen["chat"])

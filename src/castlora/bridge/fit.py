@@ -17,6 +17,7 @@ from castlora.bridge.results import SiteStatistics, publish_sites, solve_and_wri
 from castlora.bridge.shards import SHARDS_WANTED, Shard, added_site, check_whole, save_site
 from castlora.config import Tuning, check_seed, resolve_recipe
 from castlora.errors import UserError
+from castlora.execution.launcher import process_count
 from castlora.execution.processes import from_main, this_process
 from castlora.execution.run_directory import RunDirectory, check_output, open_run
 from castlora.maps.fitting import (
@@ -87,7 +88,7 @@ def fit(
     share = Shard.parse(shard) if shard is not None else None
     check_seed(seed)
     loading = Loading(low_memory, sharded=sharded)
-    loading.check(is_plain=True)
+    loading.check(is_plain=True, processes=process_count())
     request: dict[str, Any] = {
         "source": source, "target": target, "text": text, "roles": list(roles) if roles else None,
         "passages": passages, "max_length": max_length, "ridge": ridge, "seed": seed, "shard": shard,

@@ -197,11 +197,22 @@ def check_batch(recipe: Recipe, sharded: bool) -> None:
     Raises:
         UserError: they cannot.
     """
-    share = share_of_batch(recipe.batch_size)
-    if sharded and recipe.rehearsal_weight > 0 and share % PASSAGES_PER_REHEARSED:
+    share_of_batch(recipe.batch_size)
+    if sharded and recipe.rehearsal_weight > 0:
+        check_rehearsal(recipe.batch_size, process_count())
+
+
+def check_rehearsal(batch_size: int, processes: int) -> None:
+    """Looks whether each of several processes rehearses in every step.
+
+    Raises:
+        UserError: some would not.
+    """
+    multiple = processes * PASSAGES_PER_REHEARSED
+    if batch_size % multiple:
         raise UserError(
-            f"batch_size is {recipe.batch_size}; with --sharded each process rehearses in every step, so give a "
-            f"multiple of {process_count() * PASSAGES_PER_REHEARSED}."
+            f"batch_size is {batch_size}; with --sharded each process rehearses in every step, so give a multiple of "
+            f"{multiple}."
         )
 
 

@@ -1,6 +1,7 @@
 """Base models: loading them safely, and what their configurations say of them."""
 
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,25 @@ def weight_bytes(config: PreTrainedConfig, bytes_per_number: int, bits: Bits | N
         if isinstance(module, nn.Linear | Conv1D) and layer_index(name) is not None
     )
     return (numbers - quantized) * bytes_per_number + round(quantized * _STORED_BITS[bits] / 8)
+
+
+def sharded_bytes(config: PreTrainedConfig, bytes_per_number: int, parts: int) -> int:
+    """Memory of a model's weights in one of several processes, and of the layer that is read.
+
+    Args:
+        config: of the model
+        bytes_per_number: of its weights
+        parts: among how many processes the decoder layers are split
+    """
+    model = skeleton(config)
+    of_layers: dict[int, int] = {}
+    for name, weight in model.named_parameters():
+        layer = layer_index(name)
+        if layer is not None:
+            of_layers[layer] = of_layers.get(layer, 0) + weight.numel()
+    in_layers = sum(of_layers.values())
+    rest = int(model.num_parameters()) - in_layers
+    return (rest + math.ceil(in_layers / parts) + max(of_layers.values())) * bytes_per_number
 
 
 def public_name(name_or_path: str) -> str:
