@@ -236,6 +236,7 @@ def test_sketches_that_do_not_belong_together_or_are_damaged_are_refused(sketche
         ({"passage_bytes": -1}, "passage_bytes is -1"),
         ({"places": 0}, "places is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"sharded": True}, "--sharded splits models among processes, and there is one"),
         ({"text": "nowhere.txt"}, "nowhere.txt"),
     ],
 )
@@ -253,10 +254,11 @@ def test_a_penalty_below_zero_is_refused(sketched, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_sketch_what_one_sketches(sketched, base_model, text_file, tmp_path):
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_two_processes_sketch_what_one_sketches(sketched, base_model, text_file, tmp_path, sharded):
     alone = sketched("llama", "alone", passages=600)
     words = ["sketch", "--model", base_model("llama"), "--text", text_file, "--passages", 600]
-    words += ["--passage-bytes", 90, "--places", 10**6, "--out", tmp_path / "together"]
+    words += ["--passage-bytes", 90, "--places", 10**6, "--out", tmp_path / "together", "--sharded", sharded]
     finish(launched(tmp_path / "said", 2, run_castlora, *words))
     assert files_in(tmp_path / "together") == files_in(tmp_path / alone)
 

@@ -66,6 +66,7 @@ def _sketch(
     passage_bytes: int = 1024,
     places: int = 32768,
     seed: int = 0,
+    sharded: bool = False,
 ) -> None:
     """Keeps what one model computes at places of a text, so that castlora join can make bridges between any two.
 
@@ -80,13 +81,14 @@ def _sketch(
         passage_bytes: bytes of a passage, at most; what exceeds the context of the model is not read
         places: how many places are kept, about; several times the width of the model
         seed: of the draw of the text and of the places
+        sharded: whether each of the processes that torchrun started keeps a part of the model's layers (FSDP2)
     """
     from transformers.utils.logging import disable_progress_bar
 
     from castlora.bridge.sketch import sketch as run
 
     disable_progress_bar()
-    run(model, out, text, roles, passages, passage_bytes, places, seed)
+    run(model, out, text, roles, passages, passage_bytes, places, seed, sharded)
 
 
 def _join(source: str, target: str, out: str, ridge: float = 0.1) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -33,10 +33,12 @@ from castlora.bridge.sketch_files import (
 )
 from castlora.config import check_above_zero, check_seed
 from castlora.errors import UserError
+from castlora.execution.launcher import process_count
 from castlora.execution.processes import from_main, this_process, wait_for_all
 from castlora.execution.run_directory import RunDirectory, check_output, open_run, write_whole
 from castlora.maps.fitting import STATISTICS_BATCH, activations_of
-from castlora.models.loading import best_device, context_length, load_model
+from castlora.model_pair import Loading
+from castlora.models.loading import context_length
 from castlora.models.modules import Role
 from castlora.publishing.names import public_name
 from castlora.teaching.curriculum import TextSource
@@ -58,6 +60,7 @@ def sketch(
     passage_bytes: int = 1024,
     places: int = 32768,
     seed: int = 0,
+    sharded: bool = False,
 ) -> Path:
     """Keeps the activations of one model at a grid of places of general text, for `castlora.join`.
 
@@ -77,6 +80,8 @@ def sketch(
         passage_bytes: bytes of a passage, at most; what exceeds the context of the model is not read
         places: how many places are kept, about; several times the width of the model
         seed: of the draw of the text and of the grid
+        sharded: whether each of several processes keeps only its part of the model's layers (FSDP2); the main one then
+            reads all of the text
 
     Returns:
         the folder
@@ -86,6 +91,8 @@ def sketch(
     """
     check_seed(seed)
     check_above_zero(passages=passages, passage_bytes=passage_bytes, places=places)
+    loading = Loading(sharded=sharded)
+    loading.check(is_plain=True, processes=process_count())
     request: dict[str, Any] = {
         "model": model, "text": text, "roles": list(roles) if roles else None, "passages": passages,
         "passage_bytes": passage_bytes, "places": places, "seed": seed, "castlora_version": __version__,
@@ -96,7 +103,7 @@ def sketch(
     from_main(TextSource(text).check)
     drawn = from_main(partial(_draw, text or HUB_DEFAULT, passages, passage_bytes, seed))
     parts = [drawn[start : start + _PASSAGES_PER_PART] for start in range(0, len(drawn), _PASSAGES_PER_PART)]
-    loaded, tokenizer = load_model(model, None, best_device())
+    loaded, tokenizer = loading.load(model, None, None)
     spelled = ByteTokenizer.from_tokenizer(tokenizer)
     share = places * _BYTES_PER_TOKEN / sum(len(passage.text.encode()) for passage in drawn)
 
@@ -104,18 +111,31 @@ def sketch(
         # The main process holds the folder, until all are done.
         run = from_main(lambda: held.enter_context(open_run(out, request, plan.bytes_per_place * places)))
         run.parts.mkdir(exist_ok=True)
-        here = this_process()
-        for number in tqdm(range(here.index, len(parts), here.count), desc="parts", unit="part"):
+
+        def keep(number: int) -> None:
             # An interrupted run has kept some.
             if not (run.parts / part_name(number)).exists():
                 aligned, on_grid = _on_grid(parts[number], number * _PASSAGES_PER_PART, spelled, plan, share, seed)
                 _keep_part(run.parts / part_name(number), on_grid, _activations(loaded, plan, aligned))
-        wait_for_all()
+
+        _share_parts(len(parts), keep, sharded)
         digest = hashlib.sha256(json.dumps([passage.text for passage in drawn]).encode()).hexdigest()
         described = {**request, "text": text and public_name(text), "text_sha256": digest, "passages": len(drawn)}
         from_main(partial(_publish, run, plan, {**described, "parts": len(parts)}))
     logger.info("Wrote %s after %.0f s", out, time.monotonic() - started)
     return Path(out)
+
+
+def _share_parts(count: int, keep: Callable[[int], None], sharded: bool) -> None:
+    """Has each part kept by one of the processes; a model that they hold together is read by the main one alone."""
+    here = this_process()
+    numbers = range(count) if sharded else range(here.index, count, here.count)
+    for number in tqdm(numbers, desc="parts", unit="part"):
+        if sharded:
+            from_main(partial(keep, number))
+        else:
+            keep(number)
+    wait_for_all()
 
 
 def _draw(text: str, passages: int, passage_bytes: int, seed: int) -> list[Passage]:
