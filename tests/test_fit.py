@@ -174,6 +174,22 @@ def test_an_interrupted_fit_goes_on_with_the_sites_that_it_lacks(bridge, tmp_pat
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
+def test_a_text_that_has_changed_since_a_fit_was_interrupted_is_refused(bridge, text_file, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    as_it_was = text_file.read_bytes()
+    text.write_bytes(as_it_was)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(results, "solve_maps", lambda *_arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            bridge("llama", "gpt2", "stopped", text=str(text))
+    text.write_bytes(as_it_was[len(as_it_was) // 2 :])
+    with pytest.raises(UserError, match=r"--text is not what it was when the interrupted run in .*stopped' began"):
+        bridge("llama", "gpt2", "stopped", text=str(text))
+    text.write_bytes(as_it_was)
+    bridge("llama", "gpt2", "stopped", text=str(text))
+    assert not (tmp_path / "stopped" / ".castlora").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_fit_what_one_fits(bridge, base_model, text_file, tmp_path):
     alone = tiny.maps_in(bridge("llama", "gpt2"))

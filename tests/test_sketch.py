@@ -171,6 +171,22 @@ def test_an_interrupted_sketch_goes_on_with_the_parts_that_it_lacks(sketched, tm
     assert files_in(tmp_path / "stopped") == files_in(tmp_path / "whole")
 
 
+def test_a_text_that_has_changed_since_a_sketch_was_interrupted_is_refused(sketched, text_file, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    as_it_was = text_file.read_bytes()
+    text.write_bytes(as_it_was)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(sketching, "write_part", lambda *_arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sketched("llama", "stopped", text=str(text))
+    text.write_bytes(as_it_was[len(as_it_was) // 2 :])
+    with pytest.raises(UserError, match=r"--text is not what it was when the interrupted run in .*stopped' began"):
+        sketched("llama", "stopped", text=str(text))
+    text.write_bytes(as_it_was)
+    sketched("llama", "stopped", text=str(text))
+    assert not (tmp_path / "stopped" / ".castlora").exists()
+
+
 def test_an_interrupted_join_goes_on_with_the_sites_that_it_lacks(sketched, tmp_path, monkeypatch):
     places = sketched("llama"), sketched("gpt2")
     whole = files_in(join(*places, str(tmp_path / "whole")))

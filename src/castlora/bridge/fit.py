@@ -35,6 +35,7 @@ from castlora.models.modules import Role
 from castlora.models.pairing import ModulePair, Pairing, describe
 from castlora.publishing.names import public_name
 from castlora.teaching.curriculum import TextSource, draw_text
+from castlora.text.passages import passages_sha256
 
 logger = logging.getLogger("castlora")
 
@@ -112,6 +113,7 @@ def fit(
         # The main process holds the folder, until all are done.
         needed = plan.statistics_bytes if share else plan.maps_bytes
         run = from_main(lambda: held.enter_context(open_run(out, request, needed)))
+        from_main(partial(run.hold_to_text, passages_sha256(drawn)))
         keep = save_site if share else partial(solve_and_write, ridge=ridge)
         _read_and_keep(run, models, plan, training, held_out, keep)
         positions = sum(len(passage.weights) for passage in training)

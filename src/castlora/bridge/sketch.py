@@ -1,6 +1,5 @@
 """Sketching a model: its activations at places of a text that any other model can be read at too."""
 
-import hashlib
 import json
 import logging
 import time
@@ -42,7 +41,7 @@ from castlora.models.loading import context_length
 from castlora.models.modules import Role
 from castlora.publishing.names import public_name
 from castlora.teaching.curriculum import TextSource
-from castlora.text.passages import HUB_DEFAULT, Passage, cut_passages, read_documents
+from castlora.text.passages import HUB_DEFAULT, Passage, cut_passages, passages_sha256, read_documents
 
 logger = logging.getLogger("castlora")
 
@@ -110,6 +109,8 @@ def sketch(
     with ExitStack() as held:
         # The main process holds the folder, until all are done.
         run = from_main(lambda: held.enter_context(open_run(out, request, plan.bytes_per_place * places)))
+        digest = passages_sha256(drawn)
+        from_main(partial(run.hold_to_text, digest))
         run.parts.mkdir(exist_ok=True)
 
         def keep(number: int) -> None:
@@ -119,7 +120,6 @@ def sketch(
                 _keep_part(run.parts / part_name(number), on_grid, _activations(loaded, plan, aligned))
 
         _share_parts(len(parts), keep, sharded)
-        digest = hashlib.sha256(json.dumps([passage.text for passage in drawn]).encode()).hexdigest()
         described = {**request, "text": text and public_name(text), "text_sha256": digest, "passages": len(drawn)}
         from_main(partial(_publish, run, plan, {**described, "parts": len(parts)}))
     logger.info("Wrote %s after %.0f s", out, time.monotonic() - started)

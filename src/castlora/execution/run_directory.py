@@ -21,6 +21,7 @@ STATE_FOLDER = ".castlora"
 _REQUEST_FILE = "request.json"
 _SEAL_FILE = "sealed.json"
 _LOCK_FILE = "lock"
+_TEXT_FILE = "text.sha256"
 _LAST_FILE = "adapter_config.json"
 _LAST_FILES = (_LAST_FILE, "bridge.json", "statistics.json", "sketch.json")
 """Without it nothing takes a folder for what it is to be."""
@@ -66,6 +67,24 @@ class RunDirectory:
         whole = [path for path in self.checkpoints.glob("checkpoint-*") if is_sealed(path)]
         newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
         return str(newest) if newest else None
+
+    def hold_to_text(self, sha256: str) -> None:
+        """Notes what text the run reads; one that goes on must read the same, for what it has kept is of that.
+
+        Args:
+            sha256: digest of the text
+
+        Raises:
+            UserError: it is another.
+        """
+        noted = self.state / _TEXT_FILE
+        if not noted.exists():
+            write_whole(noted, sha256)
+        elif noted.read_text(encoding="utf-8") != sha256:
+            raise UserError(
+                f"--text is not what it was when the interrupted run in {str(self.out)!r} began; give it as it was, or "
+                "another folder."
+            )
 
     def drop_what_is_not_whole(self) -> None:
         """Removes what an interrupted run was still writing, and what has been damaged since; it is made again."""

@@ -1,6 +1,7 @@
 """Text that a transfer learns from: corpora, prompt formats, prompts and written answers."""
 
 import gzip
+import hashlib
 import json
 import random
 from collections import Counter
@@ -98,6 +99,11 @@ def cut_passages(documents: Iterable[str], count: int, max_bytes: int, seed: int
     """Up to `count` passages of running text of at most `max_bytes` bytes, in random order."""
     pieces = (piece for document in documents for piece in _pieces(document, max_bytes))
     return [Passage(piece) for piece in _draw(islice(pieces, _READ_PER_DRAWN * count), count, seed)]
+
+
+def passages_sha256(passages: Iterable[Passage]) -> str:
+    """Digest of the text of passages."""
+    return hashlib.sha256(json.dumps([passage.text for passage in passages]).encode()).hexdigest()
 
 
 def draw_fillings(documents: Iterable[str], count: int, seed: int) -> list[str]:
