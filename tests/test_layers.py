@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "castlora"
 LAYERS = """
     errors
-    config
+    config finite
     execution
     text
     alignment

@@ -17,6 +17,7 @@ from castlora.adapters.files import WEIGHTS_FILE, AdapterFiles
 from castlora.adapters.patterns import check_patterns
 from castlora.errors import UserError, first_line
 from castlora.execution.run_directory import write_whole
+from castlora.finite import is_finite
 from castlora.models.loading import LIBRARY_ERRORS, skeleton
 from castlora.models.modules import LinearSlot, linear_slots, module_type
 
@@ -200,7 +201,7 @@ def _read_tensors(files: AdapterFiles) -> dict[str, Tensor]:
             f"{WEIGHTS_FILE} of {files.name!r} is damaged or cut short ({first_line(error)}); copy it again."
         ) from error
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise UserError(
                 f"{WEIGHTS_FILE} of {files.name!r} holds NaN or infinity in {key!r}; use an intact adapter."
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 from castlora.adapters.factors import LowRank, pad_rank
 from castlora.adapters.files import CONFIG_FILE
 from castlora.errors import UserError, first_line
+from castlora.finite import is_finite
 from castlora.models.modules import LinearSlot
 
 MLX_WEIGHTS_FILE = "adapters.safetensors"
@@ -134,7 +135,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             f"{MLX_WEIGHTS_FILE} of {str(folder)!r} cannot be read ({first_line(error)}); copy it again."
         ) from error
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise UserError(f"{MLX_WEIGHTS_FILE} of {str(folder)!r} holds NaN or infinity in {key!r}.")
     return tensors
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from castlora.errors import UserError, first_line
 from castlora.execution.run_directory import write_whole
+from castlora.finite import is_finite
 from castlora.maps.shared_maps import Fit
 
 _DTYPE = torch.bfloat16
@@ -46,7 +47,7 @@ def read_maps(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, first_line(error)) from error
     for name, tensor in maps.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise _damaged(path, f"{name} holds NaN or infinity")
     return maps
 

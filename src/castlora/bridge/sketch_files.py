@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from castlora.bridge.files import Fields, adaptable_modules, check_roles, read_fields
 from castlora.errors import UserError, first_line
 from castlora.execution.run_directory import write_whole
+from castlora.finite import is_finite
 from castlora.maps.fitting import INPUT_OF_ROLE
 from castlora.models.capture import Activations
 from castlora.models.modules import LinearSlot, Role
@@ -157,7 +158,7 @@ class Sketch:
         for name, width in self.plan.widths[site].items():
             if name not in tensors or tensors[name].shape != (count, width) or tensors[name].dtype != DTYPE:
                 raise _damaged(path, f"it has no {name} of {count} places")
-            if not torch.isfinite(tensors[name]).all():
+            if not is_finite(tensors[name]):
                 raise _damaged(path, f"{name} holds NaN or infinity")
         inputs = tensors[INPUTS][rows]
         return {slot.name: Activations(inputs, tensors[slot.name][rows]) for slot in self.plan.sites[site]}

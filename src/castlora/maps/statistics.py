@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from castlora.execution.run_directory import write_whole
+from castlora.finite import is_finite
 
 
 @dataclass
@@ -40,9 +41,7 @@ class Moments:
         """Whether these are moments of positions of such activations, and numbers throughout."""
         expected = vars(Moments.zeros(d_x, d_y, "meta"))
         have_shapes = all(tensor.shape == expected[field].shape for field, tensor in vars(self).items())
-        are_numbers = all(
-            tensor.dtype == torch.float64 and bool(torch.isfinite(tensor).all()) for tensor in vars(self).values()
-        )
+        are_numbers = all(tensor.dtype == torch.float64 and is_finite(tensor) for tensor in vars(self).values())
         return have_shapes and are_numbers and bool(self.count > 0)
 
     def update(self, x: Tensor, y: Tensor) -> None:

@@ -27,6 +27,7 @@ from castlora.config import Bits
 from castlora.errors import UserError, first_line
 from castlora.execution.processes import in_turn, this_process
 from castlora.execution.sharding import join, shard
+from castlora.finite import is_finite
 from castlora.models.modules import layer_index, layer_path, linear_slots, number_of_layers
 
 logger = logging.getLogger("castlora")
@@ -191,7 +192,7 @@ def _read(
             "download the model again or fix its config.json."
         )
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not is_finite(parameter):
             raise UserError(f"Weights of {name_or_path!r} hold NaN or infinity in {name!r}; use an intact checkpoint.")
     model.eval()
     return model
