@@ -85,6 +85,7 @@ def test_every_measure_leaves_comparable_numbers_and_the_page_shows_them(folded_
     assert names == {
         ("serving", "forward"), ("serving", "generation"), *(("fit", text) for text in TEXTS),
         *(("distillation step", f"teacher {how}, {text}") for how in teachers for text in TEXTS),
+        ("joining sketches", "models that are sketched"), ("joining sketches", "from the start"),
     }  # fmt: skip
     for use in record["limits"]:
         assert use["tokens"] > 0 and min(use["seconds"]) > 0 and use["peak_bytes"] is None
@@ -114,6 +115,7 @@ def test_every_measure_leaves_comparable_numbers_and_the_page_shows_them(folded_
         "Serving",
         "Fit",
         "Distillation step",
+        "Joining sketches",
         "Limits of the machine",
         "Folding",
         "Over a bridge",

@@ -16,6 +16,7 @@ from castlora.bench.speed.growth import measure_growth
 from castlora.bench.speed.limits import measure_limits
 from castlora.bench.speed.measures import SpeedSettings, measure_fit, measure_serving
 from castlora.bench.speed.page import page
+from castlora.bench.speed.sketching import measure_sketching
 from castlora.bench.speed.steps import measure_steps
 from castlora.bench.speed.timing import Clock
 from castlora.bench.speed.translating import measure_translating
@@ -27,7 +28,7 @@ from castlora.models.loading import best_device
 logger = logging.getLogger("castlora")
 
 RECORD_FILE, PAGE_FILE = "speed.json", "speed.md"
-MEASURES = ("serving", "fit", "steps", "limits", "folding", "translating", "growth")
+MEASURES = ("serving", "fit", "steps", "sketching", "limits", "folding", "translating", "growth")
 _AT_LEAST = {
     "repeats": 1, "rank": 1, "length": 8, "batch_size": 1, "passages": 1, "doublings": 1, "threads": 1,
 }  # fmt: skip
@@ -64,7 +65,7 @@ def run_speed(out: Path, settings: SpeedSettings, measures: Sequence[str] = MEAS
 def measure(settings: SpeedSettings, measures: Sequence[str]) -> dict[str, Any]:
     """The record: settings, environment, and what was found under `ratios` and the names of the other measures."""
     device = best_device()
-    ratios = {"serving": measure_serving, "fit": measure_fit, "steps": measure_steps}
+    ratios = {"serving": measure_serving, "fit": measure_fit, "steps": measure_steps, "sketching": measure_sketching}
     found: dict[str, list[Any]] = {"ratios": [], "limits": [], "folding": [], "translating": [], "growth": []}
     with _threads(settings.threads):
         surroundings = {**environment(), "device": _name(device), "seconds": Clock(device).kind}
