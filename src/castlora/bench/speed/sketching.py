@@ -17,6 +17,8 @@ from castlora.text.passages import read_prompts
 
 _BYTES_PER_TOKEN = 4
 """Of the text that is made up, so that both ways read passages of about one length."""
+_TOKENS_PER_PLACE = 32
+"""As by default, where a sketch keeps 32,768 places of 4096 passages of some 256 tokens."""
 _FEWEST = 64
 """Passages; a sketch of less text has too few places."""
 
@@ -29,7 +31,8 @@ def measure_sketching(settings: SpeedSettings, device: torch.device) -> list[Rat
     source, target = (str(demo_models_path() / name) for name in (SOURCE, TARGET))
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        passages, length = max(_FEWEST, settings.passages // 4), settings.length * _BYTES_PER_TOKEN
+        passages, length = max(_FEWEST, settings.passages // 2), settings.length * _BYTES_PER_TOKEN
+        places = passages * settings.length // _TOKENS_PER_PLACE
         text = folder / "text.txt"
         text.write_text(made_up(passages, length, settings.seed), encoding="utf-8")
 
@@ -39,7 +42,7 @@ def measure_sketching(settings: SpeedSettings, device: torch.device) -> list[Rat
 
         def sketched(model: str) -> str:
             out = _new(folder / f"sketch of {Path(model).name}")
-            return str(sketch(model, out, str(text), None, passages, length, seed=settings.seed))
+            return str(sketch(model, out, str(text), None, passages, length, places, settings.seed))
 
         sketches = sketched(source), sketched(target)
         works = {
