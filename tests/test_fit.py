@@ -132,6 +132,8 @@ def test_shards_that_are_not_all_of_one_fit_are_refused(bridge, tmp_path):
         ({"roles": ["gate"]}, "has a partner in the target"),
         ({"max_length": 97}, "max_length is 97; give a number from 2 to 96"),
         ({"passages": 0}, "passages is 0; give a number above 0"),
+        ({"places": 0}, "places is 0; give a number above 0"),
+        ({"places": 0.001}, r"places is 0\.001, too few of \d+; give several times the width"),
         ({"ridge": -1.0}, "ridge is -1.0; give 0 or more"),
         ({"seed": -1}, "seed is -1"),
         ({"text": "nowhere.txt"}, "nowhere.txt"),

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from castlora.alignment.tokens import ByteTokenizer, EncodedText, aligned_positions
+from castlora.errors import UserError
 from castlora.execution.processes import this_process
 from castlora.text.passages import Passage
 
@@ -168,6 +169,30 @@ def _from_end_of_prompt(text: EncodedText, prompt_bytes: int) -> EncodedText:
     Prompts in unlike chat templates have nothing in common before their ends.
     """
     return EncodedText(text.ids, np.maximum(text.ends - prompt_bytes + 1, 0))
+
+
+def thinned(passages: Sequence[AlignedPassage], places: int, seed: int) -> list[AlignedPassage]:
+    """Passages of which about so many aligned positions count, drawn at random; all of them where there are no more.
+
+    Args:
+        passages: aligned text
+        places: how many positions are to count
+        seed: of the draw
+
+    Raises:
+        UserError: none was drawn.
+    """
+    there = sum(len(passage.weights) for passage in passages)
+    if places >= there:
+        return list(passages)
+    chance = np.random.default_rng(seed)
+    drawn = ((passage, chance.random(len(passage.weights)) < places / there) for passage in passages)
+    thin = [
+        replace(passage, weights=np.where(kept, passage.weights, 0.0).tolist()) for passage, kept in drawn if kept.any()
+    ]
+    if not thin:
+        raise UserError(f"places is {places}, too few of {there}; give several times the width of the models.")
+    return thin
 
 
 def share_of_passages(passages: Sequence[AlignedPassage], batch_size: int) -> Sequence[AlignedPassage]:

@@ -13,6 +13,7 @@ def _fit(
     roles: list[Role] | None = None,
     passages: int = 4096,
     max_length: int | None = None,
+    places: int = 100_000,
     ridge: float = 0.1,
     seed: int = 0,
     shard: str | None = None,
@@ -31,6 +32,8 @@ def _fit(
         roles: of the modules that get maps, as '["q","v"]'; by default all. Maps grow with the square of the width
         passages: how much text is read
         max_length: tokens per passage; by default as many as both models read, up to 256
+        places: of the text where both models end a token, how many the maps are solved from, about; several times the
+            width of the widest module
         ridge: penalty of the regression relative to the mean square of the activations
         seed: of the draw of the text
         shard: 3/8 reads the third of eight shares of the text and writes its statistics, for castlora merge-stats
@@ -42,7 +45,7 @@ def _fit(
     from castlora.bridge.fit import fit as run
 
     disable_progress_bar()
-    run(source, target, out, text, roles, passages, max_length, ridge, seed, shard, low_memory, sharded)
+    run(source, target, out, text, roles, passages, max_length, places, ridge, seed, shard, low_memory, sharded)
 
 
 def _merge_stats(shards: list[str], out: str) -> None:

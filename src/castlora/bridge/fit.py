@@ -11,11 +11,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from castlora import __version__
-from castlora.alignment.positions import AlignedPassage, share_of_passages
+from castlora.alignment.positions import AlignedPassage, share_of_passages, thinned
 from castlora.bridge.files import STATISTICS_FILE, BridgePlan, plan_bridge, read_description, site_file
 from castlora.bridge.results import SiteStatistics, publish_sites, solve_and_write, write_bridge
 from castlora.bridge.shards import SHARDS_WANTED, Shard, added_site, check_whole, save_site
-from castlora.config import Tuning, check_seed, resolve_recipe
+from castlora.config import Tuning, check_above_zero, check_seed, resolve_recipe
 from castlora.errors import UserError
 from castlora.execution.launcher import process_count
 from castlora.execution.processes import from_main, this_process
@@ -39,6 +39,8 @@ from castlora.text.passages import passages_sha256
 
 logger = logging.getLogger("castlora")
 
+_HELD_OUT_PLACES = 4096
+
 Keep = Callable[[Path, dict[str, Moments], dict[str, Moments]], None]
 """Writes a site's file from the statistics of the text to solve from and of held-out text."""
 
@@ -51,6 +53,7 @@ def fit(
     roles: Sequence[Role] | None = None,
     passages: int = 4096,
     max_length: int | None = None,
+    places: int = 100_000,
     ridge: float = 0.1,
     seed: int = 0,
     shard: str | None = None,
@@ -74,6 +77,8 @@ def fit(
         roles: of the modules that get maps, as ("q", "v"); by default all. Maps grow with the square of the width
         passages: how much text is read
         max_length: tokens per passage; by default as many as both models read, up to 256
+        places: of the text where both models end a token, how many the maps are solved from, about; several times the
+            width of the widest module
         ridge: penalty of the regression relative to the mean square of the activations
         seed: of the draw of the text
         shard: "3/8" reads the third of eight shares of the text and writes its statistics for `merge_statistics`
@@ -88,12 +93,13 @@ def fit(
     """
     share = Shard.parse(shard) if shard is not None else None
     check_seed(seed)
+    check_above_zero(places=places)
     loading = Loading(low_memory, sharded=sharded)
     loading.check(is_plain=True, processes=process_count())
     request: dict[str, Any] = {
         "source": source, "target": target, "text": text, "roles": list(roles) if roles else None,
-        "passages": passages, "max_length": max_length, "ridge": ridge, "seed": seed, "shard": shard,
-        "castlora_version": __version__,
+        "passages": passages, "max_length": max_length, "places": places, "ridge": ridge, "seed": seed,
+        "shard": shard, "castlora_version": __version__,
     }  # fmt: skip
     check_output(out, request)
     started = time.monotonic()
@@ -106,6 +112,8 @@ def fit(
     models = load_base_models(source, target, loading)
     drawn = from_main(partial(draw_text, models, text_source, (), recipe, seed))
     training, held_out = align_text(models, drawn, recipe)
+    training = thinned(training, places, seed)
+    held_out = thinned(held_out, _HELD_OUT_PLACES, seed)
     if share:
         training, held_out = share.of(training), share.of(held_out)
 
@@ -116,7 +124,7 @@ def fit(
         from_main(partial(run.hold_to_text, passages_sha256(drawn)))
         keep = save_site if share else partial(solve_and_write, ridge=ridge)
         _read_and_keep(run, models, plan, training, held_out, keep)
-        positions = sum(len(passage.weights) for passage in training)
+        positions = sum(weight > 0 for passage in training for weight in passage.weights)
         described = {**request, "text": text and public_name(text), "positions": positions}
         from_main(partial(publish_sites, run, plan, described))
     logger.info("Wrote %s after %.0f s", out, time.monotonic() - started)

@@ -17,8 +17,8 @@ from castlora.text.passages import read_prompts
 
 _BYTES_PER_TOKEN = 4
 """Of the text that is made up, so that both ways read passages of about one length."""
-_TOKENS_PER_PLACE = 32
-"""As by default, where a sketch keeps 32,768 places of 4096 passages of some 256 tokens."""
+_TOKENS_PER_PLACE, _TOKENS_PER_FITTED_PLACE = 32, 10
+"""As by default: of 4096 passages of some 256 tokens a sketch keeps 32,768 places, and a fit counts 100,000."""
 _FEWEST = 64
 """Passages; a sketch of less text has too few places."""
 
@@ -38,7 +38,8 @@ def measure_sketching(settings: SpeedSettings, device: torch.device) -> list[Rat
 
         def fitted() -> Path:
             out = _new(folder / "fitted")
-            return fit(source, target, out, str(text), None, passages, settings.length, seed=settings.seed)
+            counted = passages * settings.length // _TOKENS_PER_FITTED_PLACE
+            return fit(source, target, out, str(text), None, passages, settings.length, counted, seed=settings.seed)
 
         def sketched(model: str) -> str:
             out = _new(folder / f"sketch of {Path(model).name}")
