@@ -13,7 +13,7 @@ from castlora.bench.speed import models, run
 from castlora.bench.speed.folding import fold_all
 from castlora.bench.speed.growth import Size, sizes_of
 from castlora.bench.speed.limits import Use, linear_weights
-from castlora.bench.speed.measures import TEXTS, SpeedSettings, served_models
+from castlora.bench.speed.measures import TEXTS, THINNED, SpeedSettings, served_models
 from castlora.bench.speed.models import PairShape, Shape, Subject
 from castlora.bench.speed.page import page
 from castlora.bench.speed.run import MEASURES, run_speed
@@ -83,7 +83,7 @@ def test_every_measure_leaves_comparable_numbers_and_the_page_shows_them(folded_
     names = {(ratio["measure"], ratio["name"]) for ratio in record["ratios"]}
     teachers = ("runs", "recorded", "recorded, with rehearsal")
     assert names == {
-        ("serving", "forward"), ("serving", "generation"), *(("fit", text) for text in TEXTS),
+        ("serving", "forward"), ("serving", "generation"), *(("fit", text) for text in (*TEXTS, THINNED)),
         *(("distillation step", f"teacher {how}, {text}") for how in teachers for text in TEXTS),
         ("joining sketches", "models that are sketched"), ("joining sketches", "from the start"),
     }  # fmt: skip
