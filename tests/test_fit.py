@@ -40,6 +40,19 @@ def test_a_model_is_the_next_version_of_itself(bridge):
     assert all(one.is_anchored and one.explained > 0.999 for one in fits)
 
 
+def test_maps_are_solved_from_as_many_places_as_asked_for(bridge):
+    described, maps = [], []
+    for number, places in enumerate((100_000, 10_000, 150)):
+        found = bridge("llama", "gpt2", f"{places}", places=places)
+        described.append(json.loads((found / "bridge.json").read_text()))
+        maps.append(tiny.maps_in(found))
+        assert described[number]["places"] == places
+    # There are no ten thousand.
+    assert all(torch.equal(maps[0][name], maps[1][name]) for name in maps[0])
+    assert described[0]["positions"] == described[1]["positions"] > 400 and 100 < described[2]["positions"] < 200
+    assert all(not torch.equal(maps[0][name], maps[2][name]) for name in maps[0])
+
+
 def test_what_is_written_says_what_it_is(bridge, base_model, text_file):
     found = bridge("llama", "gpt2", roles=["q", "v"], seed=5)
     description = json.loads((found / "bridge.json").read_text())

@@ -11,8 +11,10 @@ from castlora.alignment.positions import (
     bytes_per_token,
     collate,
     counted_places,
+    thinned,
 )
 from castlora.alignment.tokens import ByteTokenizer
+from castlora.errors import UserError
 from castlora.text.passages import Passage
 
 LLAMA = ByteTokenizer.from_tokenizer(tiny.sentencepiece_type(50))
@@ -141,3 +143,21 @@ def test_counted_places_take_rows_of_each_passage():
     assert torch.equal(
         values[counted_places(positions, counts)], torch.stack([values[0, 0], values[0, 3], values[1, 2]])
     )
+
+
+def test_some_places_are_drawn_at_random_and_what_did_not_count_still_does_not():
+    passages = tiny.aligned("llama", "gpt2", 40)
+    passages[0].weights[:] = [0.0] * len(passages[0].weights)
+    there = sum(len(passage.weights) for passage in passages)
+    thin = thinned(passages, there // 4, 0)
+    counted = sum(weight > 0 for passage in thin for weight in passage.weights)
+    assert 0.15 * there < counted < 0.35 * there
+    assert thin == thinned(passages, there // 4, 0) != thinned(passages, there // 4, 1)
+    by_text = {tuple(passage.source_ids): passage for passage in passages}
+    for passage in thin:
+        whole = by_text[tuple(passage.source_ids)]
+        assert passage.source_positions == whole.source_positions
+        assert all(kept in (0.0, before) for kept, before in zip(passage.weights, whole.weights, strict=True))
+    assert thinned(passages, there, 0) == passages
+    with pytest.raises(UserError, match=rf"places is 0.001, too few of {there}; give several times the width"):
+        thinned(passages, 0.001, 0)

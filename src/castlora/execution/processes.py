@@ -19,7 +19,7 @@ from castlora.errors import UserError
 from castlora.execution.launcher import is_launched, local_process_count, process_count
 from castlora.execution.sharding import follow, leading
 
-_LONGEST_WAIT = timedelta(days=7)
+LONGEST_WAIT = timedelta(days=7)
 """While the main process chooses text or compares answers, the others wait. Where it ends, the launcher ends them."""
 _Found = TypeVar("_Found")
 
@@ -141,7 +141,7 @@ def share_of_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 def _joined() -> Any:
     on_processor = parse_flag_from_env("ACCELERATE_USE_CPU") or (is_launched() and not _has_accelerator())
-    return PartialState(cpu=on_processor, timeout=_LONGEST_WAIT)
+    return PartialState(cpu=on_processor, timeout=LONGEST_WAIT)
 
 
 def _has_accelerator() -> bool:

@@ -6,6 +6,7 @@ about to read, and the others hand over their parts of it.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from weakref import WeakValueDictionary
 
 import torch
@@ -40,14 +41,15 @@ class _Sharded:
 _SHARDED = _Sharded()
 
 
-def join(device: torch.device) -> None:
+def join(device: torch.device, longest_wait: timedelta) -> None:
     """Lets the processes hold layers together; all of them have to call this at once.
 
     Args:
         device: of this process, where layers are read
+        longest_wait: between two layers that the main process reads alone
     """
     if _SHARDED.group is None:
-        _SHARDED.group = new_group(backend="gloo")
+        _SHARDED.group = new_group(backend="gloo", timeout=longest_wait)
         _SHARDED.mesh = init_device_mesh(device.type, (get_world_size(),))
 
 

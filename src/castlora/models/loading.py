@@ -25,7 +25,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 
 from castlora.config import Bits
 from castlora.errors import UserError, first_line
-from castlora.execution.processes import in_turn, this_process
+from castlora.execution.processes import LONGEST_WAIT, in_turn, this_process
 from castlora.execution.sharding import join, shard
 from castlora.finite import is_finite
 from castlora.models.modules import layer_index, layer_path, linear_slots, number_of_layers
@@ -147,7 +147,7 @@ def load_sharded(
     config = load_config(name_or_path, revision)
     if "quantization_config" in config.to_dict():
         raise UserError(f"Model {name_or_path!r} was saved quantized and cannot be sharded; leave out --sharded.")
-    join(device)
+    join(device, LONGEST_WAIT)
     with in_turn():
         model = _read(config, name_or_path, revision, dtype_on(device), None, None)
         slots = linear_slots(model, config)
