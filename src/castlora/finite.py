@@ -8,7 +8,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity.
 
     Some thirty times as fast on 16-bit numbers as to look at each by itself, which takes one processor most of a minute
-    for a model of 7B parameters.
+    for a model of 7B parameters (`search_for_bad_numbers` in `benchmarks/results/side_runs.json`).
 
     Args:
         tensor: of any shape and dtype

@@ -61,7 +61,7 @@ def parts_chart(parts: Sequence[MeasuredPart], titles: Mapping[Regime, str]) -> 
         if part.part.regime == regime
     ]  # fmt: skip
     ends = [0.0, _LEAST_LIFT, *(bound for part in parts for bound in (part.added.above, *part.added.ci95))]
-    lines = {0.0: "0"} | {tick: f"{tick:+.2g}" for tick in even_ticks(min(ends), max(ends)) if tick}
+    lines = {0.0: "0"} | {tick: f"{tick:+.2g}" for tick in _even_ticks(min(ends), max(ends)) if tick}
     return _bar_chart(bars, "Lift that each part adds", lines)
 
 
@@ -186,11 +186,11 @@ def _round_numbers(values: Sequence[float]) -> list[float]:
     return [tick for decade in decades for step in (1, 2, 5) if low <= (tick := step * 10.0**decade) <= high]
 
 
-def even_ticks(low: float, high: float) -> list[float]:
+def _even_ticks(low: float, high: float) -> list[float]:
     """Where to label an axis between two numbers: at most eight multiples of 1, 2 or 5 times a power of ten.
 
     Example:
-        >>> even_ticks(-0.12, 0.33)
+        >>> _even_ticks(-0.12, 0.33)
         [-0.1, 0.0, 0.1, 0.2, 0.3]
     """
     decade = math.floor(math.log10(high - low)) - 1

@@ -34,7 +34,7 @@ def measure_sketching(settings: SpeedSettings, device: torch.device) -> list[Rat
         passages, length = max(_FEWEST, settings.passages // 2), settings.length * _BYTES_PER_TOKEN
         places = passages * settings.length // _TOKENS_PER_PLACE
         text = folder / "text.txt"
-        text.write_text(made_up(passages, length, settings.seed), encoding="utf-8")
+        text.write_text(_made_up(passages, length, settings.seed), encoding="utf-8")
 
         def fitted() -> Path:
             out = _new(folder / "fitted")
@@ -63,7 +63,7 @@ def measure_sketching(settings: SpeedSettings, device: torch.device) -> list[Rat
     ]
 
 
-def made_up(passages: int, length: int, seed: int) -> str:
+def _made_up(passages: int, length: int, seed: int) -> str:
     """Lines of the words of the bundled prompts, in no order: how long it takes to read them does not depend on that.
 
     Args:
