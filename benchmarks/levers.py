@@ -219,7 +219,7 @@ interval over them, and on how many it is ahead and behind. Drift is the KL dive
 this wrote itself, in nats per position. Six single runs on two pairs tell little
 apart, as the intervals say.
 Measured elsewhere: [the text, the rehearsal, maps instead of factors](results.md#what-each-part-adds) and
-[the number of steps](steps.md). `python -m benchmarks.levers` runs and renders it.
+[the number of steps](results.md#steps-against-lift). `python -m benchmarks.levers` runs and renders it.
 """
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jsonargparse import auto_cli
 
 from benchmarks.retrained import Learned, lifts_by_seed, pooled, read_records
+from castlora.bench.lengths import Lengths, steps_section
 from castlora.bench.results import DEFAULT_METHOD, MeanLift, PooledCell, References, mean_lifts
 from castlora.bench.tables import REGIME_TITLES, arrow, mean_with_interval, write_page
 from castlora.config import REGIMES, Regime
@@ -124,7 +125,7 @@ def main(
     findings: Path | None = Path("docs/findings.md"),
     readme: Path | None = Path("README.md"),
     retrained: Path = Path("benchmarks/results/retrained"),
-    steps: Path | None = Path("docs/steps.md"),
+    steps: Path | None = Path("benchmarks/results/steps"),
 ) -> None:
     """Writes the page, tables in two other pages and, beside the results, a summary as JSON.
 
@@ -134,11 +135,10 @@ def main(
         findings: Markdown file with a marked table to replace, of lifts by pair and skill; null for none
         readme: the same, of mean lifts; null for none
         retrained: folder of what `python -m benchmarks.retrained` found, for the latter
-        steps: page of `python -m benchmarks.steps`, to show the charts that it has beside this one; null for none
+        steps: folder of what `python -m benchmarks.steps` found; null for none
     """
-    charts = {} if steps is None else {regime: f"{steps.stem}-{regime}.svg" for regime in REGIMES}
-    beside = {regime: chart for regime, chart in charts.items() if page.with_name(chart).exists()}
-    references, cells = write_page(results, page, beside)
+    section = ("", {}) if steps is None else steps_section(Lengths.read(steps), page.stem)
+    references, cells = write_page(results, page, section)
     again = lifts_by_seed(references, read_records(retrained))
     for path, table in ((findings, overview(references, cells)), (readme, comparison(cells, again))):
         if path is not None:

@@ -111,6 +111,39 @@ def test_standard_output_has_the_page_alone_and_quiet_no_progress(spec, tmp_path
     assert caplog.text == ""
 
 
+def test_several_lengths_draw_steps_against_lift_and_share_what_does_not_depend_on_them(spec, tmp_path, capsys):
+    written, out = tmp_path / "spec.yaml", tmp_path / "out"
+    written.write_text(yaml.safe_dump(asdict(spec)))
+    options = ["--spec", str(written), "--out", str(out), "--seeds", "1", "--regimes", "none,prompts"]
+    command = ["bench", "quality", *options, "--methods", "fresh,direct copy", "--batch-size"]
+    main([*command, "2", "--steps", "2,3"])
+    folder = out / "quality" / "{steps}" / "llama--mistral" / "animals"
+    longest, shorter = (Path(str(folder).format(steps=steps)) for steps in (3, 2))
+    assert len(list(longest.glob("*.seed0.json"))) == 2
+    assert {path.name for path in shorter.glob("*.seed0.json")} == {"fresh.prompts.seed0.json"}
+    assert json.loads((shorter / "fresh.prompts.seed0.json").read_text())["recipe"]["steps"] == 2
+    assert (shorter / "references.json").read_bytes() == (longest / "references.json").read_bytes()
+    # Adapters of random weights have nothing to gain; these say that there is something.
+    record = json.loads((longest / "references.json").read_text())
+    record["references"]["bare target"] |= {"score": 0.0, "scores": "0" * 9}
+    record["references"]["retrained"] |= {"score": 1.0, "scores": "1" * 9}
+    for folder in (longest, shorter):
+        (folder / "references.json").write_text(json.dumps(record))
+    # One more number of steps adds a point, and the page remains that of the greatest.
+    main([*command, "2", "--steps", "1"])
+    shortest = longest.parents[2] / "1" / "llama--mistral" / "animals"
+    assert (shortest / "references.json").read_bytes() == (longest / "references.json").read_bytes()
+    assert {path.name for path in shortest.glob("*.seed0.json")} == {"fresh.prompts.seed0.json"}
+    page = (out / "results.md").read_text()
+    assert "1 transfers of 3 steps × 2 passages" in page and "| steps | fresh (1 cell) |" in page
+    assert all(f"\n| {steps} | " in page for steps in (1, 2, 3))
+    assert (out / "results-steps-prompts.svg").is_file()
+    with pytest.raises(SystemExit):
+        main([*command, "1", "--steps", "4"])
+    assert "holds runs with batch_size 2, not 1; give another folder" in capsys.readouterr().err
+    assert not (out / "quality" / "4").exists()
+
+
 def test_the_adapter_of_another_skill_is_moved_and_tested_on_this_one(spec, tmp_path, adapter):
     folder = Path(spec.tasks)
     shutil.copytree(folder / "animals", folder / "birds")
@@ -210,7 +243,8 @@ def test_the_bundle_is_a_benchmark_without_general_text():
         (["--pairs", "llama-s:gpt2"], "Pair 'llama-s:gpt2' is not SOURCE:TARGET of the models llama-s, mistral-s."),
         (["--skills", "cooking"], "Skill 'cooking' has no"),
         (["--regimes", "none,all"], "Regime 'all' is unknown; choose from none, general, format, prompts."),
-        (["--steps", "0"], "steps is 0; give a number above 0."),
+        (["--steps", "20,0"], "steps is '20,0'; give whole numbers above 0, with commas between."),
+        (["--steps", "20x"], "steps is '20x'; give whole numbers above 0, with commas between."),
         (["--seeds", "0"], "seeds is 0; give 1 or more."),
         (
             ["--methods", "magic"],
@@ -230,7 +264,12 @@ def test_a_benchmark_that_cannot_run_is_refused_and_nothing_is_written(options, 
 
 def test_methods_are_named_with_commas_between(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr("castlora.bench.quality.run_quality", lambda *given: asked.append(given))
+
+    def run_lengths(*given):
+        asked.append(given)
+        (tmp_path / "quality" / "800").mkdir(parents=True)
+
+    monkeypatch.setattr("castlora.bench.lengths.run_lengths", run_lengths)
     monkeypatch.setattr("castlora.bench.tables.write_page", lambda *_: None)
     main(["bench", "quality", "--out", str(tmp_path), "--methods", "fresh,Cross-LoRA, projected,paper", "--seeds", "1"])
     assert asked[0][1:3] == (tmp_path / "quality", ["fresh", "Cross-LoRA, projected", "paper"])

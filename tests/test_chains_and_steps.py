@@ -1,11 +1,12 @@
 """What the commands for chains, for steps and for times to a lift render; the runs themselves are theirs."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks import chains, race, steps
-from castlora.bench.results import MeanLift
+from castlora.bench.lengths import Lengths, steps_section
 from castlora.bench.spec import BenchmarkModel
 
 ENVIRONMENT = {"commit": "0123456789abcdef", "versions": {"torch": "2.13.0"}, "machine": "x86_64, 2 cores"}
@@ -47,53 +48,69 @@ def test_a_chain_moves_the_adapter_that_it_wrote_and_is_not_run_twice(tmp_path, 
     assert "at the second hop +0.25 [+0.25, +0.25], against the direct move +0.00" in text
 
 
-def test_lift_is_shown_by_number_of_steps_for_each_text():
-    def mean(regime: str, method: str, lift: float) -> MeanLift:
-        return MeanLift(regime, method, 4, lift, (lift - 0.1, lift + 0.1), 0.5, None)
+def write_records(folder: Path, scores: dict[tuple[str, str, int], float]) -> None:
+    """Results on one skill: a bare target of 0.2 and a retrained one of 0.8, and runs by method, text and seed."""
 
-    means = {
-        50: [mean("prompts", "fresh", 0.3)],
-        100: [mean("general", "default", 0.2), mean("prompts", "fresh", 0.6), mean("prompts", "default", 0.7)],
-    }
-    found = steps.Found(means, [{"seed": 0, "environment": ENVIRONMENT}])
-    page = steps.render(found, {"general": "steps-general.svg", "prompts": "steps-prompts.svg"})
-    general, prompts = page.split("## Unlabelled task prompts")
-    assert "| steps | default |" in general and "| 100 | 0.20 [0.10, 0.30] |" in general and "| 50 |" not in general
-    assert "](steps-general.svg)" in general and "](steps-prompts.svg)" in prompts
-    assert "| steps | default | fresh |" in prompts
-    assert "| 50 | – | 0.30 [0.20, 0.40] |" in prompts and "| 100 | 0.70 [0.60, 0.80] | 0.60 [0.50, 0.70] |" in prompts
-    assert [curve.points for curve in steps.curves(found.under("prompts"), "prompts")] == [
-        [(100, 0.7)], [(50, 0.3), (100, 0.6)],
-    ]  # fmt: skip
-
-
-def test_each_text_is_run_with_its_methods_and_all_that_was_run_is_rendered(tmp_path, monkeypatch):
     def record(score: float) -> dict[str, object]:
         items = "".join(str(int(item < round(10 * score))) for item in range(10))
         return {"pair": "s:t", "skill": "colours", "score": score, "nll": None, "scores": items}
 
-    def run_quality(spec, out, methods, seeds, steps, batch_size):
-        (regime,), cell = spec.regimes, out / "s--t" / "colours"
-        cell.mkdir(parents=True, exist_ok=True)
-        references = {name: record(score) for name, score in (("bare target", 0.2), ("retrained", 0.8))}
-        (cell / "references.json").write_text(json.dumps({**record(0), "references": references}))
-        for method in methods:
-            run = record(0.2 + steps / 200) | {"regime": regime, "method": method, "seed": 0}
-            (cell / f"{method}.{regime}.json").write_text(json.dumps({**run, "environment": ENVIRONMENT}))
+    cell = folder / "s--t" / "colours"
+    cell.mkdir(parents=True, exist_ok=True)
+    references = {name: record(score) for name, score in (("bare target", 0.2), ("retrained", 0.8))}
+    (cell / "references.json").write_text(json.dumps({**record(0), "references": references}))
+    for (method, regime, seed), score in scores.items():
+        run = {"regime": regime, "method": method, "seed": seed, "recipe": {"batch_size": 4}}
+        run |= record(score) | {"environment": ENVIRONMENT}
+        (cell / f"{method}.{regime}.seed{seed}.json").write_text(json.dumps(run))
 
-    monkeypatch.setattr(steps, "run_quality", run_quality)
+
+def test_lift_is_shown_by_number_of_steps_for_each_text(tmp_path):
+    write_records(tmp_path / "50", {("fresh", "prompts", 0): 0.4, ("default", "general", 0): 0.3})
+    write_records(
+        tmp_path / "100",
+        {
+            ("fresh", "prompts", 0): 0.5, ("default", "prompts", 0): 0.7, ("default", "general", 0): 0.8,
+            ("closed form", "prompts", 0): 0.2,
+        },
+    )  # fmt: skip
+    (tmp_path / "100-summary.json").write_text("[]")
+    found = Lengths.read(tmp_path)
+    page, charts = steps_section(found, "results")
+    general, prompts = page.split("### Unlabelled task prompts")
+    assert "| steps | default (1 cell) |" in general and "| 50 | 0.17 |\n| 100 | 1.00 |" in general
+    # A single number of steps draws no line.
+    assert "| steps | fresh (1 cell) |" in prompts and "| 50 | 0.33 |\n| 100 | 0.50 |" in prompts
+    assert list(charts) == ["results-steps-general.svg", "results-steps-prompts.svg"]
+    assert all(f"]({chart})" in page for chart in charts)
+    assert "Pairs s → t; skills colours; batches of 4. Commits 0123456789; seeds 0; x86_64, 2 cores;" in prompts
+    assert charts["results-steps-prompts.svg"].count("<circle") == 2
+
+
+def test_points_of_a_line_are_of_the_same_seeds(tmp_path):
+    write_records(tmp_path / "50", {("fresh", "prompts", 0): 0.5})
+    write_records(tmp_path / "100", {("fresh", "prompts", seed): score for seed, score in ((0, 0.6), (1, 0.2))})
+    lifts = {steps: means["fresh"].lift for steps, means in Lengths.read(tmp_path).under("prompts").items()}
+    assert lifts == {50: pytest.approx(0.5), 100: pytest.approx(2 / 3)}
+
+
+def test_one_length_has_no_section(tmp_path):
+    write_records(tmp_path / "50", {("fresh", "prompts", 0): 0.5})
+    assert steps_section(Lengths.read(tmp_path), "results") == ("", {})
+
+
+def test_each_text_is_run_with_its_methods(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        steps, "run_lengths", lambda spec, out, methods, **rest: asked.append((spec.regimes, out, methods, rest))
+    )
     monkeypatch.setattr(steps, "zoo_models", lambda *_: {name: BenchmarkModel(name, "{skill}") for name in "st"})
     (tmp_path / "colours").mkdir()
     for file in ("test.jsonl", "prompts.jsonl", "skill.json"):
         (tmp_path / "colours" / file).touch()
-    given = {"out": tmp_path / "out", "page": tmp_path / "curves.md", "pairs": ["s:t"], "skills": ["colours"]}
-    steps.main(tmp_path, tmp_path / "text", **given, steps=[60, 120], regimes=["format"])
-    steps.main(tmp_path, tmp_path / "text", **given, steps=[60], regimes=["prompts"])
-    page = (tmp_path / "curves.md").read_text()
-    assert "| 60 | 0.50 [0.50, 0.50] |" in page and "| 120 | 1.00 [1.00, 1.00] |" in page
-    assert "| steps | " + " | ".join(steps.METHODS["prompts"]) in page and "General text only" not in page
-    assert sorted(path.name for path in tmp_path.glob("*.svg")) == ["curves-format.svg", "curves-prompts.svg"]
-    assert "Commits 0123456789; seeds 0; x86_64, 2 cores; torch 2.13.0." in page
+    steps.main(tmp_path, tmp_path / "text", tmp_path / "out", pairs=["s:t"], skills=["colours"], steps=[60, 120])
+    given = {"seeds": 1, "lengths": [60, 120], "batch_size": 4}
+    assert asked == [([regime], tmp_path / "out", methods, given) for regime, methods in steps.METHODS.items()]
 
 
 def test_the_time_to_a_lift_is_read_off_the_line_between_points():

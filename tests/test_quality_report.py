@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -59,7 +60,7 @@ def test_the_page_shows_what_was_run_and_nothing_else(results, tmp_path):
     pages = tmp_path / "findings.md", tmp_path / "README.md"
     for path in pages:
         path.write_text(f"before\n{TABLE_BEGINS}\nold\n{TABLE_ENDS}\nafter\n")
-    main(results, tmp_path / "results.md", *pages)
+    main(results, tmp_path / "results.md", *pages, steps=None)
     page = (tmp_path / "results.md").read_text()
     assert "3 transfers of 7 steps × 2 passages" in page
     assert "| small → large | colours | 0.000 | 1.000 | 0.800 | 80 points | 1.25 |" in page
@@ -91,7 +92,7 @@ def test_what_reads_no_text_and_what_was_retrained_stand_beside_every_text(resul
         (tmp_path / "retrained" / "large" / f"colours.seed{seed}.json").write_text(json.dumps(again))
     readme = tmp_path / "README.md"
     readme.write_text(f"{TABLE_BEGINS}{TABLE_ENDS}")
-    main(results, tmp_path / "results.md", None, readme, tmp_path / "retrained")
+    main(results, tmp_path / "results.md", None, readme, tmp_path / "retrained", steps=None)
     table = readme.read_text()
     assert f"| Cross-LoRA, which reads weights alone |{3 * ' 0.12 [0.12, 0.12] · 1 · 1 |'}\n" in table
     assert f"| retrained with the labels, other seeds |{3 * ' 0.88 [0.88, 0.88] · 1 · 2 |'}\n" in table
@@ -107,7 +108,7 @@ def test_pairs_that_were_tuned_on_do_not_count_as_untouched(results, tmp_path, m
         monkeypatch.setattr("benchmarks.quality_report.TUNED_ON", tuned_on)
         for path in pages:
             path.write_text(f"{TABLE_BEGINS}{TABLE_ENDS}")
-        main(results, tmp_path / "results.md", *pages)
+        main(results, tmp_path / "results.md", *pages, steps=None)
         findings, readme = (path.read_text() for path in pages)
         assert (untouched in findings) == bool(tuned_on)
         row = "\n| **castlora** on pairs never used for tuning | – | – | 1.00 [1.00, 1.00] · 1 · 1 |\n"
@@ -124,7 +125,7 @@ def test_the_loss_on_held_out_text_is_compared_with_the_bare_and_the_retrained_t
     for name, loss in {"bare target": 4.0, "retrained": 4.5}.items():
         references["references"][name]["text_loss"] = loss
     (folder / "references.json").write_text(json.dumps(references))
-    main(results, tmp_path / "results.md", None, None)
+    main(results, tmp_path / "results.md", None, None, steps=None)
     page = (tmp_path / "results.md").read_text()
     assert f"| Unlabelled task prompts | fresh | 1 | {math.exp(0.3):.2f} | {math.exp(0.5):.2f} |" in page
     assert "ridge start" not in page.partition("## General ability")[2]
@@ -135,11 +136,13 @@ def test_the_loss_on_held_out_text_is_compared_with_the_bare_and_the_retrained_t
     assert all((tmp_path / chart).stat().st_size for chart in charts)
 
 
-def test_charts_of_steps_are_shown_where_they_lie_beside_the_page(results, tmp_path):
-    (tmp_path / "steps-prompts.svg").touch()
-    main(results, tmp_path / "results.md", None, None)
+def test_steps_against_lift_are_shown_where_they_were_run(results, tmp_path):
+    for steps in (50, 100):
+        shutil.copytree(results, tmp_path / "steps" / str(steps))
+    main(results, tmp_path / "results.md", None, None, steps=tmp_path / "steps")
     page = (tmp_path / "results.md").read_text()
-    assert re.findall(r"\((steps-.*)\)", page) == ["steps-prompts.svg"]
+    assert "## Steps against lift" in page and "| 50 | " in page and "| 100 | " in page
+    assert (tmp_path / "results-steps-prompts.svg").read_text().startswith("<svg")
     main(results, tmp_path / "results.md", None, None, steps=None)
     assert "Steps against lift" not in (tmp_path / "results.md").read_text()
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 
 from castlora.config import ShapeName
+from castlora.errors import UserError
 
 
 def _bench_quality(
@@ -14,7 +15,7 @@ def _bench_quality(
     methods: str | None = None,
     regimes: str | None = None,
     seeds: int = 3,
-    steps: int = 800,
+    steps: str = "800",
     batch_size: int = 4,
     lm_eval: str | None = None,
     lm_eval_tasks: str | None = None,
@@ -23,7 +24,7 @@ def _bench_quality(
     """Measures how much of a skill arrives, for each method; runs that are already there are skipped.
 
     Args:
-        out: folder of the records and the tables
+        out: folder of the records and the tables; these are of the most steps that it has
         spec: YAML file of models, adapters, pairs, skills and text; by default the bundled models
         pairs: SOURCE:TARGET,SOURCE:TARGET and so on; by default all of the specification
         skills: names of skills, with commas between; by default all of the specification
@@ -31,7 +32,7 @@ def _bench_quality(
         regimes: of none (weights alone), general (text), format (text in the prompt format) and prompts; by default all
             of the specification
         seeds: number of seeds
-        steps: optimizer steps of each run
+        steps: optimizer steps of each run; several numbers, with commas between, draw steps against lift
         batch_size: passages per step
         lm_eval: tasks of lm-evaluation-harness, with commas between, to be the skills; each needs adapters of its name
         lm_eval_tasks: folder with task files of your own for the harness
@@ -41,19 +42,20 @@ def _bench_quality(
 
     from transformers.utils.logging import disable_progress_bar
 
-    from castlora.bench.quality import run_quality
+    from castlora.bench.lengths import Lengths, lengths_in, run_lengths, steps_section
     from castlora.bench.spec import read_spec
     from castlora.bench.tables import write_page
 
     disable_progress_bar()
-    records = Path(out) / "quality"
+    records, page = Path(out) / "quality", Path(out) / "results.md"
+    lengths = _numbers("steps", steps)
     described = read_spec(spec)
     if lm_eval is not None:
         described = described.of_harness(_split(lm_eval) or [], lm_eval_tasks, lm_eval_shots)
     narrowed = described.narrowed(_split(pairs), _split(skills), _split(regimes))
-    run_quality(narrowed, records, _split(methods), seeds, steps, batch_size)
-    write_page(records, Path(out) / "results.md")
-    print(f"Wrote {Path(out) / 'results.md'}")
+    run_lengths(narrowed, records, _split(methods), seeds, lengths, batch_size)
+    write_page(records / str(lengths_in(records)[-1]), page, steps_section(Lengths.read(records), page.stem))
+    print(f"Wrote {page}")
 
 
 def _bench_speed(
@@ -100,6 +102,14 @@ def _bench_speed(
 def _split(names: str | None) -> list[str] | None:
     """Names with commas between; a comma before a space belongs to a name."""
     return None if names is None else re.split(r",(?! )", names)
+
+
+def _numbers(name: str, given: str) -> list[int]:
+    """Whole numbers above 0 with commas between."""
+    numbers = given.replace(" ", "").split(",")
+    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise UserError(f"{name} is {given!r}; give whole numbers above 0, with commas between.")
+    return [int(number) for number in numbers]
 
 
 BENCHMARKS: dict[str, Callable[..., None]] = {"quality": _bench_quality, "speed": _bench_speed}

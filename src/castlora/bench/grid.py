@@ -40,12 +40,16 @@ class Settings:
     """Optimizer steps of each run."""
     batch_size: int
     """Passages per step."""
-    passages: int
+    passages: int = 1000
     """Passages drawn per run."""
-    max_length: int
+    max_length: int = 96
     """Most tokens of a prompt with its answer."""
-    running_length: int
-    """Tokens of a passage of running text."""
+    running_length: int = 48
+    """Tokens of a passage of running text, by default about as many as short prompts have."""
+
+    def numbers(self) -> dict[str, int]:
+        """All but the specification, by name."""
+        return {name: value for name, value in vars(self).items() if name != "spec"}
 
 
 @dataclass(frozen=True)

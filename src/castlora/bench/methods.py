@@ -58,3 +58,9 @@ METHODS: dict[str, Method] = {
     "control: adapter of another skill": OtherSkill("default", "ridge", PLAIN),
 }
 """The default, its variants, the paper's recipe as a whole, the rivals, what no adapter can hold, and controls."""
+
+
+def depends_on_steps(name: str) -> bool:
+    """Whether a method trains for the number of steps that a benchmark is given; one that is unknown does not."""
+    method = METHODS.get(name)
+    return isinstance(method, Labelled) or (isinstance(method, Distilled) and method.is_trained)

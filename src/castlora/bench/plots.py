@@ -23,6 +23,8 @@ _LINES = (
     ("#b02a5b", "8 3 2 3", 3), ("#2f6f2f", "4 2", 3), ("#1f5fbf", "1 5", 3),
 )  # fmt: skip
 """Colour, dashes and size of the marks of each line."""
+DISTINCT_LINES = len(_LINES)
+"""Lines of a chart that differ from one another in colour and dashes."""
 _LETTER = 7.5
 """Room in pixels for a letter of a name."""
 
@@ -36,7 +38,7 @@ def lift_chart(means: Sequence[MeanLift], titles: Mapping[Regime, str]) -> str:
     """
     bars = [
         _Bar(
-            titles[mean.regime], mean.method, mean.lift, f"{mean.lift:z.2f} ({_cells(mean.cells)})",
+            titles[mean.regime], mean.method, mean.lift, f"{mean.lift:z.2f} ({number_of_cells(mean.cells)})",
             mean.method == DEFAULT_METHOD, mean.ci95,
         )
         for mean in means
@@ -53,8 +55,8 @@ def parts_chart(parts: Sequence[MeasuredPart], titles: Mapping[Regime, str]) -> 
     """
     bars = [
         _Bar(
-            title, part.part.change, part.added.above, f"{part.added.above:+z.2f} ({_cells(part.added.cells)})",
-            interval=part.added.ci95,
+            title, part.part.change, part.added.above,
+            f"{part.added.above:+z.2f} ({number_of_cells(part.added.cells)})", interval=part.added.ci95,
         )
         for regime, title in titles.items()
         for part in parts
@@ -75,7 +77,7 @@ def drift_chart(drifts: Sequence[Drift], titles: Mapping[Regime, str]) -> str:
     bars = [
         _Bar(
             titles[drift.regime], drift.method, math.log(drift.perplexity),
-            f"{drift.perplexity:.2f} ({_cells(drift.cells)})", drift.method == DEFAULT_METHOD,
+            f"{drift.perplexity:.2f} ({number_of_cells(drift.cells)})", drift.method == DEFAULT_METHOD,
             ring=math.log(drift.retrained),
         )
         for drift in drifts
@@ -233,7 +235,8 @@ def _bar(bar: _Bar, x: Callable[[float], float], y: float, names: float) -> str:
     return "\n".join([*drawn, _text(_WIDTH - _VALUES + 12, middle + 4, bar.figures)])
 
 
-def _cells(cells: int) -> str:
+def number_of_cells(cells: int) -> str:
+    """As people write it."""
     return "1 cell" if cells == 1 else f"{cells} cells"
 
 

@@ -31,9 +31,9 @@ def run_quality(
     seeds: int = 3,
     steps: int = 800,
     batch_size: int = 4,
-    passages: int = 1000,
-    max_length: int = 96,
-    running_length: int = 48,
+    passages: int = Settings.passages,
+    max_length: int = Settings.max_length,
+    running_length: int = Settings.running_length,
 ) -> None:
     """Runs what is missing of the grid; several processes can share it.
 
@@ -46,7 +46,7 @@ def run_quality(
         batch_size: passages per step
         passages: passages drawn per run
         max_length: most tokens of a prompt with its answer
-        running_length: tokens of a passage of running text, by default about as many as short prompts have
+        running_length: tokens of a passage of running text
 
     Raises:
         UserError: a method is unknown, a number is out of range, a file cannot be read, or the folder has runs of other
@@ -68,11 +68,11 @@ def run_quality(
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "references.lock"):
             write_missing(folder / "references.json", partial(reference_scores, spec, pair, skill))
-    planned = plan_runs(spec, methods or _possible_methods(spec), seeds)
+    planned = plan_runs(spec, methods or possible_methods(spec), seeds)
     missing = sum(
         not record_path(out, cell, method).exists() for cell, of_cell in planned.items() for method in of_cell
     )
-    with tqdm(total=missing, desc="runs", unit="run") as progress:
+    with tqdm(total=missing, desc=f"runs of {steps} steps", unit="run") as progress:
         for cell, of_cell in planned.items():
             _run_cell(settings, cell, of_cell, out, progress)
 
@@ -106,20 +106,27 @@ def reference_scores(spec: BenchmarkSpec, pair: str, skill: str) -> dict[str, An
     return {"pair": pair, "skill": skill, "references": references}
 
 
-def _keep_settings(settings: Settings, out: Path) -> None:
-    """Notes with what settings a folder of results was begun, so that no later run mixes others in."""
-    numbers = {name: value for name, value in vars(settings).items() if name != "spec"}
+def hold_to_settings(settings: Settings, out: Path) -> None:
+    """Compares with the settings that a folder of results was begun with, so that no later run mixes others in.
+
+    Raises:
+        UserError: they differ.
+    """
     path = out / SETTINGS_FILE
-    if not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(numbers, indent=1) + "\n")
-        return
-    for name, value in json.loads(path.read_text(encoding="utf-8")).items():
-        if numbers[name] != value:
-            raise UserError(f"{out} holds runs with {name} {value}, not {numbers[name]}; give another folder.")
+    if path.exists():
+        for name, value in json.loads(path.read_text(encoding="utf-8")).items():
+            if (asked := settings.numbers()[name]) != value:
+                raise UserError(f"{out} holds runs with {name} {value}, not {asked}; give another folder.")
 
 
-def _possible_methods(spec: BenchmarkSpec) -> list[str]:
+def _keep_settings(settings: Settings, out: Path) -> None:
+    hold_to_settings(settings, out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / SETTINGS_FILE, json.dumps(settings.numbers(), indent=1) + "\n")
+
+
+def possible_methods(spec: BenchmarkSpec) -> list[str]:
+    """The methods that the files of the skills allow."""
     impossible: list[type[Method]] = []
     if not spec.has_labels():
         impossible.append(Constrained)

@@ -66,7 +66,7 @@ def render(
     runs: Sequence[dict[str, Any]],
     cells: Sequence[PooledCell],
     name: str,
-    steps: Mapping[Regime, str] | None = None,
+    steps: str = "",
 ) -> tuple[str, dict[str, str]]:
     """The page, and the charts that go beside it.
 
@@ -75,7 +75,7 @@ def render(
         runs: records of the runs
         cells: the runs, pooled
         name: what file names of charts begin with
-        steps: file names of charts of steps against lift that are there already
+        steps: a section on steps against lift
 
     Returns:
         Markdown, and SVG by file name
@@ -86,28 +86,23 @@ def render(
         table = _regime_table([cell for cell in cells if cell.regime == regime])
         if table:
             sections += [f"## {title}", table]
-    sections += ["## Mean lift by method", _image("Mean lift by method", f"{name}.svg"), _mean_table(cells)]
+    sections += ["## Mean lift by method", image("Mean lift by method", f"{name}.svg"), _mean_table(cells)]
     if steps:
-        titles = {REGIME_TITLES[regime]: chart for regime, chart in steps.items()}
-        drawn = [f"{title}:\n\n{_image(f'{title}: steps against lift', chart)}" for title, chart in titles.items()]
-        sections += [
-            "## Steps against lift",
-            "Every point is a training of its own, on some of the pairs and skills.",
-            *drawn,
-        ]
+        sections += ["## Steps against lift", steps]
     if parts := measured_parts(cells):
         chart = f"{name}-parts.svg"
         charts[chart] = parts_chart(parts, REGIME_TITLES)
-        sections += ["## What each part adds", _image("Lift that each part adds", chart), _parts_table(parts)]
+        sections += ["## What each part adds", image("Lift that each part adds", chart), _parts_table(parts)]
     if measured := drifts(references, cells):
         chart = f"{name}-drift.svg"
         charts[chart] = drift_chart(measured, REGIME_TITLES)
-        sections += ["## General ability", _image("Perplexity on general text", chart), _drift_table(measured)]
+        sections += ["## General ability", image("Perplexity on general text", chart), _drift_table(measured)]
     sections += ["## Environment", measured_with(runs)]
     return "\n\n".join(sections) + "\n", charts
 
 
-def _image(title: str, file: str) -> str:
+def image(title: str, file: str) -> str:
+    """A chart beside a page."""
     return f"![{title}]({file})"
 
 
@@ -243,24 +238,25 @@ def _listed(values: Iterable[object]) -> str:
 
 
 def write_page(
-    results: Path, page: Path, steps: Mapping[Regime, str] | None = None
+    results: Path, page: Path, steps: tuple[str, Mapping[str, str]] = ("", {})
 ) -> tuple[References, list[PooledCell]]:
     """Writes the tables and the charts of a folder of results, and beside the folder a summary of its cells as JSON.
 
     Args:
         results: folder of the runs
         page: Markdown file to write
-        steps: file names of charts of steps against lift that lie beside the page
+        steps: a section on steps against lift, and its charts by file name
 
     Returns:
         what methods are compared with, and all cells
     """
     references, runs = read_results(results)
     cells = make_cells(references, runs)
-    text, charts = render(references, runs, cells, page.stem, steps)
+    section, charts_of_steps = steps
+    text, charts = render(references, runs, cells, page.stem, section)
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text, encoding="utf-8")
-    for name, chart in charts.items():
+    for name, chart in {**charts, **charts_of_steps}.items():
         page.with_name(name).write_text(chart, encoding="utf-8")
     summary = [_summary(cell) for cell in cells]
     results.with_name(f"{results.name}-summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
