@@ -11,6 +11,8 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
+from test_recomputation import gradients as gradients_of
+from test_recomputation import recompute
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -149,6 +151,26 @@ def read_in_parts(base: Path, out: Path) -> None:
     said["whole"] = torch.tensor(sum(weight.numel() for weight in model.parameters() if isinstance(weight, DTensor)))
     if here.is_main:
         save_file({name: tensor.contiguous() for name, tensor in said.items()}, out)
+    leave()
+
+
+def learn_in_parts(base: Path, out: Path) -> None:
+    """Writes the gradients of a LoRA on a sharded model whose layers are computed again, and what is kept for them."""
+    torch.set_num_threads(1)
+    here = this_process()
+    found = {}
+    for name in ("kept", "recomputed"):
+        model, _ = load_sharded(str(base), None, here.device)
+        slots = linear_slots(model, model.config).values()
+        torch.manual_seed(0)
+        student = attach_lora(model, {slot.name for slot in slots}, 4).eval()
+        if name == "recomputed":
+            recompute(model)
+        learned, kept = gradients_of(student)
+        found |= {f"{name} {parameter}": gradient for parameter, gradient in learned.items()}
+        found[f"{name} bytes"] = torch.tensor(kept)
+    if here.is_main:
+        save_file(found, out)
     leave()
 
 

@@ -145,11 +145,13 @@ def test_what_each_process_holds_of_the_models_is_forecast(adapter, base_model):
     memory = [found(processes=count).record["forecast"]["memory_bytes"] for count in (1, 2, 4)]
     assert memory == sorted(memory, reverse=True) and len(set(memory)) == 3
     told = found(processes=4)
-    assert "in each of 4 processes that hold the models together" in str(told) and "--low-memory" not in str(told)
+    assert "in each of 4 processes that hold the models together" in str(told)
+    of_layers = [found(processes=count).record["forecast"]["low_memory_bytes"] for count in (2, 4)]
+    assert memory[1] > of_layers[0] > of_layers[1] and memory[2] > of_layers[1]
     assert told.record["command"].startswith("torchrun --nproc-per-node 4 -m -- castlora transfer")
     assert told.record["command"].endswith("--sharded true") and "--sharded" not in found().record["command"]
     refused = {
-        "--sharded takes models in full": {"processes": 2, "source_bits": 4},
+        "--sharded takes weights in full precision": {"processes": 2, "source_bits": 4},
         "processes is 0; give": {"processes": 0},
         "each process rehearses in every step, so give a multiple of 12": {"processes": 3},
     }

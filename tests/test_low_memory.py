@@ -23,12 +23,12 @@ def watched(monkeypatch):
 
     def spy(models: Models, side: str) -> None:
         use(models, side)
-        if models.low_memory:
+        if models.takes_turns:
             held.append(side)
 
     def spy_away(models: Models) -> None:
         put_away(models)
-        if models.low_memory:
+        if models.takes_turns:
             held.append("neither")
 
     def watch(plan, loading: Loading) -> Models:

@@ -19,7 +19,7 @@ IDS = torch.arange(5, 45).reshape(2, 20)
 FAMILIES = ("llama", "phi3", "gpt2")
 
 
-def wrap(model) -> None:
+def recompute(model) -> None:
     """Of a model that is bare or has LoRA layers."""
     slots = linear_slots(skeleton(model.config), model.config)
     recompute_activations(model, [layer_path(slots, layer) for layer in range(model.config.num_hidden_layers)])
@@ -51,7 +51,7 @@ def test_gradients_stay_and_most_activations_do_not(base_model, name):
         torch.manual_seed(0)
         modules = {slot.name for slot in linear_slots(model, model.config).values()}
         students.append(attach_lora(model, modules, 4).eval())
-    wrap(again)
+    recompute(again)
     (expected, all_kept), (found, kept) = map(gradients, students)
     assert found.keys() == expected.keys() and len(found) > 10
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
@@ -69,7 +69,7 @@ def test_weights_that_are_folded_from_maps_are_folded_again(base_model, adapter)
         student = attach_lora(target, plan.target_modules, plan.exact_rank).eval()
         parametrize_by_maps(student, plan.pairing, plan.factors, maps)
         if is_wrapped:
-            wrap(target)
+            recompute(target)
         found.append(gradients(student)[0])
     assert any("parametrizations" in name for name in found[0])
     assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
@@ -79,5 +79,5 @@ def test_text_is_written_as_before(base_model):
     model, tokenizer = tiny.load(base_model("gpt2")), tiny.tokenizer_of(base_model("gpt2"))
     prompts = list(tiny.sentences(3))
     before = generate(model, tokenizer, prompts, 6, 3)
-    wrap(model)
+    recompute(model)
     assert generate(model, tokenizer, prompts, 6, 3) == before

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 import torch
-from in_processes import read_in_parts
+from in_processes import learn_in_parts, read_in_parts
 from preloaded import finish, launched, run_castlora
 from safetensors.torch import load_file
 
@@ -36,27 +36,40 @@ def test_a_model_in_parts_says_what_the_whole_one_says_to_one_process_and_to_all
     assert sharded_bytes(model.config, 1, count) == pytest.approx(in_one + layer, rel=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_layers_in_parts_can_be_computed_again_for_the_way_back(base_model, tmp_path, family):
+    out = tmp_path / "learned.safetensors"
+    finish(launched(tmp_path / "heard", 2, learn_in_parts, base_model(family), out))
+    found = load_file(out)
+    kept = {name.removeprefix("kept "): gradient for name, gradient in found.items() if name.startswith("kept ")}
+    all_kept = kept.pop("bytes")
+    assert len(kept) > 10 and any(gradient.abs().max() > 0 for gradient in kept.values())
+    assert all(torch.equal(found[f"recomputed {name}"], gradient) for name, gradient in kept.items())
+    assert found["recomputed bytes"] < 0.5 * all_kept
+
+
 @pytest.fixture(scope="module")
 def moved(base_model, adapter, prompts_file, tmp_path_factory):
-    """What two processes write with models in full and in parts."""
+    """What two processes write with models in full, in parts, and in parts whose activations are computed again."""
     places = {"adapter": adapter("llama"), "target": base_model("gpt2"), "prompts": prompts_file}
     numbers = {"steps": 12, "batch-size": 8, "start": "readout", "tuning.max-length": 60, "tuning.answer-tokens": 6}
     numbers |= {"tuning.rehearsal-passages": 8, "tuning.rehearsal-tokens": 12}
     words = ["transfer", *(word for key, value in (places | numbers).items() for word in (f"--{key}", str(value)))]
     folder = tmp_path_factory.mktemp("moved")
-    for sharded in ("false", "true"):
-        options = ["--out", folder / sharded, "--sharded", sharded]
-        finish(launched(folder / f"said {sharded}", 2, run_castlora, *words, *options))
-    return folder / "false", folder / "true"
+    for sharded, low_memory in (("false", "false"), ("true", "false"), ("true", "true")):
+        out = folder / f"{sharded} {low_memory}"
+        options = ["--out", out, "--sharded", sharded, "--low-memory", low_memory]
+        finish(launched(folder / f"said {out.name}", 2, run_castlora, *words, *options))
+    return [folder / name for name in ("false false", "true false", "true true")]
 
 
 @pytest.mark.slow
 def test_a_transfer_writes_the_same_bytes(moved):
-    whole, in_parts = ((folder / "adapter_model.safetensors").read_bytes() for folder in moved)
-    assert whole == in_parts
+    assert len({(folder / "adapter_model.safetensors").read_bytes() for folder in moved}) == 1
     manifests = [json.loads((folder / "castlora.json").read_text()) for folder in moved]
-    assert [manifest["sharded"] for manifest in manifests] == [False, True]
-    assert manifests[0]["losses"] == manifests[1]["losses"]
+    assert [manifest["sharded"] for manifest in manifests] == [False, True, True]
+    assert manifests[0]["losses"] == manifests[1]["losses"] == manifests[2]["losses"]
     assert "--sharded true" in manifests[1]["command"] and "--sharded" not in manifests[0]["command"]
     # Checked with another copy of the target, loaded as one that no accelerator holds.
     assert 0 <= manifests[1]["logit_difference"] < 1e-4
@@ -98,8 +111,7 @@ def test_a_spread_model_is_the_model(base_model):
     ("options", "count", "complaint"),
     [
         ({}, 1, "--sharded splits models among processes, and there is one; start several with torchrun"),
-        ({"low_memory": True}, 2, "--sharded takes models in full; leave out --low-memory, --source-bits and"),
-        ({"target_bits": 4}, 2, "--sharded takes models in full"),
+        ({"target_bits": 4}, 2, "--sharded takes weights in full precision; leave out --source-bits and --target-bits"),
         ({"batch_size": 12}, 2, "batch_size is 12; with --sharded each process rehearses in every step, so give a mul"),
     ],
 )
@@ -130,6 +142,8 @@ def test_several_targets_and_a_lone_fit_cannot_be_had_in_parts(base_model, adapt
         transfer_to_each(str(adapter("llama")), targets, str(tmp_path / "out"), sharded=True)
     with pytest.raises(UserError, match="--sharded splits models among processes"):
         fit(*targets, str(tmp_path / "out"), sharded=True)
+    with pytest.raises(UserError, match="--sharded leaves --low-memory nothing to do in a fit; leave out one of them"):
+        fit(*targets, str(tmp_path / "out"), sharded=True, low_memory=True)
     assert not (tmp_path / "out").exists()
 
 

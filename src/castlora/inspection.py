@@ -225,7 +225,7 @@ class _Forecast:
     writing_seconds: float
     memory_bytes: int
     low_memory_bytes: int | None
-    """Of the accelerator, with --low-memory; None where weights of 8 bits or several processes rule it out."""
+    """Of the accelerator, with --low-memory; None where weights of 8 bits rule it out."""
     processes: int
     """How many hold the models together; memory is of each."""
     disk_bytes: int
@@ -266,7 +266,7 @@ def _forecast(plan: Plan, steps: int, batch_size: int, loading: Loading, process
 
 
 def _forecast_memory(plan: Plan, batch_size: int, loading: Loading, processes: int) -> tuple[int, int | None]:
-    """Bytes that a step needs, with both models and all activations, and with one model and few.
+    """Bytes that a step needs with both models and all activations, and with few and one model, or parts of both.
 
     Args:
         plan: of the transfer
@@ -289,9 +289,10 @@ def _forecast_memory(plan: Plan, batch_size: int, loading: Loading, processes: i
     of_layer = read * (_KEPT_BYTES_PER_WIDTH * width + _KEPT_NUMBERS_PER_NEURON * bytes_per_number * neurons)
     inputs = read * layers * width * bytes_per_number
     together = of_source + of_target + taught + learned + layers * of_layer
-    if processes > 1 or 8 in (loading.source_bits, loading.target_bits):
+    if 8 in (loading.source_bits, loading.target_bits):
         return together, None
-    return together, max(of_source, of_target + inputs + of_layer + learned) + taught
+    learning = of_target + inputs + of_layer + learned
+    return together, (of_source + learning if processes > 1 else max(of_source, learning)) + taught
 
 
 def _say_verdict(plan: Plan) -> str:
@@ -316,7 +317,8 @@ def _say_forecast(forecast: _Forecast) -> str:
     what = f"{forecast.steps} steps of {forecast.batch_size} passages" if forecast.steps else "the start without a step"
     alone = ""
     if forecast.low_memory_bytes is not None:
-        alone = f" ({forecast.low_memory_bytes / 2**30:.1f} on an accelerator with --low-memory true)"
+        where = "" if forecast.processes > 1 else "on an accelerator "
+        alone = f" ({forecast.low_memory_bytes / 2**30:.1f} {where}with --low-memory true)"
     each = f" in each of {forecast.processes} processes that hold the models together" if forecast.processes > 1 else ""
     return (
         f"Forecast for {what} on this machine: about {_duration(forecast.seconds)}, "

@@ -36,6 +36,11 @@ class Loading:
     sharded: bool = False
     """Whether each process keeps a part of both models' layers."""
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the accelerator holds one model at a time; parts of both leave no need for that."""
+        return self.low_memory and not self.sharded
+
     def check(self, is_plain: bool, processes: int) -> None:
         """Looks whether it can be done.
 
@@ -57,8 +62,8 @@ class Loading:
     def _check_sharded(self, is_plain: bool, processes: int) -> None:
         if processes == 1:
             raise UserError("--sharded splits models among processes, and there is one; start several with torchrun.")
-        if self.low_memory or self.source_bits or self.target_bits:
-            raise UserError("--sharded takes models in full; leave out --low-memory, --source-bits and --target-bits.")
+        if self.source_bits or self.target_bits:
+            raise UserError("--sharded takes weights in full precision; leave out --source-bits and --target-bits.")
         if not is_plain:
             raise UserError("--sharded is for plain LoRAs, and this adapter merges into the weights; leave it out.")
 
@@ -84,22 +89,21 @@ class BaseModels:
     target_tokenizer: PreTrainedTokenizerFast
     source_bytes: ByteTokenizer
     target_bytes: ByteTokenizer
-    low_memory: bool = False
-    """Whether the accelerator holds only the model in use, and the target's activations are not kept for the way back.
-    """
+    takes_turns: bool = False
+    """Whether the accelerator holds only the model in use."""
     offloading: Offloading = field(default_factory=Offloading)
 
     def use(self, side: Side) -> None:
-        """Has the model of a side where it runs; with little memory, the other one waits in the machine's memory."""
-        if self.low_memory:
+        """Has the model of a side where it runs; where they take turns, the other waits in the machine's memory."""
+        if self.takes_turns:
             used, waits = (self.source, self.target) if side == "source" else (self.target, self.source)
             self.offloading.move(waits, torch.device("cpu"))
             clear_device_cache()
             self.offloading.move(used, best_device())
 
     def put_away(self) -> None:
-        """With little memory, leaves the accelerator to others."""
-        if self.low_memory:
+        """Where models take turns, leaves the accelerator to others."""
+        if self.takes_turns:
             for model in (self.source, self.target):
                 self.offloading.move(model, torch.device("cpu"))
             clear_device_cache()
@@ -112,6 +116,8 @@ class Models(BaseModels):
     teacher: PeftModel
     """The source with the adapter, which acts in the source itself unless it is disabled."""
     shared: SharedVocabulary
+    recomputes: bool = False
+    """Whether the target's activations are computed again for the way back instead of being kept."""
 
 
 def load_base_models(source: str, target: str, loading: Loading) -> BaseModels:
@@ -124,7 +130,7 @@ def load_base_models(source: str, target: str, loading: Loading) -> BaseModels:
     """
     model, tokenizer = loading.load(source, None, loading.source_bits)
     offloading = Offloading()
-    if loading.low_memory:
+    if loading.takes_turns:
         offloading.move(model, torch.device("cpu"))
     target_model, target_tokenizer = loading.load(target, None, loading.target_bits)
     return BaseModels(
@@ -134,7 +140,7 @@ def load_base_models(source: str, target: str, loading: Loading) -> BaseModels:
         target_tokenizer=target_tokenizer,
         source_bytes=ByteTokenizer.from_tokenizer(tokenizer),
         target_bytes=ByteTokenizer.from_tokenizer(target_tokenizer),
-        low_memory=loading.low_memory,
+        takes_turns=loading.takes_turns,
         offloading=offloading,
     )
 
@@ -150,7 +156,7 @@ def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
     teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
     source_ends = _source_ends(teacher, source_tokenizer)
     offloading = Offloading()
-    if loading.low_memory:
+    if loading.takes_turns:
         offloading.move(source, torch.device("cpu"))
     target, target_tokenizer = loading.load(plan.target, None, loading.target_bits)
     source_bytes = ByteTokenizer.from_tokenizer(source_tokenizer)
@@ -167,7 +173,8 @@ def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
         source_bytes=source_bytes,
         target_bytes=target_bytes,
         shared=shared,
-        low_memory=loading.low_memory,
+        recomputes=loading.low_memory,
+        takes_turns=loading.takes_turns,
         offloading=offloading,
     )
 

@@ -125,7 +125,8 @@ def transfer(
             takes time and does not change the result
         report_to: tracker that shows the losses while the training runs; it does not change the result
         low_memory: whether an accelerator holds one of the two models at a time, while the other waits in the
-            machine's memory, and activations are computed again instead of kept; takes longer
+            machine's memory, and activations are computed again instead of kept; takes longer. Of sharded models it
+            holds parts of both
         source_bits: 4 (NF4) or 8, for a source whose layers are quantized by bitsandbytes, as one that QLoRA trained on
         target_bits: the same for the target; the adapter then belongs to a target that is quantized alike
         sharded: whether each of several processes keeps only its part of both models' layers (FSDP2), for models that

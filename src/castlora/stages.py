@@ -97,7 +97,7 @@ def start_student(
         start_from_factors(peft_model, factors)
     elif maps:
         parametrize_by_maps(peft_model, plan.pairing, plan.factors, maps)
-    if models.low_memory:
+    if models.recomputes:
         layers = range(number_of_layers(plan.target_slots))
         recompute_activations(models.target, [layer_path(plan.target_slots, layer) for layer in layers])
     with_head = recipe.mse_weight > 0
@@ -125,7 +125,7 @@ def _solved_start(
         return ridge_maps(moments, plan.pairing, recipe.ridge)
 
     read = models.source, models.target, plan.pairing, plan.factors, passages
-    use = models.use if models.low_memory else None
+    use = models.use if models.takes_turns else None
     with models.teacher.disable_adapter():
         if trains_factors:
             return solve_in_parts(*read, factors, use=use), {}
@@ -168,7 +168,7 @@ def check_memory_for_record(models: Models, passages: Sequence[AlignedPassage], 
     """
     needed = record_bytes(models.source, passages, recipe.mse_weight > 0)
     limit = record_limit(models.source)
-    if models.low_memory and needed > limit:
+    if models.takes_turns and needed > limit:
         raise UserError(
             f"With --low-memory, what source + LoRA predicts is kept in memory, and that would be "
             f"{needed / 2**30:.1f} GiB, more than {limit / 2**30:.1f}; give --prompts, or lower "
@@ -181,7 +181,7 @@ def hold_teacher(
 ) -> tuple[Teacher, Teacher]:
     """The teacher of a run: its predictions are kept where a process reads passages again and memory allows.
 
-    With little memory they are always kept, and the target is the one that can run afterwards.
+    Where models take turns they are always kept, and the target is the one that can run afterwards.
 
     Returns:
         the teacher of the training text, and that of held-out text, which is always read again
@@ -190,7 +190,7 @@ def hold_teacher(
     with_hidden = recipe.mse_weight > 0
     is_read_again = recipe.steps * share_of_batch(recipe.batch_size) > len(training)
     needed = record_bytes(models.source, passages, with_hidden)
-    if models.low_memory or (is_read_again and needed <= record_limit(models.source)):
+    if models.takes_turns or (is_read_again and needed <= record_limit(models.source)):
         logger.debug("What source + LoRA predicts is kept in memory: %d MiB at most", needed >> 20)
         models.use("source")
         recorded = RecordedTeacher(models.teacher, passages, with_hidden)

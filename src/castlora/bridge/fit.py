@@ -94,6 +94,8 @@ def fit(
     share = Shard.parse(shard) if shard is not None else None
     check_seed(seed)
     check_above_zero(places=places)
+    if low_memory and sharded:
+        raise UserError("--sharded leaves --low-memory nothing to do in a fit; leave out one of them.")
     loading = Loading(low_memory, sharded=sharded)
     loading.check(is_plain=True, processes=process_count())
     request: dict[str, Any] = {
@@ -173,7 +175,7 @@ def _read_and_keep(
     An interrupted run has kept some; only the others' are collected.
     """
     pairing = from_main(partial(_unfinished, run, plan))
-    use = models.use if models.low_memory else None
+    use = models.use if models.takes_turns else None
     shares = [share_of_passages(passages, STATISTICS_BATCH) for passages in (training, held_out)]
     # Statistics of text to solve from and of held-out text are there together.
     memory = memory_beside(models.source, models.target, use) // 2
