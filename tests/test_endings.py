@@ -12,7 +12,7 @@ from castlora.adapters.factors import LowRank
 from castlora.config import TextTuning
 from castlora.models.endings import end_tokens_of
 from castlora.models.loading import load_config
-from castlora.teaching.curriculum import teach
+from castlora.teaching.teach import teach
 
 UNMET = [5, 9, 300]
 END = 2

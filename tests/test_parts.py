@@ -18,6 +18,7 @@ from castlora.config import Tuning
 from castlora.execution.parts import Parts
 from castlora.execution.run_directory import STATE_FOLDER
 from castlora.teaching import answers, curriculum, format_search, selection
+from castlora.teaching import teach as teaching
 
 SEARCHED = Tuning(filled_passages=40, candidates=4, format_candidates=12, max_length=88, answer_tokens=8)
 
@@ -95,7 +96,7 @@ def places(base_model, adapter, text_file) -> dict[str, str]:
         (format_search, "next_token_probabilities", 11),
         (selection, "_predict", 2),
         (answers, "_sample_answers", 3),
-        (curriculum, "write_taught", 0),
+        (teaching, "write_taught", 0),
     ],
 )
 def test_teaching_goes_on_where_it_was(places, tmp_path, monkeypatch, calls, module, function, stop_after):
@@ -177,7 +178,7 @@ def interrupted(places, prompts_file, tmp_path, monkeypatch) -> dict[str, str]:
     settings = {**places, "prompts": str(prompts_file), "out": str(tmp_path / "out.jsonl")}
     del settings["text"]
     with monkeypatch.context() as stopping, pytest.raises(Kill):
-        stopping.setattr(curriculum, "write_taught", lambda *_arguments: (_ for _ in ()).throw(Kill))
+        stopping.setattr(teaching, "write_taught", lambda *_arguments: (_ for _ in ()).throw(Kill))
         teach(**settings)
     return settings
 
@@ -219,7 +220,7 @@ def test_changed_prompts_are_answered_anew(interrupted, prompts_file, tmp_path):
     changed.write_text(prompts_file.read_text())
     renamed = {**interrupted, "prompts": str(changed), "out": str(tmp_path / "renamed.jsonl")}
     with pytest.MonkeyPatch.context() as stopping, pytest.raises(Kill):
-        stopping.setattr(curriculum, "write_taught", lambda *_arguments: (_ for _ in ()).throw(Kill))
+        stopping.setattr(teaching, "write_taught", lambda *_arguments: (_ for _ in ()).throw(Kill))
         teach(**renamed)
     changed.write_text(prompts_file.read_text().replace("Who?", "What?"))
     kept = teach(**renamed).read_bytes()

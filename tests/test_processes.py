@@ -223,7 +223,8 @@ def test_a_command_that_several_processes_cannot_share_is_refused(as_process, tm
     with pytest.raises(SystemExit) as caught:
         main(["teach", "--adapter", "any", "--out", str(tmp_path / "taught.jsonl")])
     assert caught.value.code == 2
-    assert "castlora teach runs in one process; start it without torchrun or" in capsys.readouterr().err
+    complaint = "castlora teach runs in one process; start it without torchrun or accelerate launch, or give --sharded"
+    assert complaint in capsys.readouterr().err
 
 
 def test_an_unknown_option_is_complained_of_by_turns(as_process, capsys):

@@ -9,10 +9,10 @@ from in_processes import learn_in_parts, read_in_parts
 from preloaded import finish, launched, run_castlora
 from safetensors.torch import load_file
 
-from castlora import UserError, fit, transfer, transfer_to_each
+from castlora import UserError, fit, teach, transfer, transfer_to_each
 from castlora.alignment import positions
 from castlora.alignment.positions import share_of_passages
-from castlora.config import Tuning
+from castlora.config import TextTuning, Tuning
 from castlora.execution.processes import Process
 from castlora.models.loading import load_sharded, load_spread, sharded_bytes
 
@@ -50,17 +50,22 @@ def test_layers_in_parts_can_be_computed_again_for_the_way_back(base_model, tmp_
 
 
 @pytest.fixture(scope="module")
-def moved(base_model, adapter, prompts_file, tmp_path_factory):
-    """What two processes write with models in full, in parts, and in parts whose activations are computed again."""
+def settings(base_model, adapter, prompts_file) -> list[str]:
+    """Of a short transfer, as the command line has them."""
     places = {"adapter": adapter("llama"), "target": base_model("gpt2"), "prompts": prompts_file}
     numbers = {"steps": 12, "batch-size": 8, "start": "readout", "tuning.max-length": 60, "tuning.answer-tokens": 6}
     numbers |= {"tuning.rehearsal-passages": 8, "tuning.rehearsal-tokens": 12}
-    words = ["transfer", *(word for key, value in (places | numbers).items() for word in (f"--{key}", str(value)))]
+    return [word for key, value in (places | numbers).items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def moved(settings, tmp_path_factory):
+    """What two processes write with models in full, in parts, and in parts whose activations are computed again."""
     folder = tmp_path_factory.mktemp("moved")
     for sharded, low_memory in (("false", "false"), ("true", "false"), ("true", "true")):
         out = folder / f"{sharded} {low_memory}"
         options = ["--out", out, "--sharded", sharded, "--low-memory", low_memory]
-        finish(launched(folder / f"said {out.name}", 2, run_castlora, *words, *options))
+        finish(launched(folder / f"said {out.name}", 2, run_castlora, "transfer", *settings, *options))
     return [folder / name for name in ("false false", "true false", "true true")]
 
 
@@ -73,6 +78,21 @@ def test_a_transfer_writes_the_same_bytes(moved):
     assert "--sharded true" in manifests[1]["command"] and "--sharded" not in manifests[0]["command"]
     # Checked with another copy of the target, loaded as one that no accelerator holds.
     assert 0 <= manifests[1]["logit_difference"] < 1e-4
+
+
+@pytest.mark.slow
+def test_a_source_in_parts_answers_once_for_several_targets_in_parts(moved, settings, base_model, tmp_path):
+    out = tmp_path / "out"
+    more = ["--target", base_model("mistral"), "--out", out, "--sharded", "true"]
+    finish(launched(tmp_path / "said", 2, run_castlora, "transfer", *settings, *more))
+    weights = [folder / "adapter_model.safetensors" for folder in (out / "gpt2", moved[0])]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert (out / "mistral" / "castlora.json").exists() and (out / "comparison.html").exists()
+    adapter, _, prompts = map(str, settings[1:6:2])
+    again = teach(
+        adapter, str(tmp_path / "taught.jsonl"), prompts=prompts, tuning=TextTuning(max_length=60, answer_tokens=6)
+    )
+    assert (out / "taught.jsonl").read_bytes() == again.read_bytes()
 
 
 @pytest.mark.slow
@@ -136,10 +156,12 @@ def test_adapters_that_merge_into_weights_cannot_be_moved_in_parts(base_model, a
         )
 
 
-def test_several_targets_and_a_lone_fit_cannot_be_had_in_parts(base_model, adapter, tmp_path):
+def test_several_targets_and_a_lone_fit_cannot_be_had_in_parts_of_one(base_model, adapter, prompts_file, tmp_path):
     targets = [str(base_model("gpt2")), str(base_model("mistral"))]
-    with pytest.raises(UserError, match="--sharded is for one target at a time; give one --target"):
-        transfer_to_each(str(adapter("llama")), targets, str(tmp_path / "out"), sharded=True)
+    with pytest.raises(UserError, match="--sharded splits models among processes"):
+        transfer_to_each(str(adapter("llama")), targets, str(tmp_path / "out"), sharded=True, tuning=SHORT)
+    with pytest.raises(UserError, match="--sharded splits models among processes"):
+        teach(str(adapter("llama")), str(tmp_path / "out.jsonl"), prompts=str(prompts_file), sharded=True)
     with pytest.raises(UserError, match="--sharded splits models among processes"):
         fit(*targets, str(tmp_path / "out"), sharded=True)
     with pytest.raises(UserError, match="--sharded leaves --low-memory nothing to do in a fit; leave out one of them"):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from castlora.scoring import evaluate
     from castlora.several import transfer_to_each
     from castlora.steering import steer
-    from castlora.teaching.curriculum import teach
+    from castlora.teaching.teach import teach
 
 __all__ = [
     "CastLayer", "CastMaps", "UserError", "__version__", "check_portable", "convert", "evaluate", "fit", "inspect",
@@ -46,7 +46,7 @@ _HOMES = {
     "report_runs": "castlora.publishing.runs",
     "sketch": "castlora.bridge.sketch",
     "steer": "castlora.steering",
-    "teach": "castlora.teaching.curriculum",
+    "teach": "castlora.teaching.teach",
     "transfer": "castlora.pipeline",
     "transfer_to_each": "castlora.several",
     "translate": "castlora.bridge.cast_maps",

@@ -23,7 +23,7 @@ _REPEATED = {"transfer": "--target", "translate": "--adapter"}
 """The option of a command that can be given several times."""
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
 _SHARED = ("transfer", "fit", "sketch")
-"""Commands that several processes can run together."""
+"""Commands that several processes can run together, however these hold the models."""
 _WITHOUT_OPTION: dict[str, dict[str, Any]] = {
     "runs": {"nargs": "+", "metavar": "RUN", "help": "folder that castlora transfer wrote"},
     "shards": {"nargs": "+", "metavar": "SHARD", "help": "folder that castlora fit --shard wrote"},
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         _set_verbosity(quiet, verbose)
-        _check_launch(chosen)
+        _check_launch(chosen, settings)
         run(**vars(settings))
         if is_launched():
             from castlora.execution.processes import leave
@@ -155,10 +155,13 @@ def _end_with(complaint: str) -> NoReturn:
     sys.exit(BAD_INPUT)
 
 
-def _check_launch(command: str) -> None:
+def _check_launch(command: str, settings: Namespace) -> None:
     """Raises a UserError if a launcher has started several processes of a command that is one."""
-    if process_count() > 1 and command not in _SHARED:
-        raise UserError(f"castlora {command} runs in one process; start it without torchrun or accelerate launch.")
+    if process_count() > 1 and command not in _SHARED and not settings.get("sharded"):
+        instead = ", or give --sharded true" if "sharded" in settings else ""
+        raise UserError(
+            f"castlora {command} runs in one process; start it without torchrun or accelerate launch{instead}."
+        )
 
 
 def _set_verbosity(quiet: bool, verbose: bool) -> None:

@@ -112,6 +112,7 @@ def _teach(
     seed: int = 0,
     tuning: TextTuning = TextTuning(),
     source_bits: Bits | None = None,
+    sharded: bool = False,
 ) -> None:
     r"""Writes prompts with the answers of source + LoRA, once for transfers to any number of targets.
 
@@ -128,13 +129,14 @@ def _teach(
         seed: of the draw and of the answers
         tuning: how much text, and how long
         source_bits: 4 (NF4) or 8, for a source quantized by bitsandbytes, such as QLoRA trains on
+        sharded: whether each of the processes that torchrun started keeps a part of the source's layers (FSDP2)
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from castlora.teaching.curriculum import teach as run
+    from castlora.teaching.teach import teach as run
 
     disable_progress_bar()
-    run(adapter, out, source, text, _prompt_format(prompt_format), prompts, chat, seed, tuning, source_bits)
+    run(adapter, out, source, text, _prompt_format(prompt_format), prompts, chat, seed, tuning, source_bits, sharded)
 
 
 def _prompt_format(written: str) -> str | None:

@@ -179,9 +179,9 @@ def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
     )
 
 
-def load_teacher(plan: Plan, bits: Bits | None = None) -> Models:
+def load_teacher(plan: Plan, loading: Loading = IN_FULL) -> Models:
     """Loads source + LoRA alone, which stands in the place of the target too, for what needs none."""
-    source, tokenizer = load_model(plan.source, plan.source_revision, best_device(), bits)
+    source, tokenizer = loading.load(plan.source, plan.source_revision, loading.source_bits)
     teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
     spelled = ByteTokenizer.from_tokenizer(tokenizer)
     vocabulary = plan.source_config.vocab_size

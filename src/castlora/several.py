@@ -13,22 +13,23 @@ from typing import Any
 from castlora import __version__
 from castlora.config import Recipe, TextTuning, Tuning, resolve_recipe
 from castlora.distillation.tracking import check_tracker
+from castlora.distillation.training import check_batch
 from castlora.errors import UserError
 from castlora.evaluation.scored_task import ScoredTask
 from castlora.execution.launcher import process_count
-from castlora.execution.processes import from_main, share_of_batch
+from castlora.execution.processes import from_main
 from castlora.execution.run_directory import RunDirectory, file_state, folder_names, is_finished, open_run, write_whole
 from castlora.model_pair import Loading
 from castlora.pipeline import transfer
 from castlora.plan import plan_transfer
 from castlora.publishing.runs import MANIFEST_FILE, runs_page
-from castlora.teaching.curriculum import teach
+from castlora.teaching.teach import teach
 
 logger = logging.getLogger("castlora")
 
 TAUGHT_FILE = "taught.jsonl"
 COMPARISON_FILE = "comparison.html"
-_TEACHING = ("text", "prompt_format", "prompts", "chat", "source", "seed", "source_bits")
+_TEACHING = ("text", "prompt_format", "prompts", "chat", "source", "seed", "source_bits", "sharded")
 
 
 def transfer_to_each(adapter: str, targets: Sequence[str], out: str, **settings: Any) -> dict[str, dict[str, Any]]:
@@ -58,14 +59,14 @@ def transfer_to_each(adapter: str, targets: Sequence[str], out: str, **settings:
     chosen = {name: value for name, value in given.arguments.items() if name not in ("adapter", "target", "out")}
     tuning = chosen["tuning"] or Tuning()
     recipe = resolve_recipe(chosen["recipe"], chosen["start"], chosen["steps"], chosen["batch_size"], tuning)
-    share_of_batch(recipe.batch_size)
+    check_batch(recipe, chosen["sharded"])
     from_main(partial(_check, adapter, targets, recipe, chosen))
     request = {"adapter": adapter, "targets": list(targets), **chosen, "tuning": asdict(tuning)}
     with ExitStack() as held:
         # The main process holds the folder, until all are done.
         run = from_main(lambda: held.enter_context(open_run(out, {**request, "castlora_version": __version__}, 0)))
         try:
-            from_text = from_main(partial(_teach, run, adapter, recipe, chosen))
+            from_text = _teach(run, adapter, recipe, chosen)
             for number, (target, name) in enumerate(names.items(), 1):
                 logger.info("Target %d of %d: %s", number, len(names), target)
                 if not from_main(partial(is_finished, run.out / name)):
@@ -80,10 +81,7 @@ def transfer_to_each(adapter: str, targets: Sequence[str], out: str, **settings:
 
 def _check(adapter: str, targets: Sequence[str], recipe: Recipe, chosen: Mapping[str, Any]) -> None:
     """Raises a UserError for what would end one of the transfers before its work begins."""
-    if chosen["sharded"]:
-        # What source + LoRA says to all of them is written by the main process alone.
-        raise UserError("--sharded is for one target at a time; give one --target.")
-    loading = Loading(chosen["low_memory"], chosen["source_bits"], chosen["target_bits"])
+    loading = Loading(chosen["low_memory"], chosen["source_bits"], chosen["target_bits"], chosen["sharded"])
     for target in targets:
         plan = plan_transfer(adapter, target, chosen["source"])
         plan.rank(recipe, chosen["rank"])
@@ -102,9 +100,11 @@ def _teach(run: RunDirectory, adapter: str, recipe: Recipe, chosen: Mapping[str,
     if chosen["taught"] is not None or not recipe.write_answers:
         return {}
     taught = run.out / TAUGHT_FILE
-    if file_state(taught).exists() or not taught.exists():
+    if from_main(lambda: file_state(taught).exists() or not taught.exists()):
         of_text = TextTuning(**{field.name: getattr(recipe, field.name) for field in fields(TextTuning)})
-        teach(adapter, str(taught), tuning=of_text, **{name: chosen[name] for name in _TEACHING})
+        ask = partial(teach, adapter, str(taught), tuning=of_text, **{name: chosen[name] for name in _TEACHING})
+        # A source in parts is read by all processes together.
+        ask() if chosen["sharded"] else from_main(ask)
     return {"text": None, "prompt_format": None, "prompts": None, "chat": False, "taught": str(taught)}
 
 

@@ -4,26 +4,19 @@ import json
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
-from transformers import set_seed
-
-from castlora import __version__
-from castlora.adapters.files import open_adapter
 from castlora.alignment.positions import bytes_per_token
-from castlora.config import Bits, Recipe, TextTuning, check_seed, resolve_recipe
+from castlora.config import Recipe
 from castlora.errors import UserError
 from castlora.execution.parts import NOTHING_KEPT, Parts
-from castlora.execution.run_directory import check_output_file, open_file_run
-from castlora.model_pair import HELD_OUT_PASSAGES, BaseModels, Models, held_out_count, load_teacher
+from castlora.model_pair import HELD_OUT_PASSAGES, BaseModels, Models, held_out_count
 from castlora.models.loading import context_length
-from castlora.plan import plan_transfer
 from castlora.teaching.answers import prompt_batches, share_that_ends, write_answers
 from castlora.teaching.format_search import FILLINGS, find_formats
 from castlora.teaching.selection import most_informative, mutual_information, predict_first_tokens
-from castlora.teaching.taught import check_taught, read_taught, write_taught
+from castlora.teaching.taught import check_taught, read_taught
 from castlora.teaching.variants import vary_prompts
 from castlora.text.chat import Conversation, ask, chat_passages, read_conversations
 from castlora.text.passages import (
@@ -195,66 +188,6 @@ def teach_text(
     # The last passages are held out.
     variants = draw_variants(models, answered, recipe, seed)
     return [*answer_prompts(models, variants, recipe, seed, parts.under("variants")), *answered]
-
-
-def teach(
-    adapter: str,
-    out: str,
-    source: str | None = None,
-    text: str | None = None,
-    prompt_format: str | None = None,
-    prompts: str | None = None,
-    chat: bool = False,
-    seed: int = 0,
-    tuning: TextTuning | None = None,
-    source_bits: Bits | None = None,
-) -> Path:
-    """Writes prompts with the answers of source + LoRA, for transfers to any number of targets.
-
-    The first part of a transfer, which needs no target: text is drawn, put into prompt formats, chosen and answered.
-    Called again with the same arguments after an interruption, it continues where it was.
-
-    Args:
-        adapter: folder or hub id of a PEFT LoRA
-        out: JSON lines file to write: `prompt`, or the `messages` of a chat, and `answer`
-        source: base model of the adapter, if not the one that its configuration names
-        text: general text, a .txt or .jsonl file (may be gzipped) or a hub data set; by default allenai/c4
-        prompt_format: the adapter's prompt format with a `{text}` slot, filled from the general text
-        prompts: file of unlabelled prompts of the task, instead of general text
-        chat: whether prompts are messages of a user, which each model reads in its own chat template
-        seed: of the draw and of the answers
-        tuning: how much text, and how long
-        source_bits: 4 (NF4) or 8, for a source whose layers are quantized by bitsandbytes, as one that QLoRA trained on
-
-    Returns:
-        the file
-
-    Raises:
-        UserError: bad input; nothing has been written.
-    """
-    check_seed(seed)
-    recipe = resolve_recipe("default", None, None, None, tuning or TextTuning())
-    if not recipe.write_answers:
-        raise UserError("write_answers is false, so that there is nothing to teach; leave it out.")
-    request = {
-        "adapter": adapter, "source": source, "text": text, "prompt_format": prompt_format, "prompts": prompts,
-        "chat": chat, "seed": seed, "resolved_recipe": asdict(recipe), "castlora_version": __version__,
-        "source_bits": source_bits,
-    }  # fmt: skip
-    check_output_file(out, request)
-    text_source = TextSource(text, prompt_format, prompts, chat)
-    text_source.check()
-    set_seed(seed)
-    base = source or open_adapter(adapter).base_model
-    plan = plan_transfer(adapter, base, source)
-    models = load_teacher(plan, source_bits)
-    with open_file_run(out, request) as state:
-        parts = Parts(state / "parts")
-        formats = prompt_formats(models, text_source, recipe, seed, parts)
-        passages = teach_text(models, text_source, formats, recipe, seed, parts)
-        write_taught(state / Path(out).name, passages, plan.adapter.weights_sha256)
-    logger.info("Wrote %d answered prompts to %s", len(passages), out)
-    return Path(out)
 
 
 def choose_prompts(
