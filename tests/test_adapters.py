@@ -296,7 +296,7 @@ def test_of_several_adapters_in_a_folder_one_is_to_be_named(tmp_path, copy):
     folder = copy.parent / "many"
     for name in ("first", "second"):
         shutil.copytree(copy, folder / name)
-    with pytest.raises(UserError, match="holds several adapters \\('first', 'second'\\); name the folder of one"):
+    with pytest.raises(UserError, match="holds adapters in folders \\('first', 'second'\\); name the folder of one"):
         open_adapter(str(folder))
     assert open_adapter(str(folder / "second")).config.r == 4
 

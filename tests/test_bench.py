@@ -190,6 +190,23 @@ def test_runs_of_other_length_are_not_mixed_in(spec, tmp_path):
         run_quality(spec, tmp_path, ["direct copy"], 1, steps=3, batch_size=2, passages=8, max_length=64)
 
 
+def test_runs_on_other_items_or_adapters_are_not_mixed_in(spec, tmp_path, adapter):
+    spec, out = spec.narrowed(regimes=["none"]), tmp_path / "records"
+    run_briefly(spec, out, ["direct copy"])
+    run_briefly(spec, out, ["direct copy"])
+    items = Path(spec.tasks) / "animals" / "test.jsonl"
+    as_it_was = items.read_text()
+    items.write_text(as_it_was.replace("Who?", "What?"))
+    with pytest.raises(UserError, match="animals was measured with other test items; give another folder"):
+        run_briefly(spec, out, ["LoRA-X"])
+    items.write_text(as_it_was)
+    of_target = tmp_path / "adapters" / "mistral" / "animals"
+    of_target.unlink()
+    of_target.symlink_to(adapter("mistral", r=2))
+    with pytest.raises(UserError, match="animals was measured with other target adapter weights; give another folder"):
+        run_briefly(spec, out, ["LoRA-X"])
+
+
 def test_text_is_written_once_for_all_starts_and_schedules(spec, tmp_path, monkeypatch):
     written = []
     teach = grid.teach_text

@@ -235,9 +235,9 @@ def test_both_spellings_of_an_option(settings, calls):
         ("# {text}\n#", "# {text}\n#"),
         ("null", "null"),
         (r"Question: {text}\nAnswer:", "Question: {text}\nAnswer:"),
-        ("Question: {text}", "Question: {text}"),
         ("[INST] {text} [/INST]", "[INST] {text} [/INST]"),
         ("- {text} -", "- {text} -"),
+        ("-- Q-A: {text} --", "-- Q-A: {text} --"),
     ],
 )
 def test_a_prompt_format_means_what_is_typed(settings, calls, typed, meant):

@@ -9,6 +9,7 @@ from castlora.alignment.positions import align_passages, collate
 from castlora.alignment.tokens import ByteTokenizer
 from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.config import PAPER
+from castlora.distillation import distill
 from castlora.distillation.distill import (
     HeldOut,
     Student,
@@ -165,7 +166,7 @@ def test_held_out_measures_of_different_models(base_model, student):
     assert 0 <= measured.agreement < 1
 
 
-def test_shared_mass_is_a_share(base_model):
+def test_shared_mass_is_a_share(base_model, monkeypatch):
     model, passages = tiny.load(base_model("llama")), aligned("llama", "gpt2")
     shared = vocabulary("llama", "gpt2")
     mass = shared_mass(model, passages, "source", shared.source_ids)
@@ -176,6 +177,12 @@ def test_shared_mass_is_a_share(base_model):
     ]).mean()  # fmt: skip
     assert mass == pytest.approx(float(expected), rel=1e-4)
     assert shared_mass(model, passages, "source", torch.arange(309)) == pytest.approx(1, rel=1e-4)
+    with monkeypatch.context() as small:
+        small.setattr(distill, "_HELD_OUT_BATCH", 2)
+        read = []
+        small.setattr(distill, "predict", lambda *given: read.append(len(given[1]["weights"])) or predict(*given))
+        assert shared_mass(model, passages, "source", shared.source_ids) == pytest.approx(mass, rel=1e-4)
+    assert max(read) == 2 and sum(read) == len(passages)
 
 
 def test_an_objective_that_compares_nothing_is_refused():

@@ -48,6 +48,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": GROUPED,
     "gpt_neo": {"num_layers": 3, "attention_types": [[["global", "local"], 1], [["global"], 1]]},
     "gptj": {"rotary_dim": 4},
+    "bloom": {},
+    "mpt": {"max_seq_len": 96},
 }
 NAMES = tuple(FAMILIES)
 # Each family is once a source and once a target, of another type of tokenizer.
@@ -95,7 +97,9 @@ def test_all_parts_of_every_layer_are_known(base, name):
         assert numbers == list(range(slot.d_out))
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "falcon", "falcon-grouped", "falcon-heads", "phi3", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["gpt_neox", "bloom", "mpt", "falcon", "falcon-grouped", "falcon-heads", "phi3", "gpt2"]
+)
 def test_the_rows_of_the_values_are_the_ones_that_the_model_reads_as_values(base, name):
     model = tiny.load(base(name))
     slots = linear_slots(model, load_config(str(base(name))))
@@ -152,7 +156,7 @@ def test_the_last_layer_is_solved_for_where_norm_and_head_follow_at_once(base, n
     found = find_last_layer(model, slots)
     assert (found is None) == (name in ("gemma2", "gemma3", "phi", "gptj", "mixtral"))
     if found:
-        with_layer_norm = name.startswith(("gpt", "opt", "falcon", "stablelm", "olmo", "starcoder2"))
+        with_layer_norm = name.startswith(("gpt", "opt", "falcon", "stablelm", "olmo", "starcoder2", "bloom", "mpt"))
         assert found.tail.is_centred == with_layer_norm
         assert found.tail.logits(torch.randn(2, 32)).dtype == torch.float32
         assert (slots[found.module].layer, slots[found.module].roles) == (2, ("down",))

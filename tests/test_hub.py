@@ -1,14 +1,17 @@
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
-from castlora import UserError, pipeline, push
+from castlora import UserError, pipeline, push, scoring
+from castlora.adapters import files
 from castlora.adapters.factors import LowRank, write_portable
 from castlora.cli import main
-from castlora.models.loading import load_config, skeleton
+from castlora.models.loading import load_config, load_tokenizer, skeleton
 from castlora.models.modules import linear_slots
 from castlora.publishing import hub
 
@@ -162,3 +165,41 @@ class TestTransferAndPush:
                 run(*words, target=target)
             assert stopped.value.code == 2 and run.written == []
             assert complaint in capsys.readouterr().err
+
+
+@pytest.fixture
+def on_hub(monkeypatch, tmp_path):
+    """A repository of the hub with what the folder `repository` holds."""
+
+    def download(name, revision, allow_patterns):
+        assert name == "owner/name" and revision is None
+        repository, copy = tmp_path / "repository", tmp_path / "downloaded"
+        names = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]
+        for one in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (copy / one).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / one, copy / one)
+        return str(copy)
+
+    monkeypatch.setattr(files, "snapshot_download", download)
+    (tmp_path / "repository").mkdir()
+    return tmp_path / "repository"
+
+
+def test_a_repository_with_pickled_weights_is_told_from_one_with_adapters_in_folders(on_hub, moved):
+    shutil.copy(moved / "adapter_config.json", on_hub)
+    (on_hub / "adapter_model.bin").touch()
+    with pytest.raises(UserError, match=r"if it has adapter_model\.bin, download it and make a safe copy: castlora"):
+        files.open_adapter("owner/name")
+    assert not list(on_hub.parent.glob("downloaded/*.bin"))
+    (on_hub / "adapter_config.json").rename(on_hub.parent / "adapter_config.json")
+    shutil.rmtree(on_hub.parent / "downloaded")
+    shutil.copytree(moved, on_hub / "first")
+    with pytest.raises(UserError, match=r"adapters in folders \('first'\); download it and name the folder of one"):
+        files.open_adapter("owner/name")
+
+
+def test_the_chat_template_of_an_adapter_on_the_hub_is_read(on_hub, moved, base_model):
+    shutil.copytree(moved, on_hub, dirs_exist_ok=True)
+    (on_hub / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    tokenizer = load_tokenizer(str(base_model("llama")))
+    assert scoring._template(tokenizer, "owner/name") == "{{ messages[0].content }}"

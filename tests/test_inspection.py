@@ -48,10 +48,11 @@ def test_a_transfer_is_described_without_any_weights(adapter, weightless):
     assert f"{count} tokens are spelled alike, {count / 300:.0%} of the source's and {count / 309:.0%}" in text
 
 
-def test_an_adapter_whose_folded_rank_no_engine_takes_needs_a_fresh_start(base_model, tmp_path):
+def test_a_start_whose_folded_rank_no_engine_takes_is_cut(base_model, tmp_path):
     tiny.save_adapter(tmp_path / "wide", base_model("llama"), tiny.LINEAR_MODULES["llama"], r=64)
     text = text_of(str(tmp_path / "wide"), str(base_model("phi3")), source=str(base_model("llama")))
-    assert text.startswith("It can be moved with --start fresh: ") and "would need rank 192" in text
+    assert text.startswith("It can be moved: ")
+    assert "The folded maps need rank 192" in text and "A start that needs more is cut to rank 128." in text
 
 
 def test_the_command_that_moves_the_adapter_is_given(adapter, base_model, tmp_path):
@@ -153,6 +154,8 @@ def test_what_each_process_holds_of_the_models_is_forecast(adapter, base_model):
     refused = {
         "--sharded takes weights in full precision": {"processes": 2, "source_bits": 4},
         "processes is 0; give": {"processes": 0},
+        "batch_size is 0; give a number above 0": {"batch_size": 0},
+        "steps is -5; give 0 or more": {"steps": -5},
         "each process rehearses in every step, so give a multiple of 12": {"processes": 3},
     }
     for complaint, options in refused.items():

@@ -1,6 +1,7 @@
 """Runs that are interrupted go on to the same bytes; the commands of `benchmarks.faults` disturb many more."""
 
 import json
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -33,6 +34,29 @@ def test_a_run_with_other_settings_does_not_touch_an_interrupted_one(quick_trans
         quick_transfer("llama", "gpt2", seed=1)
     assert kept == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     quick_transfer("llama", "gpt2")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+
+
+@pytest.mark.parametrize("option", ["adapter", "prompts"])
+def test_a_run_goes_on_with_the_adapter_and_the_prompts_that_it_began_with(
+    quick_transfer, adapter, prompts_file, tmp_path, monkeypatch, option
+):
+    shutil.copytree(adapter("llama"), tmp_path / "adapter")
+    shutil.copy(prompts_file, tmp_path / "prompts.txt")
+    files = {"adapter": tmp_path / "adapter", "prompts": tmp_path / "prompts.txt"}
+    given = {"text": None, **{name: str(path) for name, path in files.items()}}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(
+            pipeline, "train_student", lambda *_arguments, **_options: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        quick_transfer("llama", "gpt2", **given)
+    changed = files[option] / "adapter_config.json" if option == "adapter" else files[option]
+    as_it_was = changed.read_text()
+    changed.write_text(as_it_was + "\n")
+    with pytest.raises(UserError, match=f"--{option} is not what it was when the run that this would continue began"):
+        quick_transfer("llama", "gpt2", **given)
+    changed.write_text(as_it_was)
+    quick_transfer("llama", "gpt2", **given)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
 
 

@@ -113,13 +113,17 @@ def test_the_model_in_use_is_moved_and_the_other_leaves_first(base_model, adapte
     ]  # fmt: skip
 
 
-def test_models_that_do_not_low_memory_stay(base_model, adapter, monkeypatch):
+@pytest.mark.parametrize(("loading", "leave"), [({}, 2), ({"source_bits": 4}, 2), ({"target_bits": 8}, 0)])
+def test_models_that_do_not_take_turns_stay_until_they_are_put_away(base_model, adapter, monkeypatch, loading, leave):
     plan = plan_transfer(str(adapter("llama")), str(base_model("gpt2")), str(base_model("llama")))
-    models = load_models(plan)
-    monkeypatch.setattr(Offloading, "move", lambda *_: pytest.fail("moved"))
+    models = replace(load_models(plan), can_move=Loading(**loading).can_move)
+    left = []
+    monkeypatch.setattr(Offloading, "move", lambda _self, model, device: left.append((model, device)))
     models.use("source")
     models.use("target")
+    assert left == []
     models.put_away()
+    assert left == [(models.source, torch.device("cpu")), (models.target, torch.device("cpu"))][:leave]
 
 
 def test_a_record_that_takes_too_much_memory_is_refused(quick_transfer, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from preloaded import Started, run_castlora
 from castlora import UserError, teach, transfer
 from castlora.cli import main
 from castlora.config import Tuning
+from castlora.errors import ResumableError
 from castlora.execution.parts import Parts
 from castlora.execution.run_directory import STATE_FOLDER
 from castlora.teaching import answers, curriculum, format_search, selection
@@ -214,18 +215,34 @@ def test_killed_between_its_result_and_the_end_it_only_tidies_up(interrupted, tm
     assert not (tmp_path / f"{STATE_FOLDER}-out.jsonl").exists()
 
 
-def test_changed_prompts_are_answered_anew(interrupted, prompts_file, tmp_path):
-    """The answers that were kept belong to the prompts that were read then."""
-    changed = tmp_path / "prompts.txt"
-    changed.write_text(prompts_file.read_text())
-    renamed = {**interrupted, "prompts": str(changed), "out": str(tmp_path / "renamed.jsonl")}
+@pytest.mark.parametrize("option", ["prompts", "adapter"])
+def test_teaching_goes_on_with_what_it_began_with_alone(places, prompts_file, tmp_path, option):
+    """What was kept belongs to the prompts and to the adapter that were read then."""
+    shutil.copytree(places["adapter"], tmp_path / "adapter")
+    settings = {**places, "adapter": str(tmp_path / "adapter"), "prompts": str(tmp_path / "prompts.txt")}
+    del settings["text"]
+    (tmp_path / "prompts.txt").write_text(prompts_file.read_text())
+    given = {**settings, "out": str(tmp_path / "out.jsonl")}
     with pytest.MonkeyPatch.context() as stopping, pytest.raises(Kill):
         stopping.setattr(teaching, "write_taught", lambda *_arguments: (_ for _ in ()).throw(Kill))
-        teach(**renamed)
-    changed.write_text(prompts_file.read_text().replace("Who?", "What?"))
-    kept = teach(**renamed).read_bytes()
-    assert kept == teach(**{**renamed, "out": str(tmp_path / "anew.jsonl")}).read_bytes()
-    assert b"Who?" not in kept
+        teach(**given)
+    changed = tmp_path / "prompts.txt" if option == "prompts" else tmp_path / "adapter" / "adapter_model.safetensors"
+    as_it_was = changed.read_bytes()
+    changed.write_bytes(as_it_was[:-1] + bytes([as_it_was[-1] ^ 1]))
+    with pytest.raises(UserError, match=f"--{option} is not what it was when the run that this would continue began"):
+        teach(**given)
+    changed.write_bytes(as_it_was)
+    assert teach(**given).read_bytes() == teach(**{**settings, "out": str(tmp_path / "anew.jsonl")}).read_bytes()
+
+
+def test_a_hub_that_fails_meanwhile_takes_nothing_back(places, prompts_file, tmp_path, monkeypatch):
+    settings = {**places, "prompts": str(prompts_file), "out": str(tmp_path / "out.jsonl")}
+    del settings["text"]
+    with monkeypatch.context() as failing, pytest.raises(ResumableError):
+        failing.setattr(teaching, "write_taught", lambda *_arguments: (_ for _ in ()).throw(ResumableError("down.")))
+        teach(**settings)
+    monkeypatch.setattr(answers, "_sample_answers", lambda *_arguments: pytest.fail("answered again"))
+    assert teach(**settings).is_file()
 
 
 def test_teaching_that_bad_input_ends_leaves_nothing(places, tmp_path):

@@ -10,8 +10,17 @@ from safetensors import SafetensorError
 
 from castlora.adapters.files import find_adapter
 from castlora.adapters.portable import check_portable
-from castlora.errors import UserError
-from castlora.execution.run_directory import STATE_FOLDER, check_finished, check_output, open_run, seal, write_whole
+from castlora.errors import ResumableError, UserError
+from castlora.execution.run_directory import (
+    STATE_FOLDER,
+    check_finished,
+    check_output,
+    hold_to_inputs,
+    open_file_run,
+    open_run,
+    seal,
+    write_whole,
+)
 from castlora.publishing.runs import read_run
 
 REQUEST = {"adapter": "a", "seed": 0}
@@ -215,6 +224,36 @@ def test_a_run_killed_while_it_is_tidied_up_still_says_which_one_it_was(run, mon
     assert check_output(str(run.out), REQUEST) is True
     run.publish()
     assert [path.name for path in run.out.iterdir()] == ["adapter_config.json"]
+
+
+def test_folders_that_a_killed_run_had_published_are_replaced(tmp_path):
+    out = str(tmp_path / "out")
+    for content in ("half", "whole"):
+        with open_run(out, REQUEST, 0) as run:
+            (run.finished / "model").mkdir(parents=True)
+            (run.finished / "model" / "config.json").write_text(content)
+            if content == "half":
+                (run.finished / "model").replace(run.out / "model")
+            else:
+                run.publish()
+    assert (run.out / "model" / "config.json").read_text() == "whole"
+    assert [path.name for path in run.out.iterdir()] == ["model"]
+
+
+def test_a_run_goes_on_with_what_it_read_alone(tmp_path):
+    hold_to_inputs(tmp_path, {"--prompts": "one", "--adapter": "two"})
+    hold_to_inputs(tmp_path, {"--prompts": "one", "--adapter": "two"})
+    with pytest.raises(ResumableError, match="--adapter is not what it was when the run that this would continue beg"):
+        hold_to_inputs(tmp_path, {"--prompts": "one", "--adapter": "three"})
+
+
+def test_what_may_pass_leaves_the_state_of_a_file_and_bad_input_does_not(tmp_path):
+    out = tmp_path / "out.jsonl"
+    for error, is_kept in ((ResumableError, True), (UserError, False)):
+        with pytest.raises(error), open_file_run(str(out), REQUEST) as state:
+            (state / "part").touch()
+            raise error("it has ended.")
+        assert (state / "part").exists() == is_kept
 
 
 def test_a_file_is_written_in_full_or_not_at_all(tmp_path):

@@ -3,6 +3,7 @@
 import inspect
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -180,7 +181,7 @@ def test_a_text_that_has_changed_since_a_sketch_was_interrupted_is_refused(sketc
         with pytest.raises(KeyboardInterrupt):
             sketched("llama", "stopped", text=str(text))
     text.write_bytes(as_it_was[len(as_it_was) // 2 :])
-    with pytest.raises(UserError, match=r"--text is not what it was when the interrupted run in .*stopped' began"):
+    with pytest.raises(UserError, match="--text is not what it was when the run that this would continue began"):
         sketched("llama", "stopped", text=str(text))
     text.write_bytes(as_it_was)
     sketched("llama", "stopped", text=str(text))
@@ -202,6 +203,12 @@ def test_an_interrupted_join_goes_on_with_the_sites_that_it_lacks(sketched, tmp_
     with pytest.raises(KeyboardInterrupt):
         join(*places, str(tmp_path / "joined"))
     del solved[1:]
+    of_model = Path(places[0]) / "sketch.json"
+    as_it_was = of_model.read_text()
+    of_model.write_text(as_it_was + " ")
+    with pytest.raises(UserError, match="--source is not what it was when the run that this would continue began"):
+        join(*places, str(tmp_path / "joined"))
+    of_model.write_text(as_it_was)
     monkeypatch.setattr(
         results, "solve_and_write", lambda path, *given: solved.append(path.name) or solve(path, *given)
     )

@@ -115,7 +115,10 @@ def test_steer_reports_and_writes_what_it_measured(base_model, adapter, text_fil
     assert record[STEERED]["r_squared"] > record[CONTROL]["r_squared"]
     table = capsys.readouterr().out
     assert "permuted pairs" in table and f"{record[STEERED]['score']:.3f}" in table
-    main([*command, "--json", "true"])
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "steer.json' exists; give a new file, nothing is ever overwritten." in capsys.readouterr().err
+    main([*command[:-1], str(tmp_path / "again.json"), "--json", "true"])
     assert json.loads(capsys.readouterr().out) == record
 
 

@@ -22,6 +22,7 @@ INTERRUPTED = 130
 _REPEATED = {"transfer": "--target", "translate": "--adapter"}
 """The option of a command that can be given several times."""
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
+_OPTION = re.compile(r"--[A-Za-z][\w.-]*\+?")
 _SHARED = ("transfer", "fit", "sketch")
 """Commands that several processes can run together, however these hold the models."""
 _WITHOUT_OPTION: dict[str, dict[str, Any]] = {
@@ -202,9 +203,9 @@ def _be_silent() -> None:
 
 def _underscored(word: str) -> str:
     """`--prompt-format` as the Python name `--prompt_format`; values stay as they are."""
-    if not word.startswith("--"):
-        return word
     option, equals, value = word.partition("=")
+    if not _OPTION.fullmatch(option):
+        return word
     return "--" + option[2:].replace("-", "_") + equals + value
 
 

@@ -16,6 +16,10 @@ class UserError(ValueError):
         super().__init__("\n".join(map(_printable, message.split("\n"))))
 
 
+class ResumableError(UserError):
+    """What ends a run for now, such as a network that is down: all that was computed stays, for the same command."""
+
+
 def _printable(text: str) -> str:
     """A terminal obeys or cannot encode what is not printable."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

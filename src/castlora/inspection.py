@@ -13,7 +13,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 from castlora.adapters.factors import PORTABLE_RANKS
 from castlora.alignment.tokens import ByteTokenizer
 from castlora.alignment.vocabulary import SharedVocabulary
-from castlora.config import DEFAULT, Bits, check_above_zero
+from castlora.config import DEFAULT, Bits, check_above_zero, check_zero_or_more
 from castlora.distillation.rehearsal import PASSAGES_PER_REHEARSED
 from castlora.distillation.training import check_rehearsal
 from castlora.maps.copied_start import has_shapes_of_source
@@ -91,7 +91,8 @@ def inspect(
         (4, 5, [])
     """
     plan = plan_transfer(adapter, target, source)
-    check_above_zero(processes=processes)
+    check_above_zero(processes=processes, batch_size=batch_size)
+    check_zero_or_more(steps=steps)
     loading = Loading(source_bits=source_bits, target_bits=target_bits, sharded=processes > 1)
     loading.check(plan.adapter.is_plain, processes)
     if loading.sharded:
@@ -298,11 +299,6 @@ def _forecast_memory(plan: Plan, batch_size: int, loading: Loading, processes: i
 def _say_verdict(plan: Plan) -> str:
     with_partner, modules = len(plan.pairing.mapped), len(plan.pairing.pairs)
     partners = f"{with_partner} of {modules} modules of the target have a partner in the adapter"
-    if plan.exact_rank > PORTABLE_RANKS[-1]:
-        return (
-            f"It can be moved with --start fresh: {partners}, but the folded maps would need rank {plan.exact_rank}, "
-            f"and serving engines accept {PORTABLE_RANKS[-1]}."
-        )
     alike = (
         " All shapes are the source's: if the target was trained on from the source, try the adapter as it is first. "
         "With general text castlora starts from it where that is nearer to source + LoRA than the maps."

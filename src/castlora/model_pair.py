@@ -37,6 +37,11 @@ class Loading:
     """Whether each process keeps a part of both models' layers."""
 
     @property
+    def can_move(self) -> bool:
+        """Whether the models can leave an accelerator."""
+        return not self.sharded and 8 not in (self.source_bits, self.target_bits)
+
+    @property
     def takes_turns(self) -> bool:
         """Whether the accelerator holds one model at a time; parts of both leave no need for that."""
         return self.low_memory and not self.sharded
@@ -91,6 +96,8 @@ class BaseModels:
     target_bytes: ByteTokenizer
     takes_turns: bool = False
     """Whether the accelerator holds only the model in use."""
+    can_move: bool = True
+    """Whether the models can leave the accelerator."""
     offloading: Offloading = field(default_factory=Offloading)
 
     def use(self, side: Side) -> None:
@@ -102,11 +109,11 @@ class BaseModels:
             self.offloading.move(used, best_device())
 
     def put_away(self) -> None:
-        """Where models take turns, leaves the accelerator to others."""
-        if self.takes_turns:
+        """Leaves the accelerator to others, as far as the models can."""
+        if self.can_move:
             for model in (self.source, self.target):
                 self.offloading.move(model, torch.device("cpu"))
-            clear_device_cache()
+        clear_device_cache()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +181,7 @@ def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
         target_bytes=target_bytes,
         shared=shared,
         recomputes=loading.low_memory,
+        can_move=loading.can_move,
         takes_turns=loading.takes_turns,
         offloading=offloading,
     )

@@ -176,7 +176,8 @@ def transfer(
     with ExitStack() as held:
         # The main process holds the folder, until all are done.
         run = from_main(lambda: held.enter_context(open_run(out, settings, plan.state_bytes(resolved))))
-        reading, training, held_out = from_main(partial(read_aligned, run, models, text_source, scored, resolved, seed))
+        read = partial(read_aligned, run, models, plan.adapter, text_source, scored, resolved, seed)
+        reading, training, held_out = from_main(read)
         masses = from_main(partial(_report_shared_mass, models, held_out))
         student, start_loss = start_student(models, plan, resolved, training, output_rank, seed, last_layer)
         passages = training, held_out, reading.rehearsed

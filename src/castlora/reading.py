@@ -6,12 +6,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from castlora.adapters.files import AdapterFiles
 from castlora.alignment.positions import AlignedPassage
 from castlora.config import Recipe
-from castlora.errors import UserError
+from castlora.errors import ResumableError, UserError
 from castlora.evaluation.scored_task import ScoredTask
 from castlora.execution.parts import Parts
-from castlora.execution.run_directory import RunDirectory, is_sealed, seal, write_whole
+from castlora.execution.run_directory import RunDirectory, hold_to_inputs, is_sealed, seal, write_whole
 from castlora.model_pair import Models, align_text
 from castlora.report import Score
 from castlora.stages import check_memory_for_record, write_rehearsed
@@ -52,7 +53,13 @@ class Reading:
 
 
 def read_aligned(
-    run: RunDirectory, models: Models, text: TextSource, task: ScoredTask | None, recipe: Recipe, seed: int
+    run: RunDirectory,
+    models: Models,
+    adapter: AdapterFiles,
+    text: TextSource,
+    task: ScoredTask | None,
+    recipe: Recipe,
+    seed: int,
 ) -> tuple[Reading, list[AlignedPassage], list[AlignedPassage]]:
     """What is read, and its passages for training and held out; where it comes to nothing, the run leaves nothing.
 
@@ -60,10 +67,14 @@ def read_aligned(
         UserError: the text or the task cannot be used.
     """
     try:
+        of_task = {"--task": task.sha256} if task else {}
+        hold_to_inputs(run.state, {"--adapter": adapter.fingerprint(), **text.fingerprints(), **of_task})
         reading = _read(run, models, text, task, recipe, seed)
         training, held_out = align_text(models, reading.passages, recipe)
         check_memory_for_record(models, [*training, *held_out], recipe)
         return reading, training, held_out
+    except ResumableError:
+        raise
     except UserError:
         run.discard()
         raise

@@ -15,6 +15,7 @@ from castlora.errors import UserError
 from castlora.evaluation.accuracy import Evaluation, evaluate_model, scoring_versions
 from castlora.evaluation.measured_tasks import describe_task, skill_of
 from castlora.evaluation.tasks import load_task
+from castlora.execution.run_directory import check_absent, write_new_file
 from castlora.lift import COUNTABLE_GAIN
 from castlora.models.completions import CausalLM
 from castlora.models.loading import best_device, load_model, public_name
@@ -61,6 +62,8 @@ def evaluate(
     Raises:
         UserError: the task file is malformed, an adapter does not fit the model, or nothing can be recorded.
     """
+    if out is not None:
+        check_absent(out)
     items = load_task(task)
     _check_compared(model, adapter, retrained, record, bits)
     loaded, tokenizer = load_model(model, revision, best_device(), bits)
@@ -100,8 +103,7 @@ def evaluate(
     if out is not None:
         rows = zip(found.scores.tolist(), found.nlls.tolist(), found.predictions, strict=True)
         per_item = [{"score": score, "nll": nll, "prediction": prediction} for score, nll, prediction in rows]
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps({**result, "items": per_item}, indent=1) + "\n", encoding="utf-8")
+        write_new_file(out, json.dumps({**result, "items": per_item}, indent=1) + "\n")
     return result
 
 
@@ -135,7 +137,8 @@ def _check_compared(model: str, adapter: str | None, retrained: str | None, reco
 
 
 def _template(tokenizer: PreTrainedTokenizerFast, adapter: str | None) -> str:
-    beside = Path(adapter or "") / TEMPLATE_FILE
-    if tokenizer.chat_template is None and adapter is not None and beside.is_file():
-        return beside.read_text(encoding="utf-8")
+    if tokenizer.chat_template is None and adapter is not None:
+        beside = find_adapter(adapter) / TEMPLATE_FILE
+        if beside.is_file():
+            return beside.read_text(encoding="utf-8")
     return chat_template(tokenizer)

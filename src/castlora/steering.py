@@ -24,6 +24,7 @@ from castlora.distillation.objective import chunk_log_probabilities
 from castlora.errors import UserError
 from castlora.evaluation.accuracy import Evaluation, judge_choices
 from castlora.evaluation.tasks import TaskItem, load_task
+from castlora.execution.run_directory import check_absent, write_new_file
 from castlora.maps.solvers import ridge_map
 from castlora.maps.statistics import Moments
 from castlora.model_pair import Models, align_text, load_models
@@ -140,6 +141,8 @@ def steer(
     if not 0 <= strength <= 1:
         raise UserError(f"--strength is {strength}; give a number from 0 to 1.")
     check_seed(seed)
+    if out is not None:
+        check_absent(out)
     items = load_task(task)
     if items[0].choices is None:
         raise UserError(f"{task}: steering is measured on choices, and the items have none; give items with 'choices'.")
@@ -172,8 +175,7 @@ def steer(
         "versions": versions(),
     }
     if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_new_file(out, json.dumps(record, indent=1) + "\n")
     return record
 
 

@@ -14,13 +14,16 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
 from castlora.adapters.unpickling import PICKLED_FILE
 from castlora.errors import UserError, first_line
-from castlora.execution.run_directory import check_finished
+from castlora.execution.run_directory import check_finished, fingerprint
 from castlora.models.loading import LIBRARY_ERRORS
+from castlora.text.chat import TEMPLATE_FILE
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 TRANSLATION_FILE = "translation.json"
 """What was done to an adapter that went over a bridge."""
+_READ_FILES = [CONFIG_FILE, WEIGHTS_FILE, TRANSLATION_FILE, TEMPLATE_FILE, f"*/{CONFIG_FILE}"]
+"""Of a repository on the hub; configurations in folders tell that it holds adapters there."""
 _CARRIED_FIELDS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "init_lora_weights",
@@ -70,6 +73,10 @@ class AdapterFiles:
         with (self.folder / WEIGHTS_FILE).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def fingerprint(self) -> str:
+        """Tells whether another adapter has come to lie in its folder."""
+        return fingerprint(self.folder / CONFIG_FILE) + self.weights_sha256
+
     @property
     def base_model(self) -> str:
         """The base model that the adapter names in its configuration; may be empty."""
@@ -88,7 +95,8 @@ def find_adapter(name_or_path: str, revision: str | None = None) -> Path:
         inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
         if inside:
             names = ", ".join(map(repr, inside[:8]))
-            raise UserError(f"{name_or_path!r} holds several adapters ({names}); name the folder of one of them.")
+            where = "name" if Path(name_or_path).is_dir() else "download it and name"
+            raise UserError(f"{name_or_path!r} holds adapters in folders ({names}); {where} the folder of one of them.")
         raise UserError(f"Adapter {name_or_path!r} has no {CONFIG_FILE}; give the folder that PEFT saved.")
     if is_mlx_adapter(folder):
         raise UserError(
@@ -100,6 +108,12 @@ def find_adapter(name_or_path: str, revision: str | None = None) -> Path:
             raise UserError(
                 f"Adapter {name_or_path!r} has only a pickled {PICKLED_FILE}; make a safe copy of it first: castlora "
                 "convert --adapter FOLDER --to safetensors --out NEW."
+            )
+        if not Path(name_or_path).is_dir():
+            # Pickled weights are not even downloaded.
+            raise UserError(
+                f"Adapter {name_or_path!r} has no {WEIGHTS_FILE}; if it has {PICKLED_FILE}, download it and make a "
+                "safe copy: castlora convert --adapter FOLDER --to safetensors --out NEW."
             )
         raise UserError(f"Adapter {name_or_path!r} has no {WEIGHTS_FILE}; give the folder that PEFT saved.")
     return folder
@@ -135,11 +149,7 @@ def _adapter_folder(name_or_path: str, revision: str | None) -> Path:
     if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise UserError(f"Adapter {name_or_path!r} is not a folder; give the folder that PEFT saved, or a hub id.")
     try:
-        return Path(
-            snapshot_download(
-                name_or_path, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, TRANSLATION_FILE]
-            )
-        )
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=_READ_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"Adapter {name_or_path!r} is neither a folder here nor reachable on the hub.") from error
 

@@ -21,7 +21,7 @@ from castlora.errors import UserError
 from castlora.execution.run_directory import write_whole
 from castlora.models.loading import best_device, load_model
 
-SETTINGS_FILE = "settings.json"
+SETTINGS_FILE, REFERENCES_FILE = "settings.json", "references.json"
 
 
 def run_quality(
@@ -62,12 +62,14 @@ def run_quality(
     # A number out of range is refused before the folder is bound to it.
     resolve_recipe("default", None, steps, batch_size, Tuning(passages=passages, max_length=max_length))
     settings = Settings(spec, steps, batch_size, passages, max_length, running_length)
+    for pair, skill in product(spec.pairs, spec.skills):
+        _hold_to_references(spec, pair, skill, Cell(pair, skill, "none", 0).folder(out) / REFERENCES_FILE)
     _keep_settings(settings, out)
     for pair, skill in product(spec.pairs, spec.skills):
         folder = Cell(pair, skill, "none", 0).folder(out)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "references.lock"):
-            write_missing(folder / "references.json", partial(reference_scores, spec, pair, skill))
+            write_missing(folder / REFERENCES_FILE, partial(reference_scores, spec, pair, skill))
     planned = plan_runs(spec, methods or possible_methods(spec), seeds)
     missing = sum(
         not record_path(out, cell, method).exists() for cell, of_cell in planned.items() for method in of_cell
@@ -103,7 +105,17 @@ def reference_scores(spec: BenchmarkSpec, pair: str, skill: str) -> dict[str, An
         model, tokenizer = load_model(spec.base(base), device=best_device())
         scored = load_adapter(model, adapter, base) if adapter else model
         references[name] = score(spec, scored, tokenizer, skill)
-    return {"pair": pair, "skill": skill, "references": references}
+    inputs = spec.fingerprints(pair, skill)
+    return {"pair": pair, "skill": skill, "references": references, "inputs": inputs}
+
+
+def _hold_to_references(spec: BenchmarkSpec, pair: str, skill: str, path: Path) -> None:
+    """Compares with what a pair and a skill of a folder were measured with, so that no later run mixes others in."""
+    inputs = spec.fingerprints(pair, skill)
+    measured = json.loads(path.read_text(encoding="utf-8")).get("inputs", inputs) if path.exists() else inputs
+    for what in sorted(inputs.keys() | measured.keys()):
+        if inputs.get(what) != measured.get(what):
+            raise UserError(f"{path.parent} was measured with other {what}; give another folder.")
 
 
 def hold_to_settings(settings: Settings, out: Path) -> None:

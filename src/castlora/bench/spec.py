@@ -7,11 +7,13 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from castlora.adapters.files import WEIGHTS_FILE
 from castlora.bench.harness import check_task
 from castlora.config import REGIMES, Regime
 from castlora.demonstration.bundle import demo_adapters_path, demo_models_path, demo_skill, demo_tasks_path
 from castlora.errors import UserError
 from castlora.evaluation.tasks import TaskItem, load_task
+from castlora.execution.run_directory import fingerprint
 from castlora.teaching.curriculum import TextSource
 from castlora.text.passages import cut_passages, read_documents
 
@@ -65,6 +67,17 @@ class BenchmarkSpec:
     def adapter(self, model: str, skill: str) -> str:
         """Folder or hub id of the adapter that was trained for a skill on a model."""
         return self.models[model].adapters.replace(SKILL_SLOT, skill)
+
+    def fingerprints(self, pair: str, skill: str) -> dict[str, str]:
+        """Of what the scores of a pair and a skill depend on, by what it is: digests of files, and names of hub ids."""
+        models = dict(zip(("source", "target"), pair.split(":"), strict=True))
+        named = {f"{role} model": self.base(model) for role, model in models.items()}
+        named |= {f"{role} adapter weights": self.adapter(model, skill) for role, model in models.items()}
+        files = {what: Path(name) / WEIGHTS_FILE for what, name in named.items() if what.endswith("weights")}
+        if skill not in self.lm_eval:
+            files["test items"] = self._file(skill, "test.jsonl")
+        on_hub = {what: name for what, name in named.items() if not Path(name).exists()}
+        return {**on_hub, **{what: fingerprint(path) for what, path in files.items() if path.is_file()}}
 
     def test_items(self, skill: str) -> list[TaskItem]:
         """Held-out items of a skill."""

@@ -19,7 +19,7 @@ from castlora.config import Tuning, check_above_zero, check_seed, resolve_recipe
 from castlora.errors import UserError
 from castlora.execution.launcher import process_count
 from castlora.execution.processes import from_main, this_process
-from castlora.execution.run_directory import RunDirectory, check_output, open_run
+from castlora.execution.run_directory import RunDirectory, check_output, fingerprint, hold_to_inputs, open_run
 from castlora.maps.fitting import (
     STATISTICS_BATCH,
     InputSite,
@@ -123,7 +123,7 @@ def fit(
         # The main process holds the folder, until all are done.
         needed = plan.statistics_bytes if share else plan.maps_bytes
         run = from_main(lambda: held.enter_context(open_run(out, request, needed)))
-        from_main(partial(run.hold_to_text, passages_sha256(drawn)))
+        from_main(partial(hold_to_inputs, run.state, {"--text": passages_sha256(drawn)}))
         keep = save_site if share else partial(solve_and_write, ridge=ridge)
         _read_and_keep(run, models, plan, training, held_out, keep)
         positions = sum(weight > 0 for passage in training for weight in passage.weights)
@@ -159,7 +159,14 @@ def merge_statistics(shards: Sequence[str], out: str) -> Path:
         shapes = site_shapes(pairs, plan.source_widths)
         return added_site([folder / site_file(site) for folder in folders], shapes)
 
-    return write_bridge(out, description, plan, description, added)
+    of_first = site_file(next(iter(plan.sites)))
+    inputs = {
+        f"shard {number}": "".join(
+            fingerprint(path) for path in (folder / STATISTICS_FILE, folder / of_first) if path.is_file()
+        )
+        for number, folder in enumerate(folders, 1)
+    }
+    return write_bridge(out, description, plan, description, inputs, added)
 
 
 def _read_and_keep(

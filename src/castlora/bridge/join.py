@@ -81,7 +81,8 @@ def join(source: str, target: str, out: str, ridge: float = 0.1) -> Path:
         "seed": of_source.description["seed"], "shard": None,
         "positions": int((~is_held_out).sum()), "castlora_version": __version__,
     }  # fmt: skip
-    return write_bridge(out, request, plan, described, partial(_statistics, sketches, plan, shared))
+    inputs = {"--source": of_source.fingerprint(), "--target": of_target.fingerprint()}
+    return write_bridge(out, request, plan, described, inputs, partial(_statistics, sketches, plan, shared))
 
 
 def _common_roles(of_source: list[Role] | None, of_target: list[Role] | None) -> list[Role] | None:

@@ -18,7 +18,7 @@ from castlora.bridge.files import (
 )
 from castlora.bridge.maps_file import write_maps
 from castlora.errors import UserError
-from castlora.execution.run_directory import RunDirectory, open_run
+from castlora.execution.run_directory import RunDirectory, hold_to_inputs, open_run
 from castlora.maps.fitting import InputSite
 from castlora.maps.shared_maps import solve_maps
 from castlora.maps.statistics import Moments
@@ -40,6 +40,7 @@ def write_bridge(
     request: dict[str, Any],
     plan: BridgePlan,
     description: dict[str, Any],
+    inputs: Mapping[str, str],
     statistics: Callable[[InputSite, Sequence[ModulePair]], SiteStatistics],
 ) -> Path:
     """Solves the maps of all sites and writes the bridge; no model is run.
@@ -51,12 +52,14 @@ def write_bridge(
         request: settings by which an interrupted run is known
         plan: what the maps are between
         description: what was done
+        inputs: digests of what is read, by the option that names it
         statistics: site and the modules that read there → what its maps are solved from
 
     Raises:
         UserError: the folder cannot be used, or `statistics` raises it; no bridge has been written then.
     """
     with open_run(out, request, plan.maps_bytes) as run:
+        hold_to_inputs(run.state, inputs)
         run.parts.mkdir(exist_ok=True)
         try:
             for site, pairs in tqdm(plan.sites.items(), desc="maps", unit="site"):

@@ -34,7 +34,7 @@ from castlora.config import check_above_zero, check_seed
 from castlora.errors import UserError
 from castlora.execution.launcher import process_count
 from castlora.execution.processes import from_main, this_process, wait_for_all
-from castlora.execution.run_directory import RunDirectory, check_output, open_run, write_whole
+from castlora.execution.run_directory import RunDirectory, check_output, hold_to_inputs, open_run, write_whole
 from castlora.maps.fitting import STATISTICS_BATCH, activations_of
 from castlora.model_pair import Loading
 from castlora.models.loading import context_length
@@ -110,7 +110,7 @@ def sketch(
         # The main process holds the folder, until all are done.
         run = from_main(lambda: held.enter_context(open_run(out, request, plan.bytes_per_place * places)))
         digest = passages_sha256(drawn)
-        from_main(partial(run.hold_to_text, digest))
+        from_main(partial(hold_to_inputs, run.state, {"--text": digest}))
         run.parts.mkdir(exist_ok=True)
 
         def keep(number: int) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from castlora.bridge.files import Fields, adaptable_modules, check_roles, read_fields
 from castlora.errors import UserError, first_line
-from castlora.execution.run_directory import write_whole
+from castlora.execution.run_directory import fingerprint, write_whole
 from castlora.finite import is_finite
 from castlora.maps.fitting import INPUT_OF_ROLE
 from castlora.models.capture import Activations
@@ -129,6 +129,11 @@ class Sketch:
         if not 0 < description["parts"] <= _MOST_PARTS:
             raise UserError(f"{SKETCH_FILE} of {folder!r} has {description['parts']} parts; {_SKETCH_WANTED}.")
         return cls(Path(folder), description, plan_sketch(str(Path(folder) / MODEL_FOLDER), description["roles"]))
+
+    def fingerprint(self) -> str:
+        """Tells whether another sketch has come to lie in its folder."""
+        of_layer = self.folder / part_name(0) / _site_file(*next(iter(self.plan.sites)))
+        return "".join(fingerprint(path) for path in (self.folder / SKETCH_FILE, of_layer) if path.is_file())
 
     def places(self, part: int) -> Tensor:
         """Number of the passage, and bytes of it that have been read, of each place of a part, shape (places, 2).

@@ -8,7 +8,7 @@ from peft import PeftModel, PeftModelForCausalLM
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from castlora.alignment.positions import AlignedPassage, Batch, Side, batches, collate, counted_places
+from castlora.alignment.positions import AlignedPassage, Batch, Side, batches, counted_places
 from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.config import Recipe
 from castlora.distillation.objective import (
@@ -210,9 +210,11 @@ def shared_mass(
 ) -> float:
     """Mean probability that a model gives to the shared tokens at the aligned positions."""
     device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in collate(examples).items()}
-    probabilities = predict(model, batch, side).aligned(batch["weights"] > 0).softmax(-1)
-    return float(probabilities[:, shared_ids.to(device)].sum(-1).mean())
+    masses = [
+        predict(model, batch, side).aligned(batch["weights"] > 0).softmax(-1)[:, shared_ids.to(device)].sum(-1)
+        for batch in batches(examples, _HELD_OUT_BATCH, device)
+    ]
+    return float(torch.cat(masses).mean())
 
 
 def _divergence(teacher_logits: Tensor, student_logits: Tensor, shared: SharedVocabulary, temperature: float) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from castlora.errors import UserError
+from castlora.errors import ResumableError, UserError
 
 STATE_FOLDER = ".castlora"
 _REQUEST_FILE = "request.json"
 _SEAL_FILE = "sealed.json"
 _LOCK_FILE = "lock"
-_TEXT_FILE = "text.sha256"
+_INPUTS_FILE = "inputs.json"
+_FINGERPRINT_BYTES = 64 << 20
 _LAST_FILE = "adapter_config.json"
 _LAST_FILES = (_LAST_FILE, "bridge.json", "statistics.json", "sketch.json")
 """Without it nothing takes a folder for what it is to be."""
@@ -68,24 +69,6 @@ class RunDirectory:
         newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
         return str(newest) if newest else None
 
-    def hold_to_text(self, sha256: str) -> None:
-        """Notes what text the run reads; one that goes on must read the same, for what it has kept is of that.
-
-        Args:
-            sha256: digest of the text
-
-        Raises:
-            UserError: it is another.
-        """
-        noted = self.state / _TEXT_FILE
-        if not noted.exists():
-            write_whole(noted, sha256)
-        elif noted.read_text(encoding="utf-8") != sha256:
-            raise UserError(
-                f"--text is not what it was when the interrupted run in {str(self.out)!r} began; give it as it was, or "
-                "another folder."
-            )
-
     def drop_what_is_not_whole(self) -> None:
         """Removes what an interrupted run was still writing, and what has been damaged since; it is made again."""
         kept = [self.reading, *self.checkpoints.glob("*")]
@@ -101,12 +84,43 @@ class RunDirectory:
     def publish(self) -> None:
         """Moves the results into `out`, the file that makes them loadable last, and drops the state."""
         for path in sorted(self.finished.iterdir(), key=lambda path: path.name in _LAST_FILES):
+            # Whoever was killed here before has left folders, which nothing replaces.
+            if (self.out / path.name).is_dir():
+                shutil.rmtree(self.out / path.name)
             path.replace(self.out / path.name)
         # Whoever is killed here can still say which run it was, and finish it again.
         for path in self.state.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
         shutil.rmtree(self.state)
+
+
+def hold_to_inputs(state: Path, inputs: Mapping[str, str]) -> None:
+    """Notes what a run reads; one that goes on must read the same, for what it has kept is of that.
+
+    Args:
+        state: folder of the run's state
+        inputs: option → digest of what it names
+
+    Raises:
+        ResumableError: one of them is another now.
+    """
+    noted = state / _INPUTS_FILE
+    if not noted.exists():
+        write_whole(noted, json.dumps(inputs))
+    before = json.loads(noted.read_text(encoding="utf-8"))
+    for option, digest in inputs.items():
+        if before.get(option) != digest:
+            raise ResumableError(
+                f"{option} is not what it was when the run that this would continue began; give it as it was, or "
+                "another --out."
+            )
+
+
+def fingerprint(path: Path) -> str:
+    """What tells a file from another of its name: a digest of its size and of its first 64 MiB."""
+    with path.open("rb") as file:
+        return hashlib.sha256(b"%d " % path.stat().st_size + file.read(_FINGERPRINT_BYTES)).hexdigest()
 
 
 def seal(folder: Path) -> None:
@@ -159,15 +173,10 @@ def check_output_file(out: str, request: dict[str, Any]) -> bool:
     if not path.parent.is_dir():
         raise UserError(f"--out {out!r} lies in no folder that exists; give a new file.")
     if not request_file.is_file():
-        if path.exists():
-            raise _file_exists(out)
+        check_absent(out)
         return False
     _check_request(f"--out {out!r} is the file of", "file", request_file, request)
     return True
-
-
-def _file_exists(out: str) -> UserError:
-    return UserError(f"--out {out!r} exists; give a new file, nothing is ever overwritten.")
 
 
 def is_finished(folder: Path) -> bool:
@@ -240,13 +249,15 @@ def open_file_run(out: str, request: dict[str, Any]) -> Iterator[Path]:
     with _open_state(state, out, "file", request, check_output_file):
         try:
             yield state
+        except ResumableError:
+            raise
         except UserError:
             shutil.rmtree(state)
             raise
         result = state / path.name
         # The same run may have been killed right after it had put its result there.
         if path.exists() and path.read_bytes() != result.read_bytes():
-            raise _file_exists(out)
+            check_absent(out)
         result.replace(path)
         shutil.rmtree(state)
 
@@ -313,6 +324,25 @@ def folder_names(option: str, named: Sequence[str]) -> dict[str, str]:
     if count > 1:
         raise UserError(f"{option} names {name!r} {count} times, which would share a folder; give one at a time.")
     return dict(zip(named, names, strict=True))
+
+
+def check_absent(out: str) -> None:
+    """Raises a UserError if there is a file or folder of this name."""
+    if Path(out).exists():
+        raise UserError(f"--out {out!r} exists; give a new file, nothing is ever overwritten.")
+
+
+def write_new_file(out: str, content: str) -> None:
+    """Writes a file that `check_absent` has accepted, and the folders that it lies in.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(out), content)
+    except OSError as error:
+        raise UserError(f"--out {out!r} cannot be written ({error.strerror}); give another file.") from error
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast
 
 from castlora.errors import UserError
+from castlora.models.loading import context_length
 
 CausalLM = PreTrainedModel | PeftModelForCausalLM
 _BATCH_TOKENS = 8192
@@ -79,8 +80,7 @@ def _drop_left(ids: list[int], ends: list[int], max_length: int) -> list[int]:
 
 def readable_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> int:
     """Tokens that the model can read; architectures without position limits leave it to the tokenizer."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
-    return int(min(limit, tokenizer.model_max_length))
+    return min(context_length(model.config.get_text_config()), int(tokenizer.model_max_length))
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -289,5 +290,9 @@ def public_name(name_or_path: str) -> str:
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Positions that the model was made for; transformers maps `n_positions` and its like to this name."""
-    return int(config.max_position_embeddings)
+    """Positions that the model was made for; transformers maps `n_positions` and its like to one of two names.
+
+    Where the distance of tokens is all that counts, as in BLOOM, a model was made for any number.
+    """
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((int(limit) for limit in limits if limit), sys.maxsize)

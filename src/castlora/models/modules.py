@@ -113,8 +113,8 @@ def role_rows(roles: tuple[Role, ...], d_out: int, config: PreTrainedConfig) -> 
 def head_groups(config: PreTrainedConfig) -> tuple[int, int, int]:
     """How a fused map of queries, keys and values is laid out.
 
-    Most families put all queries before all keys and values: one group. GPT-NeoX puts each head's three parts side by
-    side, Falcon each key's and value's behind the queries that share them.
+    Most families put all queries before all keys and values: one group. GPT-NeoX and BLOOM put each head's three parts
+    side by side, Falcon each key's and value's behind the queries that share them.
 
     Returns:
         number of groups, and in each of them the query heads and the key heads
@@ -122,7 +122,7 @@ def head_groups(config: PreTrainedConfig) -> tuple[int, int, int]:
     described = config.to_dict()
     heads = config.num_attention_heads
     shared = 1 if described.get("multi_query") else heads
-    if config.model_type == "gpt_neox":
+    if config.model_type in ("gpt_neox", "bloom"):
         return heads, 1, 1
     if config.model_type == "falcon":
         groups = config.num_kv_heads if config.new_decoder_architecture else shared

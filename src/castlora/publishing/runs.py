@@ -9,7 +9,7 @@ from typing import Any
 
 from castlora.errors import UserError
 from castlora.evaluation.measured_tasks import measured, read_task
-from castlora.execution.run_directory import check_finished, write_whole
+from castlora.execution.run_directory import check_absent, check_finished, write_new_file
 from castlora.report import (
     AGREEMENT,
     TASK_SCORE,
@@ -87,15 +87,9 @@ def report_runs(runs: Sequence[str], out: str) -> dict[str, Any]:
     Raises:
         UserError: a folder is not one of a finished run, or `out` cannot be written.
     """
-    path = Path(out)
-    if path.exists() or not path.parent.is_dir():
-        state = "exists" if path.exists() else "lies in no folder that exists"
-        raise UserError(f"--out {out!r} {state}; give a new file, nothing is ever overwritten.")
+    check_absent(out)
     page, described = runs_page(runs)
-    try:
-        write_whole(path, page)
-    except OSError as error:
-        raise UserError(f"--out {out!r} cannot be written ({error.strerror}); give another file.") from error
+    write_new_file(out, page)
     logger.info("Wrote %s", out)
     return described
 

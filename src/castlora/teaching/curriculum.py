@@ -6,11 +6,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from castlora.alignment.positions import bytes_per_token
 from castlora.config import Recipe
 from castlora.errors import UserError
 from castlora.execution.parts import NOTHING_KEPT, Parts
+from castlora.execution.run_directory import fingerprint
 from castlora.model_pair import HELD_OUT_PASSAGES, BaseModels, Models, held_out_count
 from castlora.models.loading import context_length
 from castlora.teaching.answers import prompt_batches, share_that_ends, write_answers
@@ -79,6 +81,11 @@ class TextSource:
         if self.prompt_format is not None:
             return (self.prompt_format,)
         return (SLOT,) if self.chat else ()
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the files that are read, by the options that name them."""
+        named = {"--text": self.general, "--prompts": self.prompts, "--taught": self.taught}
+        return {option: fingerprint(Path(name)) for option, name in named.items() if name and Path(name).is_file()}
 
     def check(self) -> None:
         """Raises a UserError if the text cannot be read, before anything slow begins."""

@@ -13,7 +13,7 @@ from castlora.errors import UserError
 from castlora.execution.launcher import process_count
 from castlora.execution.parts import Parts
 from castlora.execution.processes import from_main
-from castlora.execution.run_directory import check_output_file, open_file_run
+from castlora.execution.run_directory import check_output_file, hold_to_inputs, open_file_run
 from castlora.model_pair import Loading, load_teacher
 from castlora.plan import plan_transfer
 from castlora.teaching.curriculum import TextSource, prompt_formats, teach_text
@@ -82,6 +82,7 @@ def teach(
 
     def ask() -> int:
         with open_file_run(out, request) as state:
+            hold_to_inputs(state, {"--adapter": plan.adapter.fingerprint(), **text_source.fingerprints()})
             parts = Parts(state / "parts")
             formats = prompt_formats(models, text_source, recipe, seed, parts)
             passages = teach_text(models, text_source, formats, recipe, seed, parts)

@@ -14,7 +14,7 @@ from typing import Any
 from datasets import load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from castlora.errors import UserError, first_line
+from castlora.errors import ResumableError, UserError, first_line
 
 HUB_DEFAULT = "allenai/c4"
 SLOT = "{text}"
@@ -288,7 +288,7 @@ def _stream_hub(data_set: str) -> Iterator[str]:
         for record in stream:
             yield record["text"]
     except (DatasetNotFoundError, OSError, ValueError, KeyError) as error:
-        raise UserError(
+        raise ResumableError(
             f"--text {data_set!r} cannot be streamed from the hub ({type(error).__name__}); "
             "give a local .txt or .jsonl file instead."
         ) from error
