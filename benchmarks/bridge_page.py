@@ -18,7 +18,7 @@ from castlora.maps.scaling import SOLVED_SCALES
 PAIR = "llama-s:mistral-s"
 BRIDGES: dict[str, Start] = {"bridge": "ridge", "bridge, last layer solved": "readout"}
 """Methods that start from shared maps → the start that they replace the maps of."""
-STARTS = (*BRIDGES, "default", "default, last layer solved", "fresh, rehearsed")
+STARTS = (*BRIDGES, "ridge start, rehearsed", "default, last layer solved", "fresh, rehearsed")
 """Methods that differ in what they start from."""
 BRIDGE_BATCH, BATCH = 16, 4
 """Passages at a step of the maps' training, and of the trainings that start from them."""
@@ -90,8 +90,9 @@ def render(found: Found, chart_name: str) -> str:
         "\n".join(carried),
         "## What they save as a start",
         f"Mean lift over the skills left out by the number of steps of {BATCH} prompts of the skill, by the default "
-        "recipe: from the shared maps (`bridge`), from the closed form of the skill's own prompts (`default`), from "
-        "each with the target's last layer solved for these prompts, and from a plain LoRA (`fresh, rehearsed`). Every "
+        "recipe: from the shared maps (`bridge`), from the closed form of the skill's own prompts "
+        "(`ridge start, rehearsed`), from each with the target's last layer solved for these prompts, and from a plain "
+        "LoRA (`fresh, rehearsed`). Every "
         "number is a training of its own, with a schedule of its own.",
         f"![Lift by steps and start]({chart_name})",
         "\n".join(saved),

@@ -30,7 +30,8 @@ CHAINS = ("llama-s:mistral-s:llama-m", "llama-s:gpt2-s:gpt2-m", "gpt2-s:llama-s:
 _STEPS, _BATCH = 800, 4
 _INTRODUCTION = """
 A skill is moved from S to T, and the adapter that this wrote is moved on from T to U, beside the direct move from S to
-U. Each move reads unlabelled prompts of the task and nothing else; no label is seen. Lift on U is (moved − bare U) /
+U. Each move reads unlabelled prompts of the task and nothing else, and starts from closed-form maps;
+no label is seen. Lift on U is (moved − bare U) /
 (adapter retrained on U − bare U), lift on T likewise. Lost at the second hop is the lift on T
 minus the lift on U of the chain.
 """
@@ -45,7 +46,7 @@ def move(models: Mapping[str, BenchmarkModel], route: Sequence[str], skill: str,
             out = Path(temporary) / str(hop)
             places = {"adapter": adapter, "source": models[source].base, "target": models[target].base}
             prompts = str(tasks / skill / "prompts.jsonl")
-            transfer(**places, prompts=prompts, out=str(out), steps=_STEPS, batch_size=_BATCH, seed=seed)
+            transfer(**places, prompts=prompts, out=str(out), start="ridge", steps=_STEPS, batch_size=_BATCH, seed=seed)
             adapter = str(out)
             scores.append(accuracy(models, target, skill, tasks, adapter))
     return scores

@@ -213,7 +213,8 @@ ALL: dict[str, Lever] = {
     **{name: lever for section in LEVERS.values() for name, lever in section.items()},
 }
 _INTRODUCTION = f"""
-The default with one thing changed, along unlabelled prompts, {_BATCH} at a step. Lift is the mean over three skills of
+The recipe from closed-form maps, `the default` of this page, with one thing changed, along unlabelled prompts, {_BATCH}
+at a step. Lift is the mean over three skills of
 each pair, one seed; beside it stands what it is above the default's on the same pairs and skills, with a bootstrap 95 %
 interval over them, and on how many it is ahead and behind. Drift is the KL divergence from the bare target on text that
 this wrote itself, in nats per position. Six single runs on two pairs tell little

@@ -122,11 +122,12 @@ def render(cells: Mapping[str, list[PooledCell]], runs: Sequence[dict[str, Any]]
     tuned_on, others = _of_pairs(cells, is_tuned_on=True), _of_pairs(cells, is_tuned_on=False)
     skills = ", ".join(sorted({run["skill"] for run in runs}))
     introduction = (
-        f"Mean lift of the default recipe, {_STEPS} steps of {_BATCH}, seed 0, by the number of unlabelled prompts "
-        "that are given, of which a fifth, at most 64, are held out (operations have 924 in all); intervals are "
-        f"bootstrap 95 % over pairs and skills ({skills}). `as given` learns from these alone. By default prompts "
-        f"below {DEFAULT.fewest_prompts} are filled up with variants of themselves, in which up to half of the words "
-        "come from other prompts, and source + LoRA answers them too ([how](how-it-works.md#few-prompts))."
+        f"Mean lift of the default recipe from closed-form maps, {_STEPS} steps of {_BATCH}, seed 0, by the number of "
+        "unlabelled prompts that are given, of which a fifth, at most 64, are held out (operations have 924 in all); "
+        f"intervals are bootstrap 95 % over pairs and skills ({skills}). `as given` learns from these alone. By "
+        f"default prompts below {DEFAULT.fewest_prompts} are filled up with variants of themselves, in which up to "
+        "half of the words come from other prompts, and source + LoRA answers them too "
+        "([how](how-it-works.md#few-prompts))."
     )
     parts = ["# Lift against the number of prompts", introduction, f"![Number of prompts against lift]({chart})"]
     parts += [f"{_pairs(tuned_on)}:", _table(tuned_on)]

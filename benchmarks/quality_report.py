@@ -15,23 +15,24 @@ from castlora.bench.results import DEFAULT_METHOD, MeanLift, PooledCell, Referen
 from castlora.bench.tables import REGIME_TITLES, arrow, mean_with_interval, write_page
 from castlora.config import REGIMES, Regime
 
-WITHOUT = "ridge start"
-"""The default without rehearsal."""
+WITHOUT, FRESH = "ridge start", "fresh"
+"""The default without rehearsal, with little known about the task and with prompts."""
+FROM_MAPS = "ridge start, rehearsed"
 OVERVIEW: dict[tuple[Regime, str], str] = {
     ("general", DEFAULT_METHOD): "general: default",
     ("general", WITHOUT): "general: no rehearsal",
     ("format", DEFAULT_METHOD): "format: default",
     ("format", WITHOUT): "format: no rehearsal",
     ("prompts", DEFAULT_METHOD): "prompts: default",
-    ("prompts", WITHOUT): "prompts: no rehearsal",
-    ("prompts", "fresh"): "prompts: fresh, no rehearsal",
+    ("prompts", FRESH): "prompts: no rehearsal",
+    ("prompts", FROM_MAPS): "prompts: closed-form start",
 }
 """Columns of the table by pair and skill."""
 COMPARED = {
     DEFAULT_METHOD: "**castlora**",
-    "fresh, rehearsed": "a fresh LoRA",
-    WITHOUT: "no rehearsal",
-    "fresh": "a fresh LoRA, no rehearsal",
+    FROM_MAPS: "closed-form start with prompts too",
+    WITHOUT: "closed-form start, no rehearsal",
+    FRESH: "a fresh LoRA, no rehearsal",
     "paper start": "random maps, no rehearsal",
     "paper": "the paper's recipe",
     "closed form, last layer solved, rehearsed": "untrained (`--steps 0`)",

@@ -53,7 +53,8 @@ _BATCH = 4
 _TEXT = Tuning(passages=1000, max_length=96)
 _INTRODUCTION = """
 Processor seconds from files to a finished adapter, scoring left out, on one thread, seed 0. Transfer and loop learn
-from the same unlabelled prompts, {batch} at a time; retraining learns from the task's labels, {labels} at a time, as
+from the same unlabelled prompts, {batch} at a time, the transfer from closed-form maps;
+retraining learns from the task's labels, {labels} at a time, as
 the zoo's adapters were trained. Every point of the transfer and of retraining is a run of its own, whose learning
 rate falls to zero at its end; those of the loop lie along one run of {steps} steps. The loop is the method as the
 paper states it: random maps that are not folded, KL divergence and mean squared error of hidden states, both models
@@ -110,7 +111,7 @@ def run_transfer(task: Task) -> list[Point]:
             started = time.process_time()
             transfer(
                 task.adapter, task.target, out, task.source,
-                prompts=task.prompts, steps=steps, batch_size=_BATCH, tuning=_TEXT,
+                prompts=task.prompts, start="ridge", steps=steps, batch_size=_BATCH, tuning=_TEXT,
             )  # fmt: skip
             seconds = time.process_time() - started
             points.append(Point(steps, seconds, evaluate(task.target, task.test, out)["score"]))

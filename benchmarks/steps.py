@@ -27,8 +27,8 @@ METHODS: dict[Known, tuple[str, ...]] = {
     "general": ("default", "ridge start", "fresh"),
     "format": ("default", "ridge start", "fresh"),
     "prompts": (
-        "default", "default, last layer solved", "fresh, rehearsed", "ridge start", "readout start", "fresh",
-        "paper start",
+        "default", "default, last layer solved", "ridge start, rehearsed", "fresh, rehearsed", "ridge start",
+        "readout start", "fresh", "paper start",
     ),
 }  # fmt: skip
 _BATCH = 4

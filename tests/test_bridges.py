@@ -109,10 +109,10 @@ def test_maps_learn_from_the_other_adapters_alone_and_nothing_is_run_twice(
     assert [point["step"] for point in learned["points"]] == list(range(9))
     assert learned["points"][-1]["seen_kl"] < learned["points"][0]["seen_kl"]
     text = page.read_text()
-    assert "| steps | bridge | bridge, last layer solved | default | default, last layer solved | fresh, rehe" in text
+    assert "| steps | bridge | bridge, last layer solved | ridge start, rehearsed | default, last layer solved" in text
     cells = sorted(path.name for path in (out / "steps" / "2").glob("*/animals/*.seed0.json"))
     assert [name.removesuffix(".prompts.seed0.json") for name in cells] == [
-        "bridge-last-layer-solved", "bridge", "default-last-layer-solved", "default", "fresh-rehearsed",
+        "bridge-last-layer-solved", "bridge", "default-last-layer-solved", "fresh-rehearsed", "ridge-start-rehearsed",
     ]  # fmt: skip
     assert "| lift, animals unseen | lift, plants unseen |" in text
     assert page.with_suffix(".svg").read_text().startswith("<svg")

@@ -16,7 +16,7 @@ from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.config import DEFAULT, Bits, check_above_zero, check_zero_or_more
 from castlora.distillation.rehearsal import PASSAGES_PER_REHEARSED
 from castlora.distillation.training import check_rehearsal
-from castlora.maps.copied_start import has_shapes_of_source
+from castlora.maps.copied_start import STEPS_OF_PLAIN_START, has_shapes_of_source
 from castlora.model_pair import HELD_OUT_PASSAGES, Loading
 from castlora.models.loading import (
     best_device,
@@ -299,13 +299,12 @@ def _forecast_memory(plan: Plan, batch_size: int, loading: Loading, processes: i
 def _say_verdict(plan: Plan) -> str:
     with_partner, modules = len(plan.pairing.mapped), len(plan.pairing.pairs)
     partners = f"{with_partner} of {modules} modules of the target have a partner in the adapter"
-    alike = (
-        " All shapes are the source's: if the target was trained on from the source, try the adapter as it is first. "
-        "With general text castlora starts from it where that is nearer to source + LoRA than the maps."
-    )
+    does_it = f"It can be moved: {partners}. The default recipe trains a LoRA that starts from folded closed-form maps"
+    if not has_shapes_of_source(plan.pairing, plan.factors):
+        return f"{does_it}, or with prompts and {STEPS_OF_PLAIN_START} steps from nothing."
     return (
-        f"It can be moved: {partners}. The default recipe does it: closed-form maps, folded, then trained."
-        f"{alike if has_shapes_of_source(plan.pairing, plan.factors) else ''}"
+        f"{does_it}. All shapes are the source's: if the target was trained on from the source, try the adapter as it "
+        "is first. With general text castlora starts from it where that is nearer to source + LoRA than the maps."
     )
 
 

@@ -28,7 +28,7 @@ from castlora.evaluation.verification import check_written, live_logits, roundin
 from castlora.execution.launcher import process_count
 from castlora.execution.processes import from_main, this_process
 from castlora.execution.run_directory import RunDirectory, check_output, open_run, write_whole
-from castlora.maps.copied_start import StartChoice, copied_start, gentle_recipe, keep_better_start
+from castlora.maps.copied_start import StartChoice, copied_start, gentle_recipe, keep_better_start, start_with_prompts
 from castlora.maps.last_layer import LastLayer, Solution
 from castlora.maps.scaling import SOLVED_SCALES, TRAINED_SCALES, ScaleChoice, keep_best_scale
 from castlora.model_pair import Loading, Models, load_models
@@ -115,7 +115,8 @@ def transfer(
         taught: file of `castlora.teach`, instead of all other text: prompts with answers, in which source + LoRA has
             no more to write
         recipe: `default`, or `paper`, the paper as far as it is stated
-        start: `paper`, `ridge`, `readout` or `fresh`, instead of the recipe's
+        start: `paper`, `ridge`, `readout` or `fresh`, instead of the recipe's: by default `fresh` with prompts and 400
+            steps or more, unless the target has the source's shapes; else `ridge`, and without a step `readout`
         steps: optimizer steps, instead of the recipe's; 0 writes the start as it is solved, by default `readout`
         batch_size: passages per step, instead of the recipe's
         seed: of everything random; the same seed gives the same bytes on the same machine
@@ -146,6 +147,7 @@ def transfer(
         "batch_size": batch_size, "seed": seed, "rank": rank, "tuning": asdict(tuning), "task": task,
         "low_memory": low_memory, "source_bits": source_bits, "target_bits": target_bits, "sharded": sharded,
     }  # fmt: skip
+    text_source = TextSource(text, prompt_format, prompts, chat, taught)
     resolved = resolve_recipe(recipe, start, steps, batch_size, tuning)
     check_seed(seed)
     check_tracker(report_to)
@@ -155,6 +157,8 @@ def transfer(
     started = time.monotonic()
     set_seed(seed)
     plan = plan_transfer(adapter, target, source)
+    if start is None and recipe == "default" and (prompts or (taught and from_main(text_source.has_prompts))):
+        resolved = start_with_prompts(resolved, plan)
     output_rank = plan.rank(resolved, rank)
     plan.check_length(resolved)
     loading = Loading(low_memory, source_bits, target_bits, sharded)
@@ -162,7 +166,6 @@ def transfer(
     logger.info(describe(plan.pairing))
     if plan.beyond:
         logger.info(describe_beyond(plan.beyond))
-    text_source = TextSource(text, prompt_format, prompts, chat, taught)
     from_main(text_source.check)
     if taught is not None:
         from_main(partial(check_teacher, taught, plan.adapter.weights_sha256))

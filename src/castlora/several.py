@@ -19,10 +19,12 @@ from castlora.evaluation.scored_task import ScoredTask
 from castlora.execution.launcher import process_count
 from castlora.execution.processes import from_main
 from castlora.execution.run_directory import RunDirectory, file_state, folder_names, is_finished, open_run, write_whole
+from castlora.maps.copied_start import start_with_prompts
 from castlora.model_pair import Loading
 from castlora.pipeline import transfer
 from castlora.plan import plan_transfer
 from castlora.publishing.runs import MANIFEST_FILE, runs_page
+from castlora.teaching.curriculum import TextSource
 from castlora.teaching.teach import teach
 
 logger = logging.getLogger("castlora")
@@ -82,9 +84,12 @@ def transfer_to_each(adapter: str, targets: Sequence[str], out: str, **settings:
 def _check(adapter: str, targets: Sequence[str], recipe: Recipe, chosen: Mapping[str, Any]) -> None:
     """Raises a UserError for what would end one of the transfers before its work begins."""
     loading = Loading(chosen["low_memory"], chosen["source_bits"], chosen["target_bits"], chosen["sharded"])
+    has_prompts = TextSource(prompts=chosen["prompts"], taught=chosen["taught"]).has_prompts
+    may_be_plain = chosen["start"] is None and chosen["recipe"] == "default" and has_prompts()
     for target in targets:
         plan = plan_transfer(adapter, target, chosen["source"])
-        plan.rank(recipe, chosen["rank"])
+        settled = start_with_prompts(recipe, plan) if may_be_plain else recipe
+        plan.rank(settled, chosen["rank"])
         plan.check_length(recipe)
         loading.check(plan.adapter.is_plain, process_count())
     check_tracker(chosen["report_to"])

@@ -76,7 +76,8 @@ def _bench_speed(
     Args:
         out: folder of the record and the tables
         shape: sizes of the models, which have random weights: of the zoo, or with that many billion parameters
-        measures: of serving, fit, steps, limits, folding, translating and growth, with commas between; by default all
+        measures: of serving, fit, sketching, steps, limits, folding, translating and growth, with commas between;
+            by default all
         seed: of everything random
         repeats: repetitions of each measurement
         rank: rank of the adapter

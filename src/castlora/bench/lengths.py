@@ -114,7 +114,8 @@ def steps_section(lengths: Lengths, name: str) -> tuple[str, dict[str, str]]:
         if drawn := _curves(found):
             chart = f"{name}-steps-{regime}.svg"
             charts[chart] = curve_chart(drawn[:DISTINCT_LINES], "optimizer steps", "lift")
-            sections += [f"### {title}", image(f"{title}: steps against lift", chart), _table(found, drawn)]
+            more = f" The chart has the first {DISTINCT_LINES} methods." if len(drawn) > DISTINCT_LINES else ""
+            sections += [f"### {title}", f"{image(f'{title}: steps against lift', chart)}{more}", _table(found, drawn)]
     if not sections:
         return "", {}
     note = (

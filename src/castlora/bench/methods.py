@@ -17,10 +17,11 @@ SINGLE = replace(PLAIN, candidates=8, sentences=1)
 RUNNING = replace(PLAIN, write_answers=False)
 GENERIC = replace(SINGLE, format_candidates=0)
 METHODS: dict[str, Method] = {
-    "default": Distilled("default", "ridge"),
-    "default, prompts taught": Distilled("default", "ridge", Tuning(context_weight=0.1)),
-    "default, hidden states": Distilled("default", "ridge", Tuning(mse_weight=1.0)),
+    "default": Distilled("default", None),
+    "default, prompts taught": Distilled("default", None, Tuning(context_weight=0.1)),
+    "default, hidden states": Distilled("default", None, Tuning(mse_weight=1.0)),
     "default, last layer solved": Distilled("default", "readout"),
+    "ridge start, rehearsed": Distilled("default", "ridge"),
     "fresh, rehearsed": Distilled("default", "fresh"),
     "ridge start": Distilled("default", "ridge", PLAIN),
     "readout start": Distilled("default", "readout", PLAIN),

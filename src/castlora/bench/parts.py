@@ -27,13 +27,17 @@ class MeasuredPart:
     added: Comparison
 
 
+_RIDGE = "ridge start, rehearsed"
 _SINGLE, _GENERIC = "ridge start, single sentences", "ridge start, generic formats"
 _DISTILLED = "paper start, nonlinear, distilled"
 PARTS = (
     Part("a closed-form start instead of a fresh LoRA", "general", "ridge start", "fresh"),
     Part("a closed-form start instead of a fresh LoRA", "format", "ridge start", "fresh"),
     Part("a closed-form start instead of a fresh LoRA", "prompts", "ridge start", "fresh"),
-    Part("a closed-form start instead of a fresh LoRA, both rehearsed", "prompts", "default", "fresh, rehearsed"),
+    Part("a closed-form start instead of a fresh LoRA, both rehearsed", "general", "default", "fresh, rehearsed"),
+    Part("a closed-form start instead of a fresh LoRA, both rehearsed", "format", "default", "fresh, rehearsed"),
+    Part("a closed-form start instead of a fresh LoRA, both rehearsed", "prompts", _RIDGE, "fresh, rehearsed"),
+    Part("a closed-form start instead of the default's, both rehearsed", "prompts", _RIDGE, "default"),
     Part("a closed-form start instead of random maps", "general", "ridge start", "paper start"),
     Part("a closed-form start instead of random maps", "format", "ridge start", "paper start"),
     Part("a closed-form start instead of random maps", "prompts", "ridge start", "paper start"),
@@ -54,7 +58,8 @@ PARTS = (
     Part("hidden states taught too, inside prompts", "prompts", "default, hidden states", "default"),
     Part("rehearsal of what the bare target writes", "general", "default", "ridge start"),
     Part("rehearsal of what the bare target writes", "format", "default", "ridge start"),
-    Part("rehearsal of what the bare target writes", "prompts", "default", "ridge start"),
+    Part("rehearsal of what the bare target writes", "prompts", "default", "fresh"),
+    Part("rehearsal of what the bare target writes, closed-form start", "prompts", _RIDGE, "ridge start"),
     Part("nonlinear maps instead of linear ones", "prompts", "paper start, nonlinear", "paper start"),
     Part("a plain LoRA taught by nonlinear maps, instead of linear maps", "prompts", _DISTILLED, "paper start"),
 )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from castlora.alignment.positions import AlignedPassage
 from castlora.bench.grid import Cell, Settings, taught_passages
 from castlora.config import Recipe, RecipeName, Start, Tuning, resolve_recipe
+from castlora.maps.copied_start import start_with_prompts
 from castlora.model_pair import Models, align_text, load_models
 from castlora.plan import Plan
 from castlora.stages import write_rehearsed
@@ -22,11 +23,13 @@ class Reading:
     """Text that the bare target wrote, as token ids; the last passages are for measuring alone."""
 
 
-def cell_recipe(settings: Settings, cell: Cell, name: RecipeName, start: Start, tuning: Tuning) -> Recipe:
+def cell_recipe(settings: Settings, cell: Cell, name: RecipeName, start: Start | None, tuning: Tuning) -> Recipe:
     """A recipe for as many steps and as much text as the benchmark gives every method."""
     passages = settings.passages
     tuning = replace(tuning, passages=passages, filled_passages=passages, max_length=settings.max_length)
     recipe = resolve_recipe(name, start, settings.steps, settings.batch_size, tuning)
+    if start is None and cell.regime == "prompts":
+        recipe = start_with_prompts(recipe, cell.plan(settings.spec))
     return replace(recipe, max_length=settings.running_length) if _reads_running_text(cell, recipe) else recipe
 
 

@@ -35,12 +35,14 @@ COUNTABLE_POINTS = 20
 INTRODUCTION = """
 Measured on held-out test items that no training, transfer or selection has seen. Lift is (transferred − bare target) /
 (retrained − bare target) with a bootstrap 95 % interval over items and seeds; ratio is transferred / retrained. A lift
-is shown where retraining gains at least 5 points. `default` is the default recipe: the closed-form maps are folded, the
-balanced factors trained, and the target rehearses text that it wrote itself before. With `prompts taught` the
+is shown where retraining gains at least 5 points. `default` is the default recipe: a LoRA is trained, and the target
+rehearses text that it wrote itself before. With unlabelled prompts, 400 steps or more and a target of other shapes than
+the source's it is a plain LoRA, as in `fresh, rehearsed`; else it starts from the closed-form maps, folded and
+balanced, as in `ridge start, rehearsed`. With `prompts taught` the
 tokens of the prompts count too, a tenth as much as those of the answers; with `hidden states` final hidden states are
-taught beside the answers, those inside prompts included. `fresh, rehearsed` is the default with a plain
-LoRA. Of the other methods `default, last layer solved` rehearses and what has `rehearsed` in its name; `ridge start` is
-the default without it, and
+taught beside the answers, those inside prompts included.
+Of the other methods `default, last layer solved` rehearses and what has `rehearsed` in its name; `ridge start` goes
+from the closed-form maps without it, and
 `readout start` has the target's last layer solved for what source + LoRA predicts. `maps` trains the maps themselves,
 `paper start` maps that are random at first, `fresh` a plain LoRA. To a target of the source's shapes closed-form starts
 that general text teaches are the adapter as it is where held-out text has that nearer to source + LoRA.

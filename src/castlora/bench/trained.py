@@ -37,7 +37,8 @@ class Distilled:
     """A recipe with a start, trained or as it begins."""
 
     recipe: RecipeName
-    start: Start
+    start: Start | None
+    """None leaves it to the recipe, the text and the number of steps."""
     tuning: Tuning = field(default_factory=Tuning)
     regimes: tuple[Regime, ...] = WITH_TEXT
     is_trained: bool = True

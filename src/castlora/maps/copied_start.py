@@ -22,6 +22,7 @@ from castlora.plan import Plan
 
 logger = logging.getLogger("castlora")
 
+STEPS_OF_PLAIN_START = 400
 _SHARE_LEFT = 0.5
 """Of the bare target's loss: an adapter that leaves more of it is no start to be gentle with."""
 _SHARE_OF_RATE = 0.1
@@ -55,6 +56,21 @@ def copied_start(plan: Plan, recipe: Recipe, rank: int, training: Sequence[Align
         return {}
     copied = copied_factors(plan.pairing, plan.factors)
     return {name: LowRank(lora.a[:rank], lora.b[:, :rank]) for name, lora in copied.items()}
+
+
+def start_with_prompts(recipe: Recipe, plan: Plan) -> Recipe:
+    """The default recipe where the task's prompts are read: with steps enough, its start is a plain LoRA.
+
+    Trained that long on such text, it ends where one from maps does, or ahead of it. Not so where the target may have
+    been trained on from the source: there the maps are ahead. docs/results.md and results-successor.md have both.
+
+    Args:
+        recipe: the default, with a start that nobody has asked for
+        plan: of the transfer
+    """
+    is_long = recipe.start == "ridge" and recipe.trained == "factors" and recipe.steps >= STEPS_OF_PLAIN_START
+    may_be_related = has_shapes_of_source(plan.pairing, plan.factors)
+    return replace(recipe, start="fresh") if is_long and not may_be_related else recipe
 
 
 def has_shapes_of_source(pairing: Pairing, factors: Mapping[str, LowRank]) -> bool:

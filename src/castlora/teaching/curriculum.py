@@ -18,7 +18,7 @@ from castlora.models.loading import context_length
 from castlora.teaching.answers import prompt_batches, share_that_ends, write_answers
 from castlora.teaching.format_search import FILLINGS, find_formats
 from castlora.teaching.selection import most_informative, mutual_information, predict_first_tokens
-from castlora.teaching.taught import check_taught, read_taught
+from castlora.teaching.taught import check_taught, is_of_task, read_taught
 from castlora.teaching.variants import vary_prompts
 from castlora.text.chat import Conversation, ask, chat_passages, read_conversations
 from castlora.text.passages import (
@@ -81,6 +81,16 @@ class TextSource:
         if self.prompt_format is not None:
             return (self.prompt_format,)
         return (SLOT,) if self.chat else ()
+
+    def has_prompts(self) -> bool:
+        """Whether prompts of the task are read, as they are or answered already.
+
+        Raises:
+            UserError: a file of answered prompts cannot be read.
+        """
+        if self.taught is None:
+            return self.prompts is not None
+        return is_of_task(self.taught)
 
     def fingerprints(self) -> dict[str, str]:
         """Of the files that are read, by the options that name them."""

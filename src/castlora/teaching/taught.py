@@ -44,6 +44,11 @@ def holds_messages(path: str) -> bool:
     return "messages" in _read_records(path)[0]
 
 
+def is_of_task(path: str) -> bool:
+    """Whether the prompts of a file of taught text are the task's, and not made of general text."""
+    return not any(record[_GENERAL] for record in _read_records(path))
+
+
 def check_teacher(path: str, adapter_sha256: str) -> None:
     """Raises a UserError if a file of taught text says that another adapter gave its answers."""
     lines = enumerate(read_lines(Path(path)), 1)
