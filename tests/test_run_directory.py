@@ -245,6 +245,10 @@ def test_a_run_goes_on_with_what_it_read_alone(tmp_path):
     hold_to_inputs(tmp_path, {"--prompts": "one", "--adapter": "two"})
     with pytest.raises(ResumableError, match="--adapter is not what it was when the run that this would continue beg"):
         hold_to_inputs(tmp_path, {"--prompts": "one", "--adapter": "three"})
+    for content in ("{", "[1]", "[" * 100_000):
+        (tmp_path / "inputs.json").write_text(content)
+        with pytest.raises(ResumableError, match=r"inputs\.json' is damaged; give another --out"):
+            hold_to_inputs(tmp_path, {"--prompts": "one", "--adapter": "two"})
 
 
 def test_what_may_pass_leaves_the_state_of_a_file_and_bad_input_does_not(tmp_path):

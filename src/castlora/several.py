@@ -84,8 +84,8 @@ def transfer_to_each(adapter: str, targets: Sequence[str], out: str, **settings:
 def _check(adapter: str, targets: Sequence[str], recipe: Recipe, chosen: Mapping[str, Any]) -> None:
     """Raises a UserError for what would end one of the transfers before its work begins."""
     loading = Loading(chosen["low_memory"], chosen["source_bits"], chosen["target_bits"], chosen["sharded"])
-    has_prompts = TextSource(prompts=chosen["prompts"], taught=chosen["taught"]).has_prompts
-    may_be_plain = chosen["start"] is None and chosen["recipe"] == "default" and has_prompts()
+    text = TextSource(prompts=chosen["prompts"], taught=chosen["taught"])
+    may_be_plain = chosen["start"] is None and chosen["recipe"] == "default" and text.has_prompts()
     for target in targets:
         plan = plan_transfer(adapter, target, chosen["source"])
         settled = start_with_prompts(recipe, plan) if may_be_plain else recipe

@@ -161,9 +161,7 @@ def merge_statistics(shards: Sequence[str], out: str) -> Path:
 
     of_first = site_file(next(iter(plan.sites)))
     inputs = {
-        f"shard {number}": "".join(
-            fingerprint(path) for path in (folder / STATISTICS_FILE, folder / of_first) if path.is_file()
-        )
+        f"shard {number}": fingerprint(folder / STATISTICS_FILE, folder / of_first)
         for number, folder in enumerate(folders, 1)
     }
     return write_bridge(out, description, plan, description, inputs, added)

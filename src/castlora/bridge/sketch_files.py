@@ -133,7 +133,7 @@ class Sketch:
     def fingerprint(self) -> str:
         """Tells whether another sketch has come to lie in its folder."""
         of_layer = self.folder / part_name(0) / _site_file(*next(iter(self.plan.sites)))
-        return "".join(fingerprint(path) for path in (self.folder / SKETCH_FILE, of_layer) if path.is_file())
+        return fingerprint(self.folder / SKETCH_FILE, of_layer)
 
     def places(self, part: int) -> Tensor:
         """Number of the passage, and bytes of it that have been read, of each place of a part, shape (places, 2).

@@ -103,12 +103,15 @@ def hold_to_inputs(state: Path, inputs: Mapping[str, str]) -> None:
         inputs: option → digest of what it names
 
     Raises:
-        ResumableError: one of them is another now.
+        ResumableError: one of them is another now, or the note is damaged.
     """
     noted = state / _INPUTS_FILE
     if not noted.exists():
         write_whole(noted, json.dumps(inputs))
-    before = json.loads(noted.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(noted.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ResumableError(f"{str(noted)!r} is damaged; give another --out.") from error
     for option, digest in inputs.items():
         if before.get(option) != digest:
             raise ResumableError(
@@ -117,10 +120,13 @@ def hold_to_inputs(state: Path, inputs: Mapping[str, str]) -> None:
             )
 
 
-def fingerprint(path: Path) -> str:
-    """What tells a file from another of its name: a digest of its size and of its first 64 MiB."""
-    with path.open("rb") as file:
-        return hashlib.sha256(b"%d " % path.stat().st_size + file.read(_FINGERPRINT_BYTES)).hexdigest()
+def fingerprint(*paths: Path) -> str:
+    """What tells files from others of their names: a digest of the size and the first 64 MiB of each that is there."""
+    digest = hashlib.sha256()
+    for path in filter(Path.is_file, paths):
+        with path.open("rb") as file:
+            digest.update(b"%d " % path.stat().st_size + file.read(_FINGERPRINT_BYTES))
+    return digest.hexdigest()
 
 
 def seal(folder: Path) -> None:
@@ -168,10 +174,8 @@ def check_output_file(out: str, request: dict[str, Any]) -> bool:
     Raises:
         UserError: the file is there or cannot be, or another run has begun to make it.
     """
-    path = Path(out)
-    request_file = file_state(path) / _REQUEST_FILE
-    if not path.parent.is_dir():
-        raise UserError(f"--out {out!r} lies in no folder that exists; give a new file.")
+    request_file = file_state(Path(out)) / _REQUEST_FILE
+    check_folder_of(out)
     if not request_file.is_file():
         check_absent(out)
         return False
@@ -324,6 +328,12 @@ def folder_names(option: str, named: Sequence[str]) -> dict[str, str]:
     if count > 1:
         raise UserError(f"{option} names {name!r} {count} times, which would share a folder; give one at a time.")
     return dict(zip(named, names, strict=True))
+
+
+def check_folder_of(out: str) -> None:
+    """Raises a UserError unless the folder that a file is to lie in exists."""
+    if not Path(out).parent.is_dir():
+        raise UserError(f"--out {out!r} lies in no folder that exists; give a new file.")
 
 
 def check_absent(out: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from castlora.errors import UserError
 from castlora.evaluation.measured_tasks import measured, read_task
-from castlora.execution.run_directory import check_absent, check_finished, write_new_file
+from castlora.execution.run_directory import check_absent, check_finished, check_folder_of, write_new_file
 from castlora.report import (
     AGREEMENT,
     TASK_SCORE,
@@ -87,6 +87,7 @@ def report_runs(runs: Sequence[str], out: str) -> dict[str, Any]:
     Raises:
         UserError: a folder is not one of a finished run, or `out` cannot be written.
     """
+    check_folder_of(out)
     check_absent(out)
     page, described = runs_page(runs)
     write_new_file(out, page)
