@@ -56,7 +56,8 @@ def _transfer(
         taught: file that castlora teach wrote, instead of all other text
         recipe: castlora's default, or the paper as far as it is stated
         start: random maps (paper), closed-form maps (ridge), these and a solved last layer (readout), or a plain LoRA
-            (fresh), instead of the recipe's
+            (fresh), instead of the recipe's: by default fresh with prompts and 400 steps, unless the target has the
+            source's shapes, else ridge
         steps: optimizer steps, instead of the recipe's; 0 writes the start as it is solved, by default `readout`
         batch_size: passages per step, instead of the recipe's
         seed: the same seed gives the same bytes on the same machine
