@@ -160,7 +160,7 @@ BAD_INPUTS = {
     "negative weight": (setting(tuning__ridge="-1"), "ridge is -1.0; give 0 or more"),
     "infinite temperature": (setting(tuning__temperature=".inf"), "temperature is inf; give a number above 0"),
     "negative seed": (setting(seed="-1"), "seed is -1; give a whole number"),
-    "odd rank": (setting(rank="12"), "--rank 12 is not a rank that serving engines accept; give 16"),
+    "odd rank": (setting(rank="12"), "--rank 12 is not a rank that all serving engines accept; give 16"),
     "large rank": (setting(rank="256"), "Rank 256 is above 128"),
     "long passages": (setting(**{"tuning.max-length": "97"}), "reads 96 tokens; give --tuning.max-length 96 or less"),
     "a word for a number": (setting(steps="many"), "--steps does not accept 'many'"),
@@ -303,19 +303,6 @@ def test_the_commands_take_what_the_library_takes(command, function):
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "castlora", *arguments], capture_output=True, text=True, check=False)
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["transfer", "--help"], ["--version"]])
-def test_help_comes_without_the_heavy_libraries(arguments):
-    script = (
-        "import sys, castlora.cli\n"
-        "try:\n    castlora.cli.main(sys.argv[1:])\n"
-        "except SystemExit as end:\n    assert end.code == 0\n"
-        "print(*{'torch', 'transformers', 'peft', 'datasets', 'numpy'} & set(sys.modules), file=sys.stderr)"
-    )
-    finished = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
-    assert finished.stderr.split() == []
-    assert "castlora" in finished.stdout
 
 
 def test_bad_input_in_a_process_of_its_own(tmp_path):

@@ -218,7 +218,9 @@ def test_an_mlx_adapter_given_to_anything_else_is_told_what_to_do(base_model, so
 
 def test_a_rank_that_engines_do_not_accept_is_not_cut_in_silence(base_model, source, tmp_path):
     adapter, base = source("llama", ("q_proj",), r=256), str(base_model("llama"))
-    with pytest.raises(UserError, match="has rank 256, serving engines accept 128; give --to merged"):
+    with pytest.raises(
+        UserError, match="has rank 256, above 128, the largest that all serving engines accept; give --to merged"
+    ):
         convert(adapter, "peft", str(tmp_path / "out"), base=base)
     assert not list(tmp_path.iterdir())
     convert(adapter, "merged", str(tmp_path / "out"), base=base)

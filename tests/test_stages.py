@@ -165,7 +165,9 @@ def test_text_that_prompts_make_useless_is_pointed_out(tmp_path, caplog):
 def test_maps_whose_fold_no_engine_accepts_are_refused_and_other_starts_are_cut(base_model, adapter):
     big = str(adapter("llama", ("q_proj", "k_proj", "v_proj"), r=64))
     plan = plan_transfer(big, str(base_model("gpt2")), str(base_model("llama")))
-    with pytest.raises(UserError, match="need rank 192, serving engines accept 128; give --start fresh"):
+    with pytest.raises(
+        UserError, match="need rank 192, above 128, the largest that all serving engines accept; give --start fresh"
+    ):
         plan.rank(replace(DEFAULT, start="ridge", trained="maps"), None)
     assert plan.rank(replace(DEFAULT, start="ridge"), None) == 128
     assert plan.rank(replace(DEFAULT, start="fresh"), None) == 64

@@ -7,6 +7,7 @@ import sys
 import warnings
 from argparse import Action
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from inspect import signature
 from typing import Any, NoReturn
 
@@ -15,14 +16,16 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_pa
 from castlora import __version__
 from castlora.bench.commands import BENCHMARKS
 from castlora.commands import COMMANDS
+from castlora.config import RECIPES, Tuning
 from castlora.errors import BAD_INPUT, UserError
 from castlora.execution.launcher import is_launched, is_main, process_count, wait_for_turn
 
 INTERRUPTED = 130
 _REPEATED = {"transfer": "--target", "translate": "--adapter"}
 """The option of a command that can be given several times."""
-_OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
 _OPTION = re.compile(r"--[A-Za-z][\w.-]*\+?")
+_OF_RECIPE = {"steps", "batch_size"} | {field.name for field in fields(Tuning)}
+"""Settings that depart from a recipe; one that is left out has the recipe's value."""
 _SHARED = ("transfer", "fit", "sketch")
 """Commands that several processes can run together, however these hold the models."""
 _WITHOUT_OPTION: dict[str, dict[str, Any]] = {
@@ -52,8 +55,18 @@ class _DashedHelp(DefaultHelpFormatter):
     def _format_action_invocation(self, action: Action) -> str:
         return str(super()._format_action_invocation(action).replace("_", "-"))
 
+    def _expand_help(self, action: Action) -> str:
+        """The help of an option; where nothing is given the recipe decides, so the recipe's value is its default."""
+        shown, setting = str(super()._expand_help(action)), action.dest.removeprefix("tuning.")
+        return shown.replace("default: null", f"default: {_of_recipes(setting)}") if setting in _OF_RECIPE else shown
+
     def _format_usage(self, *arguments: Any) -> str:
         return _OPTION.sub(_dashed, str(super()._format_usage(*arguments)))
+
+
+def _of_recipes(setting: str) -> str:
+    usual, paper = (str(getattr(RECIPES[name], setting)).lower() for name in ("default", "paper"))
+    return usual if usual == paper else f"{usual}; of the paper's recipe: {paper}"
 
 
 def _dashed(option: re.Match[str]) -> str:

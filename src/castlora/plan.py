@@ -86,8 +86,8 @@ class Plan:
         needed = self.adapter_rank if recipe.start == "fresh" else self.exact_rank
         if recipe.start != "fresh" and recipe.trained == "maps" and needed > largest:
             raise UserError(
-                f"The folded maps need rank {needed}, serving engines accept {largest}; give --start fresh, or "
-                "--tuning.trained factors, whose start is cut to that rank."
+                f"The folded maps need rank {needed}, above {largest}, the largest that all serving engines accept; "
+                "give --start fresh, or --tuning.trained factors, whose start is cut to that rank."
             )
         needed = min(needed, largest)
         if wanted is None:
@@ -95,7 +95,9 @@ class Plan:
         if recipe.start != "fresh" and wanted < needed:
             raise UserError(f"--rank {wanted} cannot hold the folded update of rank {needed}; give {needed} or more.")
         if portable_rank(wanted) != wanted:
-            raise UserError(f"--rank {wanted} is not a rank that serving engines accept; give {portable_rank(wanted)}.")
+            raise UserError(
+                f"--rank {wanted} is not a rank that all serving engines accept; give {portable_rank(wanted)}."
+            )
         return wanted
 
 

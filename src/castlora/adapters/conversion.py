@@ -82,8 +82,8 @@ def _write_adapter(adapter: str, base: str | None, part: Path, to: Form) -> None
         rank = max(lora.rank for lora in factors.values())
         if rank > PORTABLE_RANKS[-1]:
             raise UserError(
-                f"Adapter {adapter!r} has rank {rank}, serving engines accept {PORTABLE_RANKS[-1]}; give --to merged, "
-                "or --to mlx for MLX-LM."
+                f"Adapter {adapter!r} has rank {rank}, above {PORTABLE_RANKS[-1]}, the largest that all serving "
+                "engines accept; give --to merged, or --to mlx for MLX-LM."
             )
         write_portable(part, factors, slots, portable_rank(rank), base_name, None)
     _copy_template(adapter, part)

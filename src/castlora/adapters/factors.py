@@ -119,7 +119,9 @@ def portable_rank(rank: int) -> int:
     for accepted in PORTABLE_RANKS:
         if rank <= accepted:
             return accepted
-    raise UserError(f"Rank {rank} is above {PORTABLE_RANKS[-1]}, the largest that engines accept; give that or less.")
+    raise UserError(
+        f"Rank {rank} is above {PORTABLE_RANKS[-1]}, the largest that all serving engines accept; give that or less."
+    )
 
 
 def write_portable(
