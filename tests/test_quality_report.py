@@ -188,13 +188,30 @@ def test_the_chart_has_a_bar_from_zero_to_each_lift_and_room_for_every_interval(
         mean("a <b>", -0.25, (-0.5, 0.0)),
         mean("c", 1.25, (1.0, 1.5), "none"),
     ]
-    chart = ElementTree.fromstring(lift_chart(means, {"prompts": "Prompts", "none": "Weights"}))
+    chart = ElementTree.fromstring(lift_chart(means, {"prompts": "Prompts", "none": "Weights"}, "ridge start"))
     starts, widths = zip(*bars_of(chart), strict=True)
     assert widths[1] == pytest.approx(widths[0] / 2, abs=0.1) and widths[2] == pytest.approx(widths[0] * 2.5, abs=0.1)
     assert starts[0] == starts[2] == pytest.approx(starts[1] + widths[1], abs=0.1)
     assert {"Prompts", "Weights", "a <b>", "0.50 (3 cells)", "retrained 1"} <= places_of(chart).keys()
     ends = [float(number) for path in chart.iter(f"{SVG}path") for number in re.findall(r"[MH]([\d.]+)", path.get("d"))]
     assert min(ends) >= 310 and max(ends) <= 730
+
+
+def test_a_ring_has_the_reference_where_a_method_was_run_on_fewer_cells():
+    def compared(method: str, cells: int, lift: float, above: float) -> MeanLift:
+        return MeanLift(
+            "prompts", method, cells, lift, (lift, lift), 0.5, Comparison(cells, above, (above, above), 1, 1)
+        )
+
+    reference = MeanLift("prompts", "default", 3, 0.5, (0.5, 0.5), 0.5, None)
+    means = [reference, compared("as many", 3, 0.25, -0.25), compared("fewer", 2, 0.75, 0.5)]
+    chart = ElementTree.fromstring(lift_chart(means, {"prompts": "Prompts"}, "default"))
+    (start, width), *_ = bars_of(chart)
+    (ring,) = (float(circle.get("cx")) for circle in chart.iter(f"{SVG}circle"))
+    assert ring == pytest.approx(start + width / 2, abs=0.1)
+    assert "○ default, same cells" in places_of(chart)
+    alone = ElementTree.fromstring(lift_chart([reference], {"prompts": "Prompts"}, "default"))
+    assert not list(alone.iter(f"{SVG}circle")) and "○ default, same cells" not in places_of(alone)
 
 
 def test_parts_are_drawn_by_text_with_room_for_the_longest_name():
@@ -233,7 +250,7 @@ def test_one_part_that_adds_nothing_and_no_drift_can_be_drawn():
 def test_the_longest_name_of_a_method_fits_beside_its_bar_and_no_lift_is_minus_zero():
     longest = max(METHODS, key=len)
     means = [MeanLift("prompts", longest, 3, -0.001, (-0.01, 0.01), 0.9, None)]
-    chart = ElementTree.fromstring(lift_chart(means, {"prompts": "Prompts"}))
+    chart = ElementTree.fromstring(lift_chart(means, {"prompts": "Prompts"}, longest))
     ends = places_of(chart)
     assert ends[longest] >= WIDE_LETTER * len(longest)
     assert "0.00 (3 cells)" in ends

@@ -29,21 +29,30 @@ _LETTER = 7.5
 """Room in pixels for a letter of a name."""
 
 
-def lift_chart(means: Sequence[MeanLift], titles: Mapping[Regime, str]) -> str:
+def lift_chart(means: Sequence[MeanLift], titles: Mapping[Regime, str], reference: str) -> str:
     """One bar per method and regime from lift 0, with its 95 % interval; lines mark a bare and a retrained target.
+
+    Where a method was run on fewer cells than the reference, a ring stands as far from its bar's end as the two differ
+    on the cells and seeds that they share: bars over unlike cells say nothing about each other.
 
     Args:
         means: mean lifts, grouped by regime
         titles: of the regimes
+        reference: name of the method that the others are compared with
     """
+    most = {mean.regime: mean.cells for mean in means if mean.method == reference}
+    rings = [
+        mean.lift - mean.comparison.above if mean.comparison and mean.cells < most[mean.regime] else None
+        for mean in means
+    ]
     bars = [
         _Bar(
             titles[mean.regime], mean.method, mean.lift, f"{mean.lift:z.2f} ({number_of_cells(mean.cells)})",
-            mean.method == DEFAULT_METHOD, mean.ci95,
+            mean.method == DEFAULT_METHOD, mean.ci95, ring,
         )
-        for mean in means
+        for mean, ring in zip(means, rings, strict=True)
     ]  # fmt: skip
-    return _bar_chart(bars, "Mean lift by method", {0: "bare 0", 1: "retrained 1"})
+    return _bar_chart(bars, "Mean lift by method", {0: "bare 0", 1: "retrained 1"}, f"○ {reference}, same cells")
 
 
 def parts_chart(parts: Sequence[MeasuredPart], titles: Mapping[Regime, str]) -> str:
@@ -120,7 +129,8 @@ def _bar_chart(bars: Sequence[_Bar], label: str, lines: Mapping[float, str], leg
             parts.append(_bar(bar, x, y, names))
             y += _ROW
     marks = [_mark(x(end), y, title) for end, title in lines.items()]
-    explained = [_text(_WIDTH - _VALUES + 12, _MARGIN + 20, legend)] if legend else []
+    is_drawn = any(bar.ring is not None for bar in bars)
+    explained = [_text(_WIDTH - _MARGIN, _MARGIN + 20, legend, anchor="end")] if is_drawn else []
     return _svg(y + 2 * _MARGIN, label, [*marks, *parts, *explained])
 
 

@@ -82,7 +82,7 @@ def render(
     Returns:
         Markdown, and SVG by file name
     """
-    charts = {f"{name}.svg": lift_chart(mean_lifts(cells), REGIME_TITLES)}
+    charts = {f"{name}.svg": lift_chart(mean_lifts(cells), REGIME_TITLES, reference_method(cells))}
     sections = ["# Results", _introduction(runs), "## What the models can do", _reference_table(references)]
     for regime, title in REGIME_TITLES.items():
         table = _regime_table([cell for cell in cells if cell.regime == regime])
@@ -171,7 +171,7 @@ def _mean_table(cells: Sequence[PooledCell]) -> str:
         rows.append(f"| {title} | {mean.method} | {mean.cells} | {lift} | {mean.ratio:.2f} | {compared} |")
     note = (
         "Means are over the cells that have been run, with a bootstrap 95 % interval over pairs and skills; the last "
-        "columns compare like with like."
+        "columns compare like with like, as does a ring in the chart, where a method was run on fewer cells."
     )
     return "\n".join([note, "", *rows])
 
