@@ -65,6 +65,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
             "chunk_weight": 0.0, "rehearsal_weight": 0.0, "departures": {"steps": 500},
         },
         "start_loss": {"low_rank": 0.0, "cut": 0.0},
+        "shared_vocabulary": {"source_ends": 1, "target_ends": [2]},
         "seed": 17,
         "versions": {"torch": "2.13.0", "peft": "0.21.2"},
         "passages": {"training": 24, "held_out": 6, "variants": 0},
@@ -102,6 +103,13 @@ def without_code(text: str) -> str:
     """What is left of Markdown outside fenced blocks and code spans: all that can act."""
     text = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", text)
+
+
+def test_a_target_that_cannot_tell_its_end_is_to_be_stopped_at_all_of_its_ends():
+    assert "stop_token_ids" not in make_card(manifest()).text
+    use = make_card(manifest(shared_vocabulary={"source_ends": 1, "target_ends": [2, 7, 9]})).text
+    assert "`org/mistral-s` predicts 2 tokens as it predicts the one that ends its texts" in use
+    assert "`stop_token_ids` of a request to vLLM or SGLang" in use
 
 
 def test_what_the_start_lacks_is_said() -> None:

@@ -47,6 +47,27 @@ def test_what_the_source_cannot_tell_from_the_end_of_a_text_is_in_its_class(targ
     assert torch.equal(shared.target_classes, plain.target_classes)
 
 
+@pytest.mark.parametrize("source", TOKENIZERS)
+def test_what_the_target_cannot_tell_from_the_end_of_a_text_is_in_its_class(source):
+    own, other = TOKENIZERS[source], TOKENIZERS["llama"]
+    sizes = len(own.spellings), len(other.spellings) + 3
+    ends = (other.eos_token_id, 20, 300, sizes[1] - 1)
+    shared, plain = (
+        SharedVocabulary.of(own, other, *sizes, (own.eos_token_id,), target_ends) for target_ends in (ends, ends[:1])
+    )
+    assert not shared.is_whole and plain.is_whole == (source == "llama")
+    end = shared.source_classes[own.eos_token_id].item()
+    assert set(shared.target_classes[list(ends)].tolist()) == {end}
+    others = [token for token in range(sizes[1]) if token not in ends]
+    assert torch.equal(shared.target_classes[others], plain.target_classes[others])
+    assert not shared.target_is_ambiguous[list(ends)].any()
+    assert torch.equal(shared.target_is_ambiguous[others], plain.target_is_ambiguous[others])
+    # No probability of the source lies where the target has no token.
+    assert set(shared.source_classes.tolist()) - {REST} <= set(shared.target_classes.tolist())
+    moved = (shared.source_classes != plain.source_classes).nonzero().flatten()
+    assert len(moved) and set(shared.source_classes[moved].tolist()) == {end}
+
+
 def test_a_model_may_not_predict_the_end_that_its_tokenizer_has():
     end = TOKENIZERS["llama"].eos_token_id
     assert len(vocabulary("llama", "gpt2", source_size=end).source_classes) == end

@@ -161,16 +161,16 @@ def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
     """
     source, source_tokenizer = loading.load(plan.source, plan.source_revision, loading.source_bits)
     teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
-    source_ends = _source_ends(teacher, source_tokenizer)
+    source_ends = _ends("source", teacher, source_tokenizer)
     offloading = Offloading()
     if loading.takes_turns:
         offloading.move(source, torch.device("cpu"))
     target, target_tokenizer = loading.load(plan.target, None, loading.target_bits)
+    target_ends = _ends("target", target, target_tokenizer)
     source_bytes = ByteTokenizer.from_tokenizer(source_tokenizer)
     target_bytes = ByteTokenizer.from_tokenizer(target_tokenizer)
-    shared = SharedVocabulary.of(
-        source_bytes, target_bytes, plan.source_config.vocab_size, plan.target_config.vocab_size, source_ends
-    )
+    sizes = plan.source_config.vocab_size, plan.target_config.vocab_size
+    shared = SharedVocabulary.of(source_bytes, target_bytes, *sizes, source_ends, target_ends)
     return Models(
         source=source,
         teacher=teacher,
@@ -193,7 +193,7 @@ def load_teacher(plan: Plan, loading: Loading = IN_FULL) -> Models:
     teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
     spelled = ByteTokenizer.from_tokenizer(tokenizer)
     vocabulary = plan.source_config.vocab_size
-    shared = SharedVocabulary.of(spelled, spelled, vocabulary, vocabulary, _source_ends(teacher, tokenizer))
+    shared = SharedVocabulary.of(spelled, spelled, vocabulary, vocabulary, _ends("source", teacher, tokenizer))
     return Models(
         source=source,
         teacher=teacher,
@@ -206,14 +206,13 @@ def load_teacher(plan: Plan, loading: Loading = IN_FULL) -> Models:
     )
 
 
-def _source_ends(teacher: PeftModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    ends = end_tokens_of(teacher, tokenizer.eos_token_id)
+def _ends(side: Side, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    ends = end_tokens_of(model, tokenizer.eos_token_id)
     if len(ends) > 1:
         logger.info(
-            "The source predicts %d tokens as it predicts %r, which ends its texts; each of them counts as that end.",
-            len(ends) - 1,
-            tokenizer.eos_token,
-        )
+            "The %s predicts %d tokens as it predicts %r, which ends its texts; each of them counts as that end.",
+            side, len(ends) - 1, tokenizer.eos_token,
+        )  # fmt: skip
     return ends
 
 

@@ -181,7 +181,7 @@ def transfer(
         run = from_main(lambda: held.enter_context(open_run(out, settings, plan.state_bytes(resolved))))
         read = partial(read_aligned, run, models, plan.adapter, text_source, scored, resolved, seed)
         reading, training, held_out = from_main(read)
-        masses = from_main(partial(_report_shared_mass, models, held_out))
+        vocabulary = from_main(partial(_describe_vocabulary, models, held_out))
         student, start_loss = start_student(models, plan, resolved, training, output_rank, seed, last_layer)
         passages = training, held_out, reading.rehearsed
         copied = copied_start(plan, resolved, output_rank, training)
@@ -208,7 +208,7 @@ def transfer(
                 "variants": sum(passage.is_variant for passage in reading.passages),
             },
             "held_out_sha256": text_sha256(held_out),
-            "shared_vocabulary": masses,
+            "shared_vocabulary": vocabulary,
             "start_loss": asdict(start_loss),
             "command": command_line({**request, "out": out}, processes=this_process().count),
         }
@@ -349,8 +349,8 @@ def _finish(
     return manifest
 
 
-def _report_shared_mass(models: Models, held_out: list[AlignedPassage]) -> dict[str, float]:
-    """How much of both models' probability lies on tokens that both vocabularies spell alike."""
+def _describe_vocabulary(models: Models, held_out: list[AlignedPassage]) -> dict[str, Any]:
+    """How much of both models' probability lies on tokens that both vocabularies spell alike, and what ends texts."""
     models.use("source")
     with models.teacher.disable_adapter():
         source_mass = shared_mass(models.teacher, held_out, "source", models.shared.source_ids)
@@ -362,8 +362,8 @@ def _report_shared_mass(models: Models, held_out: list[AlignedPassage]) -> dict[
         "target's probability", tokens, len(models.source_bytes.spellings), len(models.target_bytes.spellings),
         100 * source_mass, 100 * target_mass,
     )  # fmt: skip
-    ends = len(models.shared.source_ends)
-    return {"tokens": tokens, "source_mass": source_mass, "target_mass": target_mass, "source_ends": ends}
+    ends = {"source_ends": len(models.shared.source_ends), "target_ends": list(models.shared.target_ends)}
+    return {"tokens": tokens, "source_mass": source_mass, "target_mass": target_mass, **ends}
 
 
 def _write_adapter(

@@ -26,6 +26,8 @@ class SharedVocabulary:
     """Whether both models have the same tokenizer, so that positions and tokens correspond as they stand."""
     source_ends: tuple[int, ...] = ()
     """Source tokens that count as the end of a text, which share its class; see `castlora.models.endings`."""
+    target_ends: tuple[int, ...] = ()
+    """The same of the target."""
 
     @classmethod
     def of(
@@ -35,6 +37,7 @@ class SharedVocabulary:
         source_size: int,
         target_size: int,
         source_ends: tuple[int, ...] = (),
+        target_ends: tuple[int, ...] = (),
     ) -> "SharedVocabulary":
         """Compares two tokenizers.
 
@@ -44,6 +47,7 @@ class SharedVocabulary:
             source_size: number of tokens that the source model predicts; its tokenizer may know more
             target_size: the same for the target model
             source_ends: the source's token that ends a text and those that it predicts alike
+            target_ends: the same of the target
         """
         is_same = same_tokenizer(source, target)
         if is_same:
@@ -56,14 +60,21 @@ class SharedVocabulary:
         source_classes, target_classes = token_classes(source, target, pairs)
         of_source, of_target = _fit(source_classes, source_size), _fit(target_classes, target_size)
         if source_ends:
-            of_source[list(source_ends)] = of_source[source.eos_token_id].item()
-        is_whole = is_same and len(source_ends) <= 1
-        return cls(source_ids, target_ids, of_source, of_target, is_whole, source_ends)
+            end = int(of_source[source.eos_token_id])
+            of_source[list(source_ends)] = end
+            _count_as_end(of_source, of_target, target_ends, end)
+        is_whole = is_same and len(source_ends) <= 1 and len(target_ends) <= 1
+        return cls(source_ids, target_ids, of_source, of_target, is_whole, source_ends, target_ends)
 
     @property
     def target_is_ambiguous(self) -> Tensor:
-        """Whether a token shares its class with other target tokens, shape (tokens that the target predicts,)."""
-        return self.target_classes.bincount()[self.target_classes] > 1
+        """Whether a token is to be told from others of its class, shape (tokens that the target predicts,).
+
+        Not so those that end a text: any of them does, and where they are several the target cannot tell them apart.
+        """
+        is_ambiguous = self.target_classes.bincount()[self.target_classes] > 1
+        is_ambiguous[list(self.target_ends)] = False
+        return is_ambiguous
 
     @property
     def classes(self) -> int:
@@ -143,6 +154,14 @@ def _is_text(spelling: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def _count_as_end(of_source: Tensor, of_target: Tensor, target_ends: Sequence[int], end: int) -> None:
+    """Puts target tokens into the class of the end of a text, with what the target has no other token for."""
+    left = of_target[list(target_ends)]
+    of_target[list(target_ends)] = end
+    without_target = left[~torch.isin(left, of_target)]
+    of_source[torch.isin(of_source, without_target)] = end
 
 
 def _fit(classes: list[int], size: int) -> Tensor:

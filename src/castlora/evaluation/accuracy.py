@@ -18,6 +18,7 @@ from castlora.models.completions import (
     generate,
     readable_tokens,
 )
+from castlora.models.endings import end_tokens_of
 from castlora.report import Score
 from castlora.text.chat import without_special_tokens
 
@@ -59,8 +60,8 @@ def evaluate_model(
 
     With choices the score is accuracy: the choice with the highest log-likelihood, summed over its tokens, is
     picked. Without, it is exact match of the greedy generation, both sides stripped; the generation ends at an
-    end-of-text token, and at the first newline where the expected completion has none. An end-of-text token
-    after a completion counts neither for choices nor for `nll`.
+    end-of-text token or one that the model predicts alike, and at the first newline where the expected completion
+    has none. An end-of-text token after a completion counts neither for choices nor for `nll`.
 
     Args:
         model: with or without an adapter
@@ -129,7 +130,8 @@ def _evaluate_generation(
     nlls = -completion_log_likelihoods(model, pairs, batch_size)
     longest = max(len(pair.ids) - pair.start for pair in pairs)
     max_new_tokens = min(longest + GENERATION_MARGIN, max_length - 1)
-    texts = generate(model, tokenizer, [item.prompt for item in items], max_new_tokens, batch_size)
+    ends = end_tokens_of(model, tokenizer.eos_token_id)
+    texts = generate(model, tokenizer, [item.prompt for item in items], max_new_tokens, batch_size, ends)
     for i, item in enumerate(items):
         if "\n" not in item.completion.strip():
             texts[i] = texts[i].partition("\n")[0]

@@ -91,9 +91,9 @@ def compare_answers(
     teacher = answers(models.source, models.source_tokenizer, in_source, models.shared.source_ends)
     models.use("target")
     with parametrize.cached():
-        transferred = answers(models.target, models.target_tokenizer, in_target)
+        transferred = answers(models.target, models.target_tokenizer, in_target, models.shared.target_ends)
     with student.disable_adapter():
-        bare = answers(models.target, models.target_tokenizer, in_target)
+        bare = answers(models.target, models.target_tokenizer, in_target, models.shared.target_ends)
     imitation = Imitation(in_source, teacher, bare, transferred)
     logger.info(
         "After %d held-out prompts the target writes what source + LoRA writes: %.0f %% bare, %.0f %% with the adapter",

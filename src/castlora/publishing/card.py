@@ -99,6 +99,7 @@ def make_card(manifest: Mapping[str, Any], skills: Sequence[Skill] = ()) -> Mode
         f"{_SCORES_BEGIN}\n{_evaluation(skills)}\n{_SCORES_END}",
         "## Use",
         *_needed_precision(manifest["target_bits"]),
+        *_needed_stops(manifest),
         fenced("python", _peft_snippet(manifest)),
         fenced("shell", _vllm_snippet(manifest)),
         "## Reproduce",
@@ -287,6 +288,18 @@ def _needed_precision(bits: int | None) -> list[str]:
         return []
     sentence = f"The adapter was trained beside a base model quantized to {bits} bits, and belongs to one."
     return [sentence + (" vLLM quantizes so only to 4." if bits == 8 else "")]
+
+
+def _needed_stops(manifest: Mapping[str, Any]) -> list[str]:
+    others = len(manifest["shared_vocabulary"].get("target_ends", ())) - 1
+    if others < 1:
+        return []
+    return [
+        f"{quoted_name(manifest['target']['name'])} predicts {others} tokens as it predicts the one that ends its"
+        " texts, and a LoRA on its layers cannot part them: any of them ends an answer. Stop at all of them, which"
+        " `shared_vocabulary.target_ends` in `castlora.json` lists: `stop_token_ids` of a request to vLLM or SGLang,"
+        " `eos_token_id` of `generate`."
+    ]
 
 
 def _peft_snippet(manifest: Mapping[str, Any]) -> str:
