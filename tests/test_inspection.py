@@ -10,7 +10,7 @@ from castlora.adapters.files import open_adapter
 from castlora.alignment.tokens import ByteTokenizer
 from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.cli import parser
-from castlora.inspection import parameter_count
+from castlora.inspection import _duration, parameter_count
 from castlora.models.loading import load_config
 from castlora.plan import plan_transfer
 
@@ -188,3 +188,10 @@ def test_programs_find_in_the_record_what_the_text_says(adapter, base_model):
     assert untrained.record["forecast"]["seconds"] > 0 and "Forecast for the start without a step" in str(untrained)
     same = inspect(str(adapter("llama")), str(base_model("phi3"))).record["tokenizers"]
     assert same == {"same": True, "source_tokens": 309, "target_tokens": 309, "spelled_alike": 309}
+
+
+def test_durations_are_written_as_people_say_them():
+    times = (0.01, 1.4, 2.0, 89.0, 90.0, 5400.0)
+    assert [_duration(seconds) for seconds in times] == [
+        "a second", "a second", "2 seconds", "89 seconds", "2 minutes", "1.5 hours",
+    ]  # fmt: skip
