@@ -7,9 +7,10 @@ import torch
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
-from castlora import UserError, pipeline, push, scoring
+from castlora import UserError, pipeline, push
 from castlora.adapters import files
 from castlora.adapters.factors import LowRank, write_portable
+from castlora.adapters.vocabulary import tokenizer_of
 from castlora.cli import main
 from castlora.models.loading import load_config, load_tokenizer, skeleton
 from castlora.models.modules import linear_slots
@@ -202,4 +203,13 @@ def test_the_chat_template_of_an_adapter_on_the_hub_is_read(on_hub, moved, base_
     shutil.copytree(moved, on_hub, dirs_exist_ok=True)
     (on_hub / "chat_template.jinja").write_text("{{ messages[0].content }}")
     tokenizer = load_tokenizer(str(base_model("llama")))
-    assert scoring._template(tokenizer, "owner/name") == "{{ messages[0].content }}"
+    assert tokenizer_of(files.find_adapter("owner/name"), tokenizer).chat_template == "{{ messages[0].content }}"
+
+
+def test_the_tokenizer_of_an_adapter_on_the_hub_is_read(on_hub, moved, base_model):
+    shutil.copytree(moved, on_hub, dirs_exist_ok=True)
+    tokenizer = load_tokenizer(str(base_model("llama")))
+    own = load_tokenizer(str(base_model("llama")))
+    own.add_special_tokens({"eos_token": "<|end|>"})
+    own.save_pretrained(on_hub)
+    assert tokenizer_of(files.find_adapter("owner/name"), tokenizer).eos_token == "<|end|>" != tokenizer.eos_token

@@ -11,6 +11,7 @@ import torch
 from transformers.utils.import_utils import is_bitsandbytes_available
 
 from castlora.adapters.factors import PORTABLE_RANKS
+from castlora.adapters.vocabulary import tokenizer_of
 from castlora.alignment.tokens import ByteTokenizer
 from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.config import DEFAULT, Bits, check_above_zero, check_zero_or_more
@@ -97,7 +98,8 @@ def inspect(
     loading.check(plan.adapter.is_plain, processes)
     if loading.sharded:
         check_rehearsal(batch_size, processes)
-    source_bytes = ByteTokenizer.from_tokenizer(load_tokenizer(plan.source, plan.source_revision))
+    source_tokenizer = tokenizer_of(plan.adapter.folder, load_tokenizer(plan.source, plan.source_revision))
+    source_bytes = ByteTokenizer.from_tokenizer(source_tokenizer)
     target_bytes = ByteTokenizer.from_tokenizer(load_tokenizer(plan.target))
     record: dict[str, Any] = {
         **_bases(plan),

@@ -9,6 +9,7 @@ from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from castlora.adapters.vocabulary import resize_vocabulary, tokenizer_of
 from castlora.alignment.positions import AlignedPassage, Side, align_passages
 from castlora.alignment.tokens import ByteTokenizer
 from castlora.alignment.vocabulary import SharedVocabulary
@@ -159,8 +160,7 @@ def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
         plan: of the transfer
         loading: in what precision, and where they are held
     """
-    source, source_tokenizer = loading.load(plan.source, plan.source_revision, loading.source_bits)
-    teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
+    source, teacher, source_tokenizer = _load_teacher(plan, loading)
     source_ends = _ends("source", teacher, source_tokenizer)
     offloading = Offloading()
     if loading.takes_turns:
@@ -189,8 +189,7 @@ def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
 
 def load_teacher(plan: Plan, loading: Loading = IN_FULL) -> Models:
     """Loads source + LoRA alone, which stands in the place of the target too, for what needs none."""
-    source, tokenizer = loading.load(plan.source, plan.source_revision, loading.source_bits)
-    teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
+    source, teacher, tokenizer = _load_teacher(plan, loading)
     spelled = ByteTokenizer.from_tokenizer(tokenizer)
     vocabulary = plan.source_config.vocab_size
     shared = SharedVocabulary.of(spelled, spelled, vocabulary, vocabulary, _ends("source", teacher, tokenizer))
@@ -204,6 +203,19 @@ def load_teacher(plan: Plan, loading: Loading = IN_FULL) -> Models:
         target_bytes=spelled,
         shared=shared,
     )
+
+
+def _load_teacher(plan: Plan, loading: Loading) -> tuple[PreTrainedModel, PeftModel, PreTrainedTokenizerFast]:
+    """The source, the source with the adapter acting in it, and the tokenizer that the adapter was trained with."""
+    source, tokenizer = loading.load(plan.source, plan.source_revision, loading.source_bits)
+    if plan.source_config.vocab_size != source.config.vocab_size:
+        logger.info(
+            "The adapter was trained with %d tokens, its base model has %d; the tokenizer in its folder reads them.",
+            plan.source_config.vocab_size, source.config.vocab_size,
+        )  # fmt: skip
+        resize_vocabulary(source, plan.source_config)
+    teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
+    return source, teacher, tokenizer_of(plan.adapter.folder, tokenizer)
 
 
 def _ends(side: Side, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:

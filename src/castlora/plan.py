@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from castlora.adapters.factors import PORTABLE_RANKS, LowRank, portable_rank, read_update
 from castlora.adapters.files import AdapterFiles, open_adapter
+from castlora.adapters.vocabulary import with_vocabulary_of
 from castlora.config import Recipe
 from castlora.errors import UserError
 from castlora.models.loading import context_length, load_config, skeleton
@@ -23,6 +24,7 @@ class Plan:
     source_revision: str | None
     target: str
     source_config: PreTrainedConfig
+    """Of the base model, with the number of tokens that the adapter was trained with."""
     target_config: PreTrainedConfig
     factors: dict[str, LowRank]
     """Updates of the linear maps that the adapter changes in the source's layers."""
@@ -115,6 +117,7 @@ def plan_transfer(adapter: str, target: str, source: str | None) -> Plan:
     source_config = load_config(
         source_name, revision, "name the adapter's base model, a folder or hub id, with --source"
     )
+    source_config = with_vocabulary_of(files.folder, source_config)
     target_config = load_config(target)
     update = read_update(files, source_config)
     source_slots = linear_slots(skeleton(source_config), source_config)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from castlora.adapters.files import find_adapter
 from castlora.adapters.live import load_adapter
+from castlora.adapters.vocabulary import tokenizer_of
 from castlora.config import Bits
 from castlora.errors import UserError
 from castlora.evaluation.accuracy import Evaluation, evaluate_model, scoring_versions
@@ -22,7 +21,7 @@ from castlora.models.loading import best_device, load_model, public_name
 from castlora.publishing.record import check_record, record_task, warn_of_other_precision
 from castlora.report import BARE_TARGET, RETRAINED, TRANSFERRED
 from castlora.report.formatting import score_interval
-from castlora.text.chat import TEMPLATE_FILE, chat_template
+from castlora.text.chat import chat_template
 
 
 def evaluate(
@@ -46,8 +45,8 @@ def evaluate(
         out: JSON file to write; beside the result it holds `items`: score, nll and prediction of each item.
         batch_size: sequences read at once.
         revision: revision of the model on the hub.
-        chat: whether prompts are messages of a user, in the chat template of the model, or of the adapter's folder
-            where the model has none.
+        chat: whether prompts are messages of a user, in the chat template of the adapter's folder, or where it holds
+            none in the model's.
         retrained: hub id or folder of an adapter that was trained on the task for the model; with it and the bare model
             the lift of `adapter` is measured.
         record: whether the scores, those of the bare model included, go into the manifest, the model card and the
@@ -67,7 +66,9 @@ def evaluate(
     items = load_task(task)
     _check_compared(model, adapter, retrained, record, bits)
     loaded, tokenizer = load_model(model, revision, best_device(), bits)
-    template = _template(tokenizer, adapter) if chat else None
+    if adapter is not None:
+        tokenizer = tokenizer_of(find_adapter(adapter), tokenizer)
+    template = chat_template(tokenizer) if chat else None
     compared: dict[str, Evaluation] = {}
     if retrained is not None or record:
         compared[BARE_TARGET] = evaluate_model(loaded, tokenizer, items, batch_size, template)
@@ -134,11 +135,3 @@ def _check_compared(model: str, adapter: str | None, retrained: str | None, reco
         check_record(adapter, model, bits)
     elif adapter is not None:
         warn_of_other_precision(adapter, bits)
-
-
-def _template(tokenizer: PreTrainedTokenizerFast, adapter: str | None) -> str:
-    if tokenizer.chat_template is None and adapter is not None:
-        beside = find_adapter(adapter) / TEMPLATE_FILE
-        if beside.is_file():
-            return beside.read_text(encoding="utf-8")
-    return chat_template(tokenizer)

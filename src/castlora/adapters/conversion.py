@@ -15,16 +15,16 @@ from transformers import PreTrainedModel
 
 from castlora.adapters.effective import without_start
 from castlora.adapters.factors import PORTABLE_RANKS, LowRank, portable_rank, read_factors, write_portable
-from castlora.adapters.files import CONFIG_FILE, WEIGHTS_FILE, is_mlx_adapter, open_adapter
+from castlora.adapters.files import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, is_mlx_adapter, open_adapter
 from castlora.adapters.live import load_adapter
 from castlora.adapters.mlx import mlx_base, read_mlx, write_mlx
 from castlora.adapters.unpickling import PICKLED_FILE, read_pickled
+from castlora.adapters.vocabulary import tokenizer_of
 from castlora.config import Form
 from castlora.errors import UserError
 from castlora.execution.run_directory import write_whole
 from castlora.models.loading import load_config, load_model, skeleton
 from castlora.models.modules import LinearSlot, linear_slots, number_of_layers
-from castlora.text.chat import TEMPLATE_FILE
 
 GGUF_SCRIPT = "convert_lora_to_gguf.py"
 
@@ -86,7 +86,7 @@ def _write_adapter(adapter: str, base: str | None, part: Path, to: Form) -> None
                 "engines accept; give --to merged, or --to mlx for MLX-LM."
             )
         write_portable(part, factors, slots, portable_rank(rank), base_name, None)
-    _copy_template(adapter, part)
+    _copy_tokenizer(adapter, part)
 
 
 def _plain_factors(adapter: str, base: str | None) -> tuple[dict[str, LowRank], dict[str, LinearSlot], str]:
@@ -116,21 +116,23 @@ def _write_safetensors(adapter: str, part: Path) -> None:
     part.mkdir()
     write_whole(part / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     shutil.copyfile(folder / CONFIG_FILE, part / CONFIG_FILE)
-    _copy_template(adapter, part)
+    _copy_tokenizer(adapter, part)
 
 
 def _write_merged(adapter: str, base: str | None, part: Path) -> None:
     if is_mlx_adapter(Path(adapter)):
         raise UserError(f"Adapter {adapter!r} is one of MLX-LM; convert it with --to peft first.")
-    name = _base_of(adapter, base, open_adapter(adapter).base_model)
-    model, tokenizer = load_model(name)
+    files = open_adapter(adapter)
+    name = _base_of(adapter, base, files.base_model)
+    model, of_base = load_model(name)
+    tokenizer = tokenizer_of(files.folder, of_base)
     adapted = load_adapter(model, adapter, name)
     _untie_embeddings(model)
     # Merged in fp32: bf16 would round away what is small beside the weight.
     merged = adapted.merge_and_unload()
     merged.to(load_config(name).dtype or merged.dtype).save_pretrained(part)
     tokenizer.save_pretrained(part)
-    _copy_template(adapter, part)
+    _copy_tokenizer(adapter, part)
 
 
 def _untie_embeddings(model: PreTrainedModel) -> None:
@@ -169,7 +171,7 @@ def _base_of(adapter: str, given: str | None, named: str) -> str:
     return given or named
 
 
-def _copy_template(adapter: str, part: Path) -> None:
-    template = Path(adapter) / TEMPLATE_FILE
-    if template.is_file() and not (part / TEMPLATE_FILE).exists():
-        shutil.copyfile(template, part / TEMPLATE_FILE)
+def _copy_tokenizer(adapter: str, part: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (Path(adapter) / name).is_file() and not (part / name).exists():
+            shutil.copyfile(Path(adapter) / name, part / name)

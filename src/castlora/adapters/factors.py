@@ -221,9 +221,11 @@ def _check_against_base(files: AdapterFiles, found: Mapping[str, Tensor], model:
         raise UserError(f"Adapter {files.name!r} does not fit its base model: it {lacks}; {_HINT}.")
     for key, tensor in found.items():
         if tensor.shape != known[key].shape:
+            has_more_rows = "lora_" not in key and tensor.shape[1:] == known[key].shape[1:]
+            hint = f"{_HINT}, or put the tokenizer it was trained with into its folder" if has_more_rows else _HINT
             raise UserError(
                 f"Adapter {files.name!r} does not fit its base model: {key!r} has shape {tuple(tensor.shape)}, "
-                f"the base needs {tuple(known[key].shape)}; {_HINT}."
+                f"the base needs {tuple(known[key].shape)}; {hint}."
             )
 
 

@@ -22,7 +22,12 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 TRANSLATION_FILE = "translation.json"
 """What was done to an adapter that went over a bridge."""
-_READ_FILES = [CONFIG_FILE, WEIGHTS_FILE, TRANSLATION_FILE, TEMPLATE_FILE, f"*/{CONFIG_FILE}"]
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILES = (
+    TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE,
+)  # fmt: skip
+"""Of the tokenizer that an adapter was trained with, where that lies in its folder."""
+_READ_FILES = [CONFIG_FILE, WEIGHTS_FILE, TRANSLATION_FILE, *TOKENIZER_FILES, f"*/{CONFIG_FILE}"]
 """Of a repository on the hub; configurations in folders tell that it holds adapters there."""
 _CARRIED_FIELDS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -75,7 +80,8 @@ class AdapterFiles:
 
     def fingerprint(self) -> str:
         """Tells whether another adapter has come to lie in its folder."""
-        return fingerprint(self.folder / CONFIG_FILE) + self.weights_sha256
+        files = (self.folder / name for name in (CONFIG_FILE, *TOKENIZER_FILES))
+        return fingerprint(*files) + self.weights_sha256
 
     @property
     def base_model(self) -> str:

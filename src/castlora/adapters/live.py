@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from castlora.adapters.factors import KEY_PREFIX, LowRank
 from castlora.adapters.files import CONFIG_FILE, find_adapter, read_fields
 from castlora.adapters.patterns import check_patterns
+from castlora.adapters.vocabulary import resize_vocabulary, with_vocabulary_of
 from castlora.errors import UserError, first_line
 from castlora.models.loading import LIBRARY_ERRORS
 
@@ -89,6 +90,7 @@ def load_adapter(base: PreTrainedModel, adapter: str, model: str) -> PeftModelFo
         # PEFT would import the Python module that such a configuration names.
         raise UserError(f"{adapter}: megatron_config is set; only adapters without it can be scored.")
     check_patterns(adapter, config, [name for name, _ in base.named_modules()])
+    resize_vocabulary(base, with_vocabulary_of(Path(folder), base.config))
     try:
         adapted = PeftModel.from_pretrained(base, folder, config=config)
     except LIBRARY_ERRORS as error:  # modules or shapes that the model does not have

@@ -11,6 +11,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from castlora.models.loading import context_length
+
 _TEXTS, _TOKENS = 8, 32
 _LEAST_DIFFERENCE = 0.2
 """Of the spread of the logits. Those of two trained tokens differed by 0.46 at least in the models that were measured,
@@ -33,7 +35,8 @@ def end_tokens_of(model: PreTrainedModel | PeftModel, end: int | None) -> tuple[
     vocabulary = model.config.get_text_config().vocab_size
     if end is None or end >= vocabulary:
         return ()
-    ids = torch.randint(vocabulary, (_TEXTS, _TOKENS), generator=torch.Generator().manual_seed(0))
+    tokens = min(_TOKENS, context_length(model.config))
+    ids = torch.randint(vocabulary, (_TEXTS, tokens), generator=torch.Generator().manual_seed(0))
     logits = model(input_ids=ids.to(model.device), use_cache=False).logits
     return tuple(predicted_alike(logits.flatten(0, 1), end).tolist())
 

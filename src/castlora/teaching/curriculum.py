@@ -196,6 +196,8 @@ def teach_text(
         return read_taught(text.taught, count, models.source_tokenizer, models.target_tokenizer)
     drawn = draw_text(models, text, formats, recipe, seed)
     logger.info("Text: %s, %d passages", text.regime, len(drawn))
+    if text.prompts is not None and recipe.write_answers:
+        check_lengths(models, drawn, recipe)
     chosen = choose_prompts(models, drawn, recipe, parts) if formats else drawn
     answered = answer_prompts(models, chosen, recipe, seed, parts)
     if formats:
@@ -205,6 +207,38 @@ def teach_text(
     # The last passages are held out.
     variants = draw_variants(models, answered, recipe, seed)
     return [*answer_prompts(models, variants, recipe, seed, parts.under("variants")), *answered]
+
+
+def check_lengths(models: Models, prompts: Sequence[Passage], recipe: Recipe) -> None:
+    """Says how many prompts are left out because they are too long, and what would hold them.
+
+    Raises:
+        UserError: all of them are too long.
+    """
+    limit = _longest_prompt(models, recipe)
+    adds_special_tokens = not prompts[0].is_chat
+    in_source = models.source_bytes.encode_batch(
+        [prompt.text for prompt in prompts], add_special_tokens=adds_special_tokens
+    )
+    in_target = models.target_bytes.encode_batch(
+        [prompt.target_prompt or prompt.text for prompt in prompts], add_special_tokens=adds_special_tokens
+    )
+    lengths = [max(len(one.ids), len(other.ids)) for one, other in zip(in_source, in_target, strict=True)]
+    too_long = sum(length > limit for length in lengths)
+    if not too_long:
+        return
+    readable = min(context_length(models.source.config), context_length(models.target.config))
+    if limit < recipe.max_length:
+        advice = f"the models read {readable} tokens; give shorter prompts, or --tuning.answer-tokens below "
+        advice += str(recipe.answer_tokens)
+    else:
+        advice = f"give --tuning.max-length {min(max(lengths) + recipe.answer_tokens, readable)}"
+    if too_long == len(prompts):
+        raise UserError(f"All {too_long} prompts have more than {limit} tokens; {advice}.")
+    logger.warning(
+        "%d of %d prompts have more than %d tokens and are left out; to keep them %s.",
+        too_long, len(prompts), limit, advice,
+    )  # fmt: skip
 
 
 def choose_prompts(

@@ -1,0 +1,86 @@
+"""What an adapter was trained to read with, where that is not its base model's tokenizer as it stands.
+
+Who fine-tunes a base model for conversations gives it a chat template, often another token for the end, and sometimes
+tokens that it did not have. All of this lies in the tokenizer beside the adapter; embeddings and output head that got
+rows for such tokens lie whole among the adapter's weights.
+"""
+
+import copy
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from castlora.adapters.files import TOKENIZER_FILE, WEIGHTS_FILE
+from castlora.models.loading import load_tokenizer, skeleton
+from castlora.text.chat import TEMPLATE_FILE
+
+
+def tokenizer_of(adapter: Path, of_base: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer in the adapter's folder, or where it holds none that of the base model.
+
+    Where it has no chat template, it gets the one beside the adapter, or else the base model's.
+
+    Args:
+        adapter: its folder
+        of_base: its base model's tokenizer, which stays as it is
+
+    Raises:
+        UserError: the tokenizer in the folder cannot be read.
+    """
+    own = load_tokenizer(str(adapter)) if has_tokenizer(adapter) else copy.deepcopy(of_base)
+    template = adapter / TEMPLATE_FILE
+    if own.chat_template is None:
+        own.chat_template = template.read_text(encoding="utf-8") if template.is_file() else of_base.chat_template
+    return own
+
+
+def has_tokenizer(adapter: Path) -> bool:
+    """Whether a tokenizer lies in the adapter's folder."""
+    return (adapter / TOKENIZER_FILE).is_file()
+
+
+def with_vocabulary_of(adapter: Path, base_config: PreTrainedConfig) -> PreTrainedConfig:
+    """The base model's configuration, with the number of tokens that the adapter was trained with.
+
+    An adapter for more tokens than the base model has holds embeddings or output head whole. Without a tokenizer that
+    says what they are it is taken for one of another base model, and the configuration stays as it is.
+
+    Args:
+        adapter: its folder
+        base_config: of its base model
+    """
+    rows = _saved_rows(adapter, base_config) if has_tokenizer(adapter) else None
+    if rows is None or rows == base_config.vocab_size:
+        return base_config
+    extended = copy.deepcopy(base_config)
+    extended.vocab_size = rows
+    return extended
+
+
+def resize_vocabulary(base: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Gives a base model the number of tokens that a configuration says; what is added the adapter brings along.
+
+    Args:
+        base: the base model, changed in place
+        config: as `with_vocabulary_of` gives it
+    """
+    if base.config.vocab_size != config.vocab_size:
+        base.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+
+
+def _saved_rows(adapter: Path, base_config: PreTrainedConfig) -> int | None:
+    """How many rows the embeddings or the output head have that were saved with the adapter; None where none were."""
+    base = skeleton(base_config)
+    whole = {id(base.get_input_embeddings()), id(base.get_output_embeddings())}
+    names = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if id(module) in whole}
+    try:
+        with safe_open(adapter / WEIGHTS_FILE, "pt") as file:
+            for key in file.keys():  # noqa: SIM118, the file is no mapping
+                parts = key.split(".")
+                if names & set(parts) and parts[-1] == "weight" and not any(part.startswith("lora_") for part in parts):
+                    return int(file.get_slice(key).get_shape()[0])
+    except (SafetensorError, OSError):
+        # Whoever reads the weights says what is wrong with them.
+        return None
+    return None
