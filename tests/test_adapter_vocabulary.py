@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from castlora import UserError, convert, evaluate, inspect, transfer
 from castlora.adapters.vocabulary import tokenizer_of, with_vocabulary_of
@@ -19,19 +20,19 @@ TEMPLATE = "{% for message in messages %}Who? {{ message.content }}{% endfor %}"
 TURN, END = "<|turn|>", "<|end|>"
 
 
-@pytest.fixture
-def extended_adapter(base_model, tmp_path) -> Path:
-    """An adapter with two tokens more than its base model, one of which ends its answers."""
+@pytest.fixture(params=[["embed_tokens", "lm_head"], None], ids=["trained", "saved"])
+def extended_adapter(base_model, tmp_path, request) -> Path:
+    """An adapter with two tokens more than its base model, one of which ends its answers; PEFT saves their rows."""
     base, folder = base_model("llama"), tmp_path / "adapter"
     model, tokenizer = tiny.load(base), tiny.tokenizer_of(base)
     tokenizer.add_special_tokens({"additional_special_tokens": [TURN, END], "eos_token": END})
     tokenizer.chat_template = TURN + TEMPLATE
     model.resize_token_embeddings(len(tokenizer))
-    options = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    options = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": request.param}
     adapted = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **options))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
+            if any(part in name for part in ("lora_B", "lm_head", "embed_tokens")):
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     adapted.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -106,22 +107,47 @@ def test_more_tokens_than_the_base_model_has_need_a_tokenizer(extended_adapter, 
         plan_transfer(str(extended_adapter), str(base_model("gpt2")), None)
 
 
-def test_an_adapter_without_tokenizer_is_asked_in_the_template_beside_it(base_model, adapter, tmp_path):
-    base = tiny.tokenizer_of(base_model("llama"))
-    folder = Path(tmp_path)
-    assert tokenizer_of(folder, base).chat_template is None
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    assert tokenizer_of(folder, base).chat_template == TEMPLATE
+def test_an_adapter_without_tokenizer_is_asked_in_the_template_beside_it(base_model, tmp_path):
+    base, config = tiny.tokenizer_of(base_model("llama")), load_config(str(base_model("llama")))
+    assert tokenizer_of(tmp_path, base, config).chat_template is None
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    assert tokenizer_of(tmp_path, base, config).chat_template == TEMPLATE
     assert base.chat_template is None
     base.chat_template = "its own"
-    assert tokenizer_of(folder, base).chat_template == "its own"
+    assert tokenizer_of(tmp_path, base, config).chat_template == "its own"
 
 
 def test_a_tokenizer_without_template_is_asked_in_that_of_the_base_model(base_model, tmp_path):
     tiny.tokenizer_of(base_model("llama")).save_pretrained(tmp_path)
     base = tiny.tokenizer_of(base_model("llama"))
     base.chat_template = TEMPLATE
-    assert tokenizer_of(tmp_path, base).chat_template == TEMPLATE
+    assert tokenizer_of(tmp_path, base, load_config(str(base_model("llama")))).chat_template == TEMPLATE
+
+
+def test_a_template_that_writes_tokens_without_an_embedding_is_refused(base_model, adapter, tmp_path):
+    base = base_model("llama")
+    folder = Path(shutil.copytree(adapter("llama", ("q_proj",)), tmp_path / "adapter"))
+    tokenizer = tiny.tokenizer_of(base)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.save_pretrained(folder)
+    assert len(load_models(plan_transfer(str(folder), str(base_model("gpt2")), None)).source_tokenizer) == 310
+    tokenizer.add_special_tokens({"additional_special_tokens": [TURN]})
+    tokenizer.chat_template = TURN + TEMPLATE
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"writes '<\|turn\|>', for which neither the adapter nor its base model has"):
+        load_models(plan_transfer(str(folder), str(base_model("gpt2")), None))
+
+
+@pytest.mark.parametrize("shape", [(), (400,), (100, 32), (0, 32)])
+def test_rows_that_extend_no_vocabulary_are_those_of_another_base_model(shape, base_model, adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter("llama", ("q_proj",)), tmp_path / "adapter"))
+    tiny.tokenizer_of(base_model("llama")).save_pretrained(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.lm_head.weight": torch.zeros(shape)}, folder / "adapter_model.safetensors")
+    config = load_config(str(base_model("llama")))
+    assert with_vocabulary_of(folder, config) is config
+    with pytest.raises(UserError, match="does not fit its base model"):
+        plan_transfer(str(folder), str(base_model("gpt2")), None)
 
 
 def test_a_tokenizer_alone_changes_no_number_of_tokens(base_model, adapter, tmp_path):

@@ -202,14 +202,18 @@ def test_a_repository_with_pickled_weights_is_told_from_one_with_adapters_in_fol
 def test_the_chat_template_of_an_adapter_on_the_hub_is_read(on_hub, moved, base_model):
     shutil.copytree(moved, on_hub, dirs_exist_ok=True)
     (on_hub / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    tokenizer = load_tokenizer(str(base_model("llama")))
-    assert tokenizer_of(files.find_adapter("owner/name"), tokenizer).chat_template == "{{ messages[0].content }}"
+    tokenizer, config = load_tokenizer(str(base_model("llama"))), load_config(str(base_model("llama")))
+    assert (
+        tokenizer_of(files.find_adapter("owner/name"), tokenizer, config).chat_template == "{{ messages[0].content }}"
+    )
 
 
 def test_the_tokenizer_of_an_adapter_on_the_hub_is_read(on_hub, moved, base_model):
     shutil.copytree(moved, on_hub, dirs_exist_ok=True)
-    tokenizer = load_tokenizer(str(base_model("llama")))
+    tokenizer, config = load_tokenizer(str(base_model("llama"))), load_config(str(base_model("llama")))
     own = load_tokenizer(str(base_model("llama")))
     own.add_special_tokens({"eos_token": "<|end|>"})
     own.save_pretrained(on_hub)
-    assert tokenizer_of(files.find_adapter("owner/name"), tokenizer).eos_token == "<|end|>" != tokenizer.eos_token
+    assert (
+        tokenizer_of(files.find_adapter("owner/name"), tokenizer, config).eos_token == "<|end|>" != tokenizer.eos_token
+    )

@@ -98,7 +98,8 @@ def inspect(
     loading.check(plan.adapter.is_plain, processes)
     if loading.sharded:
         check_rehearsal(batch_size, processes)
-    source_tokenizer = tokenizer_of(plan.adapter.folder, load_tokenizer(plan.source, plan.source_revision))
+    of_base = load_tokenizer(plan.source, plan.source_revision)
+    source_tokenizer = tokenizer_of(plan.adapter.folder, of_base, plan.source_config)
     source_bytes = ByteTokenizer.from_tokenizer(source_tokenizer)
     target_bytes = ByteTokenizer.from_tokenizer(load_tokenizer(plan.target))
     record: dict[str, Any] = {

@@ -215,7 +215,7 @@ def _load_teacher(plan: Plan, loading: Loading) -> tuple[PreTrainedModel, PeftMo
         )  # fmt: skip
         resize_vocabulary(source, plan.source_config)
     teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()
-    return source, teacher, tokenizer_of(plan.adapter.folder, tokenizer)
+    return source, teacher, tokenizer_of(plan.adapter.folder, tokenizer, plan.source_config)
 
 
 def _ends(side: Side, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:

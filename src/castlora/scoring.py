@@ -8,7 +8,7 @@ from typing import Any
 
 from castlora.adapters.files import find_adapter
 from castlora.adapters.live import load_adapter
-from castlora.adapters.vocabulary import tokenizer_of
+from castlora.adapters.vocabulary import tokenizer_of, with_vocabulary_of
 from castlora.config import Bits
 from castlora.errors import UserError
 from castlora.evaluation.accuracy import Evaluation, evaluate_model, scoring_versions
@@ -67,7 +67,8 @@ def evaluate(
     _check_compared(model, adapter, retrained, record, bits)
     loaded, tokenizer = load_model(model, revision, best_device(), bits)
     if adapter is not None:
-        tokenizer = tokenizer_of(find_adapter(adapter), tokenizer)
+        folder = find_adapter(adapter)
+        tokenizer = tokenizer_of(folder, tokenizer, with_vocabulary_of(folder, loaded.config))
     template = chat_template(tokenizer) if chat else None
     compared: dict[str, Evaluation] = {}
     if retrained is not None or record:

@@ -125,8 +125,8 @@ def _write_merged(adapter: str, base: str | None, part: Path) -> None:
     files = open_adapter(adapter)
     name = _base_of(adapter, base, files.base_model)
     model, of_base = load_model(name)
-    tokenizer = tokenizer_of(files.folder, of_base)
     adapted = load_adapter(model, adapter, name)
+    tokenizer = tokenizer_of(files.folder, of_base, model.config)
     _untie_embeddings(model)
     # Merged in fp32: bf16 would round away what is small beside the weight.
     merged = adapted.merge_and_unload()

@@ -12,11 +12,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from castlora.adapters.files import TOKENIZER_FILE, WEIGHTS_FILE
+from castlora.errors import UserError
 from castlora.models.loading import load_tokenizer, skeleton
 from castlora.text.chat import TEMPLATE_FILE
 
 
-def tokenizer_of(adapter: Path, of_base: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def tokenizer_of(
+    adapter: Path, of_base: PreTrainedTokenizerFast, base_config: PreTrainedConfig
+) -> PreTrainedTokenizerFast:
     """The tokenizer in the adapter's folder, or where it holds none that of the base model.
 
     Where it has no chat template, it gets the one beside the adapter, or else the base model's.
@@ -24,14 +27,22 @@ def tokenizer_of(adapter: Path, of_base: PreTrainedTokenizerFast) -> PreTrainedT
     Args:
         adapter: its folder
         of_base: its base model's tokenizer, which stays as it is
+        base_config: as `with_vocabulary_of` gives it
 
     Raises:
-        UserError: the tokenizer in the folder cannot be read.
+        UserError: the tokenizer in the folder cannot be read, or its chat template writes tokens that are not in the
+            model.
     """
     own = load_tokenizer(str(adapter)) if has_tokenizer(adapter) else copy.deepcopy(of_base)
     template = adapter / TEMPLATE_FILE
     if own.chat_template is None:
         own.chat_template = template.read_text(encoding="utf-8") if template.is_file() else of_base.chat_template
+    for token, index in own.get_added_vocab().items():
+        if index >= base_config.vocab_size and token in str(own.chat_template):
+            raise UserError(
+                f"The chat template in {str(adapter)!r} writes {token!r}, for which neither the adapter nor its base "
+                "model has an embedding; name the model it was trained on with --source, or take another template."
+            )
     return own
 
 
@@ -50,8 +61,8 @@ def with_vocabulary_of(adapter: Path, base_config: PreTrainedConfig) -> PreTrain
         adapter: its folder
         base_config: of its base model
     """
-    rows = _saved_rows(adapter, base_config) if has_tokenizer(adapter) else None
-    if rows is None or rows == base_config.vocab_size:
+    rows = _saved_rows(adapter, base_config) if has_tokenizer(adapter) else 0
+    if rows <= base_config.vocab_size:
         return base_config
     extended = copy.deepcopy(base_config)
     extended.vocab_size = rows
@@ -69,8 +80,8 @@ def resize_vocabulary(base: PreTrainedModel, config: PreTrainedConfig) -> None:
         base.resize_token_embeddings(config.vocab_size, mean_resizing=False)
 
 
-def _saved_rows(adapter: Path, base_config: PreTrainedConfig) -> int | None:
-    """How many rows the embeddings or the output head have that were saved with the adapter; None where none were."""
+def _saved_rows(adapter: Path, base_config: PreTrainedConfig) -> int:
+    """How many rows the embeddings or the output head have that were saved with the adapter; 0 where none were."""
     base = skeleton(base_config)
     whole = {id(base.get_input_embeddings()), id(base.get_output_embeddings())}
     names = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if id(module) in whole}
@@ -78,9 +89,10 @@ def _saved_rows(adapter: Path, base_config: PreTrainedConfig) -> int | None:
         with safe_open(adapter / WEIGHTS_FILE, "pt") as file:
             for key in file.keys():  # noqa: SIM118, the file is no mapping
                 parts = key.split(".")
-                if names & set(parts) and parts[-1] == "weight" and not any(part.startswith("lora_") for part in parts):
-                    return int(file.get_slice(key).get_shape()[0])
+                shape = file.get_slice(key).get_shape()
+                if names & set(parts) and parts[-1] == "weight" and "lora_" not in key and len(shape) == 2:
+                    return int(shape[0])
     except (SafetensorError, OSError):
         # Whoever reads the weights says what is wrong with them.
-        return None
-    return None
+        return 0
+    return 0
