@@ -95,14 +95,14 @@ def test_a_score_is_of_the_adapter_with_its_own_tokenizer(extended_adapter, base
 def test_inspect_counts_the_tokens_of_the_adapter(extended_adapter, base_model):
     found = inspect(str(extended_adapter), str(base_model("llama")))
     assert not found.record["tokenizers"]["same"]
-    (extended_adapter / "tokenizer_config.json").unlink()
     (extended_adapter / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"Tokenizer of '.*adapter' cannot be read"):
         inspect(str(extended_adapter), str(base_model("llama")))
 
 
-def test_more_tokens_than_the_base_model_has_need_a_tokenizer(extended_adapter, base_model):
-    (extended_adapter / "tokenizer.json").unlink()
+@pytest.mark.parametrize("missing", ["tokenizer.json", "tokenizer_config.json"])
+def test_more_tokens_than_the_base_model_has_need_a_tokenizer(missing, extended_adapter, base_model):
+    (extended_adapter / missing).unlink()
     with pytest.raises(UserError, match="or put the tokenizer it was trained with into its folder"):
         plan_transfer(str(extended_adapter), str(base_model("gpt2")), None)
 

@@ -22,10 +22,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 TRANSLATION_FILE = "translation.json"
 """What was done to an adapter that went over a bridge."""
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_FILES = (
-    TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE,
-)  # fmt: skip
+NEEDED_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = (*NEEDED_TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE)
 """Of the tokenizer that an adapter was trained with, where that lies in its folder."""
 _READ_FILES = [CONFIG_FILE, WEIGHTS_FILE, TRANSLATION_FILE, *TOKENIZER_FILES, f"*/{CONFIG_FILE}"]
 """Of a repository on the hub; configurations in folders tell that it holds adapters there."""

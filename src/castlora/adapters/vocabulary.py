@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from castlora.adapters.files import TOKENIZER_FILE, WEIGHTS_FILE
+from castlora.adapters.files import NEEDED_TOKENIZER_FILES, WEIGHTS_FILE
 from castlora.errors import UserError
 from castlora.models.loading import load_tokenizer, skeleton
 from castlora.text.chat import TEMPLATE_FILE
@@ -47,8 +47,8 @@ def tokenizer_of(
 
 
 def has_tokenizer(adapter: Path) -> bool:
-    """Whether a tokenizer lies in the adapter's folder."""
-    return (adapter / TOKENIZER_FILE).is_file()
+    """Whether a tokenizer lies in the adapter's folder, with the names of its special tokens."""
+    return all((adapter / name).is_file() for name in NEEDED_TOKENIZER_FILES)
 
 
 def with_vocabulary_of(adapter: Path, base_config: PreTrainedConfig) -> PreTrainedConfig:
