@@ -89,7 +89,10 @@ def test_a_score_is_of_the_adapter_with_its_own_tokenizer(extended_adapter, base
         log_probabilities = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
         answer = range(len(prompt), len(whole))
         nlls.append(-sum(float(log_probabilities[place - 1, whole[place]]) for place in answer))
-    assert evaluate(base, str(task), str(extended_adapter), chat=True)["nll"] == pytest.approx(sum(nlls) / 3, abs=1e-4)
+    adapter = str(extended_adapter)
+    assert evaluate(base, str(task), adapter, chat=True)["nll"] == pytest.approx(sum(nlls) / 3, abs=1e-4)
+    compared = evaluate(base, str(task), adapter, chat=True, retrained=adapter)["scores"]
+    assert compared["retrained"]["nll"] == pytest.approx(sum(nlls) / 3, abs=1e-4)
 
 
 def test_inspect_counts_the_tokens_of_the_adapter(extended_adapter, base_model):

@@ -8,7 +8,7 @@ from typing import Any
 
 from castlora.adapters.files import find_adapter
 from castlora.adapters.live import load_adapter
-from castlora.adapters.vocabulary import tokenizer_of, with_vocabulary_of
+from castlora.adapters.vocabulary import resize_vocabulary, tokenizer_of, with_vocabulary_of
 from castlora.config import Bits
 from castlora.errors import UserError
 from castlora.evaluation.accuracy import Evaluation, evaluate_model, scoring_versions
@@ -45,8 +45,8 @@ def evaluate(
         out: JSON file to write; beside the result it holds `items`: score, nll and prediction of each item.
         batch_size: sequences read at once.
         revision: revision of the model on the hub.
-        chat: whether prompts are messages of a user, in the chat template of the adapter's folder, or where it holds
-            none in the model's.
+        chat: whether prompts are messages of a user, in the chat template of the tokenizer beside the adapter, or else
+            of the model, or else in the one that lies beside the adapter alone.
         retrained: hub id or folder of an adapter that was trained on the task for the model; with it and the bare model
             the lift of `adapter` is measured.
         record: whether the scores, those of the bare model included, go into the manifest, the model card and the
@@ -68,7 +68,8 @@ def evaluate(
     loaded, tokenizer = load_model(model, revision, best_device(), bits)
     if adapter is not None:
         folder = find_adapter(adapter)
-        tokenizer = tokenizer_of(folder, tokenizer, with_vocabulary_of(folder, loaded.config))
+        resize_vocabulary(loaded, with_vocabulary_of(folder, loaded.config))
+        tokenizer = tokenizer_of(folder, tokenizer, loaded.config)
     template = chat_template(tokenizer) if chat else None
     compared: dict[str, Evaluation] = {}
     if retrained is not None or record:
