@@ -118,6 +118,10 @@ def test_an_adapter_without_tokenizer_is_asked_in_the_template_beside_it(base_mo
     assert base.chat_template is None
     base.chat_template = "its own"
     assert tokenizer_of(tmp_path, base, config).chat_template == "its own"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    base.chat_template = None
+    with pytest.raises(UserError, match=r"chat_template.jinja' cannot be read \(.*\); copy it again"):
+        tokenizer_of(tmp_path, base, config)
 
 
 def test_a_tokenizer_without_template_is_asked_in_that_of_the_base_model(base_model, tmp_path):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from castlora.adapters.files import NEEDED_TOKENIZER_FILES, WEIGHTS_FILE
-from castlora.errors import UserError
+from castlora.errors import UserError, first_line
 from castlora.models.loading import load_tokenizer, skeleton
 from castlora.text.chat import TEMPLATE_FILE
 
@@ -30,13 +30,12 @@ def tokenizer_of(
         base_config: as `with_vocabulary_of` gives it
 
     Raises:
-        UserError: the tokenizer in the folder cannot be read, or its chat template writes tokens that are not in the
+        UserError: tokenizer or template in the folder cannot be read, or the template writes tokens that are not in the
             model.
     """
     own = load_tokenizer(str(adapter)) if has_tokenizer(adapter) else copy.deepcopy(of_base)
-    template = adapter / TEMPLATE_FILE
     if own.chat_template is None:
-        own.chat_template = template.read_text(encoding="utf-8") if template.is_file() else of_base.chat_template
+        own.chat_template = _template_beside(adapter) or of_base.chat_template
     for token, index in own.get_added_vocab().items():
         if index >= base_config.vocab_size and token in str(own.chat_template):
             raise UserError(
@@ -78,6 +77,14 @@ def resize_vocabulary(base: PreTrainedModel, config: PreTrainedConfig) -> None:
     """
     if base.config.vocab_size != config.vocab_size:
         base.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+
+
+def _template_beside(adapter: Path) -> str | None:
+    path = adapter / TEMPLATE_FILE
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)!r} cannot be read ({first_line(error)}); copy it again.") from error
 
 
 def _saved_rows(adapter: Path, base_config: PreTrainedConfig) -> int:
