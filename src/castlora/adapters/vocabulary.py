@@ -94,12 +94,12 @@ def _saved_rows(adapter: Path, base_config: PreTrainedConfig) -> int:
     names = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if id(module) in whole}
     try:
         with safe_open(adapter / WEIGHTS_FILE, "pt") as file:
-            for key in file.keys():  # noqa: SIM118, the file is no mapping
-                parts = key.split(".")
-                shape = file.get_slice(key).get_shape()
-                if names & set(parts) and parts[-1] == "weight" and "lora_" not in key and len(shape) == 2:
-                    return int(shape[0])
+            shapes = {key: file.get_slice(key).get_shape() for key in file.offset_keys()}
     except (SafetensorError, OSError):
         # Whoever reads the weights says what is wrong with them.
         return 0
+    for key, shape in shapes.items():
+        parts = key.split(".")
+        if names & set(parts) and parts[-1] == "weight" and "lora_" not in key and len(shape) == 2:
+            return int(shape[0])
     return 0

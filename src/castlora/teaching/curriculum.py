@@ -229,8 +229,8 @@ def check_lengths(models: Models, prompts: Sequence[Passage], recipe: Recipe) ->
         return
     readable = min(context_length(models.source.config), context_length(models.target.config))
     if limit < recipe.max_length:
-        advice = f"the models read {readable} tokens; give shorter prompts, or --tuning.answer-tokens below "
-        advice += str(recipe.answer_tokens)
+        shorter = f"give shorter prompts, or --tuning.answer-tokens below {recipe.answer_tokens}"
+        advice = f"the models read {readable} tokens; {shorter}"
     else:
         advice = f"give --tuning.max-length {min(max(lengths) + recipe.answer_tokens, readable)}"
     if too_long == len(prompts):
