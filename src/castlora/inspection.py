@@ -285,7 +285,7 @@ def _forecast_memory(plan: Plan, batch_size: int, loading: Loading, processes: i
     else:
         of_source = weight_bytes(plan.source_config, bytes_per_number, loading.source_bits)
         of_target = weight_bytes(plan.target_config, bytes_per_number, loading.target_bits)
-    scored = 4 * batch_size * DEFAULT.max_length
+    scored = bytes_per_number * batch_size * DEFAULT.max_length
     taught, learned = scored * plan.source_config.vocab_size, 3 * scored * plan.target_config.vocab_size
     read = batch_size * DEFAULT.max_length + batch_size // PASSAGES_PER_REHEARSED * DEFAULT.rehearsal_tokens
     layers, width = number_of_layers(plan.target_slots), plan.target_config.hidden_size

@@ -261,7 +261,7 @@ def evaluate_steered(
             logits = models.target(
                 input_ids=batch["target_ids"], attention_mask=batch["target_mask"], use_cache=False
             ).logits
-        chunks = chunk_log_probabilities(logits.float(), batch["target_ids"], batch["target_positions"])
+        chunks = chunk_log_probabilities(logits, batch["target_ids"], batch["target_positions"])
         is_answer = batch["weights"][:, :-1] == 1
         is_text = batch["target_positions"].diff(dim=-1) > 0
         flat += (chunks * (is_answer & is_text)).sum(-1).double().tolist()

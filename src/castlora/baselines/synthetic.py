@@ -49,8 +49,8 @@ def contrastive_excess(teacher: PeftModel, passages: Sequence[AlignedPassage], b
         adapted = predict(teacher, batch, "source")
         with teacher.disable_adapter():
             bare = predict(teacher, batch, "source")
-        gained = chunk_log_probabilities(adapted.logits.float(), adapted.ids, adapted.positions)
-        gained -= chunk_log_probabilities(bare.logits.float(), bare.ids, bare.positions)
+        gained = chunk_log_probabilities(adapted.logits, adapted.ids, adapted.positions)
+        gained -= chunk_log_probabilities(bare.logits, bare.ids, bare.positions)
         tokens = adapted.positions.diff(dim=-1)
         is_answer = (batch["weights"][:, :-1] == 1) & (tokens > 0)
         excess += list((gained / tokens).where(is_answer, -math.inf).cpu())

@@ -11,7 +11,9 @@ from torch.nn.utils import parametrize
 from castlora.alignment.positions import AlignedPassage, Batch, Side, batches, counted_places
 from castlora.alignment.vocabulary import SharedVocabulary
 from castlora.config import Recipe
+from castlora.distillation.divergence import compare
 from castlora.distillation.objective import (
+    between_positions,
     binary_kl,
     chunk_log_probabilities,
     class_log_probabilities,
@@ -135,9 +137,11 @@ def distillation_losses(
     """
     weights = batch["weights"]
     counts = weights > 0
+    with_text = recipe.chunk_weight > 0 and not shared.is_whole
+    compared = counts if recipe.kl_weight > 0 else torch.zeros_like(counts)
+    divergence, text = _divergence(taught, learned, compared, shared, recipe.temperature, with_text)
     losses = {}
     if recipe.kl_weight > 0:
-        divergence = _divergence(taught.aligned(counts), learned.aligned(counts), shared, recipe.temperature)
         losses["kl"] = mean(divergence, weights[counts])
     if hidden_head is not None:
         # Inside prompts too: there they hold what the adapter makes of a question, and the head keeps the target from
@@ -146,8 +150,8 @@ def distillation_losses(
         student_hidden = learned.hidden[counted_places(batch["target_positions"], batch["is_aligned"])].float()
         error = relative_error(hidden_head(student_hidden), teacher_hidden)
         losses["mse"] = mean(error, torch.ones_like(error))
-    if recipe.chunk_weight > 0 and not shared.is_whole:
-        losses["chunk"] = _chunk_loss(taught, learned, weights, shared, mean)
+    if with_text:
+        losses["chunk"] = _chunk_loss(taught, learned, text, weights, shared, mean)
     return losses
 
 
@@ -217,19 +221,30 @@ def shared_mass(
     return float(torch.cat(masses).mean())
 
 
-def _divergence(teacher_logits: Tensor, student_logits: Tensor, shared: SharedVocabulary, temperature: float) -> Tensor:
-    """KL per position times temperature², which keeps gradients comparable across temperatures."""
-    if shared.is_whole and teacher_logits.shape == student_logits.shape:
-        teacher = (teacher_logits / temperature).log_softmax(-1)
-        student = (student_logits / temperature).log_softmax(-1)
-    else:
-        teacher = class_log_probabilities(teacher_logits, shared.source_classes, shared.classes, temperature)
-        student = class_log_probabilities(student_logits, shared.target_classes, shared.classes, temperature)
-    return kl_divergence(teacher, student) * temperature**2
+def _divergence(
+    taught: Predictions,
+    learned: Predictions,
+    counts: Tensor,
+    shared: SharedVocabulary,
+    temperature: float,
+    with_text: bool,
+) -> tuple[Tensor, Tensor]:
+    """KL at each place that counts, and the student's log-probability of each next token, shape (batch, kept tokens).
+
+    The divergence is multiplied by temperature², which keeps gradients comparable across temperatures.
+    """
+    is_one_vocabulary = shared.is_whole and taught.logits.shape[-1] == learned.logits.shape[-1]
+    classes = (None, None) if is_one_vocabulary else (shared.source_classes, shared.target_classes)
+    teacher, student = (
+        read.compared(counts, of_model) for read, of_model in zip((taught, learned), classes, strict=True)
+    )
+    following = learned.ids.roll(-1, dims=1).flatten() if with_text else None
+    divergence, text = compare(teacher, student, shared.classes, temperature, following)
+    return divergence * temperature**2, text.view(len(learned.ids), -1)
 
 
 def _chunk_loss(
-    taught: Predictions, learned: Predictions, weights: Tensor, shared: SharedVocabulary, mean: Mean
+    taught: Predictions, learned: Predictions, text: Tensor, weights: Tensor, shared: SharedVocabulary, mean: Mean
 ) -> Tensor:
     """Chunk divergence over the stretches that classes of tokens leave open.
 
@@ -237,8 +252,8 @@ def _chunk_loss(
     class holds others: the class says how likely they are together, and only the text says which of them it is.
     """
     source_lengths, target_lengths = taught.positions.diff(dim=-1), learned.positions.diff(dim=-1)
-    teacher = chunk_log_probabilities(taught.logits.float(), taught.ids, taught.positions)
-    student = chunk_log_probabilities(learned.logits.float(), learned.ids, learned.positions)
+    teacher = chunk_log_probabilities(taught.logits, taught.ids, taught.positions)
+    student = between_positions(text, learned.positions)
     first_tokens = learned.ids.roll(-1, dims=1).gather(1, learned.positions[:, :-1])
     is_ambiguous = shared.target_is_ambiguous.to(first_tokens.device)[first_tokens]
     is_open = (source_lengths > 1) | (target_lengths > 1) | is_ambiguous

@@ -49,8 +49,23 @@ def class_log_probabilities(logits: Tensor, classes: Tensor, count: int, tempera
     """
     # Division by 1 would only copy what is wide.
     probabilities = (logits if temperature == 1 else logits / temperature).softmax(-1)
-    sums = probabilities.new_zeros(len(logits), count).index_add(1, classes.to(logits.device), probabilities)
+    sums = class_probabilities(probabilities, classes, count)
     return sums.clamp_min(torch.finfo(sums.dtype).tiny).log()
+
+
+def class_probabilities(probabilities: Tensor, classes: Tensor, count: int) -> Tensor:
+    """Probabilities of classes of tokens.
+
+    Args:
+        probabilities: of tokens, shape (positions, vocabulary)
+        classes: class of each token, shape (vocabulary,)
+        count: number of classes
+
+    Returns:
+        shape (positions, count)
+    """
+    sums = probabilities.new_zeros(len(probabilities), count)
+    return sums.index_add_(1, classes.to(probabilities.device), probabilities)
 
 
 def relative_error(predicted: Tensor, expected: Tensor) -> Tensor:
@@ -103,9 +118,22 @@ def chunk_log_probabilities(logits: Tensor, ids: Tensor, positions: Tensor) -> T
         tensor([[0.2500, 0.5000]])
     """
     following = ids.roll(-1, dims=1).unsqueeze(-1)
-    # The last prediction has no token to follow; leaving it out of the wide logits first would copy them.
-    predicted = functional.log_softmax(logits, dim=-1).gather(-1, following).squeeze(-1)[:, :-1]
-    up_to = functional.pad(predicted.cumsum(-1), (1, 0))
+    # One passage after the other: log-probabilities of all would be as wide as the logits.
+    predicted = [one.float().log_softmax(-1).gather(-1, token) for one, token in zip(logits, following, strict=True)]
+    return between_positions(torch.stack(predicted).squeeze(-1), positions)
+
+
+def between_positions(log_probabilities: Tensor, positions: Tensor) -> Tensor:
+    """Log-probability of the text between neighbouring aligned positions, in nats.
+
+    Args:
+        log_probabilities: of the token after each, shape (batch, tokens); the last has none after it
+        positions: aligned positions, shape (batch, aligned), increasing up to the padding
+
+    Returns:
+        shape (batch, aligned - 1)
+    """
+    up_to = functional.pad(log_probabilities[:, :-1].cumsum(-1), (1, 0))
     at_positions = up_to.gather(1, positions)
     return at_positions[:, 1:] - at_positions[:, :-1]
 

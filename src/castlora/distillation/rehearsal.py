@@ -17,7 +17,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from castlora.alignment.positions import AlignedPassage, Batch, batches
-from castlora.distillation.objective import kl_divergence, weighted_mean
+from castlora.distillation.divergence import compare
+from castlora.distillation.objective import weighted_mean
 from castlora.distillation.teacher import Predictions, Teacher, predict
 from castlora.models.completions import begin_token, end_tokens
 
@@ -106,7 +107,9 @@ def drift_per_position(kept: Predictions, learned: Predictions, counts: Tensor) 
         learned: predictions of the student on the same batch
         counts: positions that count, shape (batch, aligned)
     """
-    return kl_divergence(kept.aligned(counts).log_softmax(-1), learned.aligned(counts).log_softmax(-1))
+    teacher, student = (read.compared(counts, None) for read in (kept, learned))
+    divergence, _ = compare(teacher, student, kept.logits.shape[-1])
+    return divergence
 
 
 @torch.no_grad()

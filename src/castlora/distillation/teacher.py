@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from castlora.alignment.positions import AlignedPassage, Batch, Side, batches, counted_places
+from castlora.distillation.divergence import Compared
 
 _SMALLEST_LIMIT = 1 << 30
 _RECORD_BATCH = 16
@@ -34,6 +35,16 @@ class Predictions:
     def aligned(self, counts: Tensor) -> Tensor:
         """Logits at the aligned positions where `counts` (batch, aligned) is true: (positions, vocabulary), fp32."""
         return self.logits[counted_places(self.positions, counts)].float()
+
+    def compared(self, counts: Tensor, classes: Tensor | None) -> Compared:
+        """The predictions at the aligned positions where `counts` (batch, aligned) is true, over classes of tokens."""
+        passages, tokens = counted_places(self.positions, counts)
+        device = self.logits.device
+        return Compared(
+            self.logits.flatten(0, 1),
+            passages * self.logits.shape[1] + tokens,
+            None if classes is None else classes.to(device),
+        )
 
 
 def predict(model: nn.Module, batch: Batch, side: Side, with_hidden: bool = False) -> Predictions:

@@ -205,7 +205,7 @@ def _next_taught(predicted: Predictions, batch: Batch) -> Tensor:
     It is known where that token alone leads to the next aligned position; 0 elsewhere.
     """
     counts, positions = _is_answered(batch), batch["target_positions"]
-    of_chunks = chunk_log_probabilities(predicted.logits.float(), predicted.ids, predicted.positions)
+    of_chunks = chunk_log_probabilities(predicted.logits, predicted.ids, predicted.positions)
     is_token = counts[:, :-1] & counts[:, 1:] & (positions.diff(dim=1) == 1)
     taught = of_chunks.new_zeros(batch["target_ids"].shape)
     taught[counted_places(positions[:, :-1], is_token)] = of_chunks[is_token]
