@@ -128,6 +128,15 @@ def test_little_is_kept_for_the_way_back():
     assert 2 * logits <= ours < 2.5 * logits < of_torch
 
 
+@pytest.mark.parametrize("following", [None, torch.arange(TOKENS) % OF_STUDENT])
+def test_the_way_back_can_be_gone_twice(following):
+    teacher, student = sides([1, 5, 20])
+    found, text = compare(teacher, student, CLASSES, 1.0, following)
+    total = found.sum() + text.sum()
+    first, second = (torch.autograd.grad(total, student.logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.any()
+
+
 def test_without_a_gradient_nothing_is_kept():
     teacher, student = sides([4, 6])
     with torch.no_grad():

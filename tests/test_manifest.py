@@ -1,6 +1,9 @@
 import os
 import shlex
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
 from castlora.cli import _underscored, parser
@@ -47,6 +50,14 @@ def test_versions_name_the_libraries_that_decide_results():
 
 def test_peak_memory_is_in_bytes():
     assert 30 << 20 < peak_memory_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count from the start of the process")
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    taken = np.ones(40 << 20)
+    code = "from castlora.publishing.manifest import peak_memory_bytes; print(peak_memory_bytes())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(told) < peak_memory_bytes() - taken.nbytes // 2
 
 
 def test_without_an_accelerator_no_memory_of_one_is_known():

@@ -71,7 +71,7 @@ class _Comparison(Function):
         temperature: float,
         following: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        places, classes = student.places, student.classes
+        places = student.places
         divergence = logits.new_empty(len(places), dtype=torch.float32)
         # What the divergence changes by with each logit at its place.
         slopes = logits.new_empty(len(places), logits.shape[1]) if ctx.needs_input_grad[0] else None
@@ -83,11 +83,14 @@ class _Comparison(Function):
                 log_probabilities = block.log_softmax(-1)
                 text[tokens] = log_probabilities.gather(1, following[tokens, None]).squeeze(1)
                 normalizers[tokens] = block[:, 0] - log_probabilities[:, 0]
-            taught = teacher.logits[teacher.places[compared]].float() / temperature
-            learned = block[places[compared] - tokens.start] / temperature
-            divergence[compared], of_logits = _divergence_and_slopes(taught, learned, teacher.classes, classes, count)
+            taught = _scaled(teacher.logits[teacher.places[compared]].float(), temperature)
+            learned = _scaled(block[places[compared] - tokens.start], temperature)
+            if teacher.classes is None or student.classes is None:
+                divergence[compared], of_logits = _of_tokens(taught, learned)
+            else:
+                divergence[compared], of_logits = _of_classes(taught, learned, teacher.classes, student.classes, count)
             if slopes is not None:
-                slopes[compared] = of_logits / temperature
+                slopes[compared] = _scaled(of_logits, temperature)
         ctx.save_for_backward(logits, slopes, places, following, normalizers)
         return divergence, text
 
@@ -95,19 +98,25 @@ class _Comparison(Function):
     @once_differentiable
     def backward(ctx: Any, of_divergence: Tensor, of_text: Tensor) -> tuple[Tensor | None, ...]:
         logits, slopes, places, following, normalizers = ctx.saved_tensors
+        if following is None:
+            alone = torch.zeros_like(logits)
+            alone[places] = (slopes * of_divergence[:, None]).to(logits.dtype)
+            return alone, None, None, None, None, None
         gradient = torch.empty_like(logits)
         for tokens, compared in _blocks(logits, places):
-            if following is None:
-                of_block = torch.zeros_like(logits[tokens], dtype=torch.float32)
-            else:
-                # The log-probability of a token rises with its own logit and falls with all by their probabilities.
-                rise = of_text[tokens, None]
-                of_block = (logits[tokens] - normalizers[tokens, None]).exp_().mul_(-rise)
-                of_block.scatter_add_(1, following[tokens, None], rise)
+            # The log-probability of a token rises with its own logit and falls with all by their probabilities.
+            rise = of_text[tokens, None]
+            of_block = (logits[tokens] - normalizers[tokens, None]).exp_().mul_(-rise)
+            of_block.scatter_add_(1, following[tokens, None], rise)
             of_places = slopes[compared].float() * of_divergence[compared, None]
             of_block.index_add_(0, places[compared] - tokens.start, of_places)
             gradient[tokens] = of_block
         return gradient, None, None, None, None, None
+
+
+def _scaled(numbers: Tensor, temperature: float) -> Tensor:
+    # Division by 1 would only copy what is wide.
+    return numbers if temperature == 1 else numbers / temperature
 
 
 def _blocks(logits: Tensor, places: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -122,29 +131,29 @@ def _blocks(logits: Tensor, places: Tensor) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(first, cut)
 
 
-def _divergence_and_slopes(
-    teacher_logits: Tensor,
-    student_logits: Tensor,
-    teacher_classes: Tensor | None,
-    student_classes: Tensor | None,
-    count: int,
+def _of_tokens(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(teacher ‖ student) over the tokens of both, shape (places,), and its derivative by the student's logits."""
+    taught, learned = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
+    shares = taught.exp()
+    divergence = taught.sub_(learned).mul_(shares).sum(-1)
+    return divergence, learned.exp_().sub_(shares)
+
+
+def _of_classes(
+    teacher_logits: Tensor, student_logits: Tensor, teacher_classes: Tensor, student_classes: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """KL(teacher ‖ student), shape (places,), and its derivative by the student's logits, shape (places, vocabulary).
+    """The same over classes of tokens.
 
     With t and s the classes' probabilities and p that of a token in class c, the derivative is p (Σ t - t_c / s_c). The
     sum is 1, but for classes whose s is too small for a logarithm: these have no slope.
     """
     smallest = torch.finfo(torch.float32).tiny
     of_tokens = student_logits.softmax(-1)
-    taught = _of_classes(teacher_logits.softmax(-1), teacher_classes, count).clamp_min(smallest)
-    learned = _of_classes(of_tokens, student_classes, count)
+    taught = class_probabilities(teacher_logits.softmax(-1), teacher_classes, count).clamp_min_(smallest)
+    learned = class_probabilities(of_tokens, student_classes, count)
     with_slope = taught * (learned >= smallest)
-    learned = learned.clamp_min(smallest)
-    divergence = (taught * (taught.log() - learned.log())).sum(-1)
-    ratios = with_slope / learned
-    ratios_of_tokens = ratios if student_classes is None else ratios.index_select(1, student_classes)
-    return divergence, of_tokens * (with_slope.sum(-1, keepdim=True) - ratios_of_tokens)
-
-
-def _of_classes(probabilities: Tensor, classes: Tensor | None, count: int) -> Tensor:
-    return probabilities if classes is None else class_probabilities(probabilities, classes, count)
+    learned.clamp_min_(smallest)
+    sums = with_slope.sum(-1, keepdim=True)
+    ratios = with_slope.div_(learned)
+    divergence = taught.log().sub_(learned.log_()).mul_(taught).sum(-1)
+    return divergence, of_tokens.mul_(sums - ratios.index_select(1, student_classes))

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import re
 import resource
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from castlora.publishing.runs import MANIFEST_FILE as MANIFEST_FILE
 from castlora.teaching.curriculum import TextSource
 
 _LOCATIONS = ("adapter", "target", "source", "text", "prompts", "taught", "task", "out")
+_STATUS = Path("/proc/self/status")
 _REPORTED_PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers")
 
 
@@ -95,7 +98,11 @@ def versions() -> dict[str, str]:
 
 def peak_memory_bytes() -> int:
     """The largest resident memory of this process so far."""
-    # macOS counts bytes here, Linux kibibytes.
+    # On Linux `ru_maxrss` begins with what the process had that started this one.
+    highest = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(errors="replace"), re.M) if _STATUS.exists() else None
+    if highest:
+        return int(highest[1]) << 10
+    # macOS counts bytes here, other systems kibibytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
