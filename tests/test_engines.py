@@ -16,12 +16,13 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from tiny_images import save_image_model
 from transformers import AutoModelForCausalLM
 
 from castlora import convert
 from castlora.adapters.factors import LowRank, write_portable
 from castlora.demonstration.bundle import demo_models_path
-from castlora.models.loading import load_config, skeleton
+from castlora.models.loading import auto_class, load_config, skeleton
 from castlora.models.modules import linear_slots
 
 pytestmark = pytest.mark.engine
@@ -49,7 +50,8 @@ def portable(tmp_path_factory):
 
 def log_probabilities(base: Path, adapter: Path | None) -> np.ndarray:
     """PEFT's prediction at every position."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model = auto_class(load_config(str(base)))
+    model = model.from_pretrained(base, dtype=torch.float32).eval()
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter).eval()
     return tiny.logits(model, torch.tensor([IDS]))[0].log_softmax(-1).numpy()
@@ -94,6 +96,24 @@ def test_mlx_lm(base_model, portable, tmp_path, name):
     logits = model(mx.array([IDS])).astype(mx.float32)
     found = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
     assert_same(found, base_model(name), adapter)
+
+
+@pytest.mark.parametrize("name", ["mistral3", "qwen3_vl", "qwen3_5"])
+def test_mlx_lm_with_models_for_images(portable, tmp_path, name):
+    mx = pytest.importorskip("mlx.core", reason="mlx is not installed; tests/engines.sh installs it")
+    mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed; tests/engines.sh installs it")
+    base = save_image_model(tmp_path / "base", name)
+    config = json.loads((base / "config.json").read_text())
+    # MLX-LM reads these fields of published models, and transformers does without them.
+    has_head = {"mistral3": True, "qwen3_vl": False, "qwen3_5": False}[name]
+    config["text_config"] |= {"tie_word_embeddings": has_head, "rope_theta": 10000.0, "full_attention_interval": 2}
+    (base / "config.json").write_text(json.dumps(config))
+    adapter = portable(base)
+    convert(str(adapter), "mlx", str(tmp_path / "mlx"))
+    model, _ = mlx_lm.load(str(base), adapter_path=str(tmp_path / "mlx"))
+    logits = model(mx.array([IDS])).astype(mx.float32)
+    found = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
+    assert_same(found, base, adapter)
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,26 @@ def test_equal_depths_are_paired_one_to_one(depth):
     assert relative_depth(depth, depth) == tuple(range(depth))
 
 
+def test_a_source_layer_without_attention_is_stood_for_by_the_nearest_with_it(slots):
+    target = slots("mistral")
+    with_attention = (0, 3)
+    source = {
+        f"layers.{layer}.{name}": LinearSlot(f"layers.{layer}.{name}", layer, {role: slice(0, 8)}, 8, 8, False)
+        for layer in range(4)
+        for name, role in (("q_proj", "q"), ("up_proj", "up"))
+        if role == "up" or layer in with_attention
+    }
+    pairing = pair_modules(source, target, source)
+    found = {pair.target.name: pair.branches[0].source_module for pair in pairing.mapped}
+    queries = [found[name] for name in names(target, "q_proj")]
+    assert queries == [f"layers.{layer}.q_proj" for layer in (0, 0, 3, 3)]
+    assert [found[name] for name in names(target, "up_proj")] == [f"layers.{layer}.up_proj" for layer in range(4)]
+    # What the adapter leaves as it is stays so: a layer that has the module is not stood for.
+    adapted = [name for name in source if not name.startswith("layers.3.q")]
+    partly = {pair.target.layer for pair in pair_modules(source, target, adapted).mapped if pair.target.roles == ("q",)}
+    assert partly == {0, 1}
+
+
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(tiny.FAMILIES, repeat=2)))
 def test_branches_join_equal_roles_of_paired_layers(slots, source, target):
     source_slots, target_slots = slots(source), slots(target)

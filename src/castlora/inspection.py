@@ -26,6 +26,7 @@ from castlora.models.loading import (
     public_name,
     sharded_bytes,
     skeleton,
+    vocabulary_size,
     weight_bytes,
 )
 from castlora.models.modules import number_of_layers
@@ -138,8 +139,8 @@ def _bases(plan: Plan) -> dict[str, dict[str, Any]]:
         label: {
             "name": public_name(name),
             "family": config.model_type,
-            "layers": config.num_hidden_layers,
-            "width": config.hidden_size,
+            "layers": config.get_text_config().num_hidden_layers,
+            "width": config.get_text_config().hidden_size,
             "parameters": parameters,
         }
         for (label, config, name), parameters in zip(bases, parameter_count(plan), strict=True)
@@ -184,7 +185,9 @@ def _say_ranks(plan: Plan) -> str:
 
 
 def _tokenizers(plan: Plan, source: ByteTokenizer, target: ByteTokenizer) -> dict[str, Any]:
-    shared = SharedVocabulary.of(source, target, plan.source_config.vocab_size, plan.target_config.vocab_size)
+    shared = SharedVocabulary.of(
+        source, target, vocabulary_size(plan.source_config), vocabulary_size(plan.target_config)
+    )
     return {
         "same": shared.is_whole,
         "source_tokens": len(source.spellings),
@@ -286,9 +289,9 @@ def _forecast_memory(plan: Plan, batch_size: int, loading: Loading, processes: i
         of_source = weight_bytes(plan.source_config, bytes_per_number, loading.source_bits)
         of_target = weight_bytes(plan.target_config, bytes_per_number, loading.target_bits)
     scored = bytes_per_number * batch_size * DEFAULT.max_length
-    taught, learned = scored * plan.source_config.vocab_size, 3 * scored * plan.target_config.vocab_size
+    taught, learned = scored * vocabulary_size(plan.source_config), 3 * scored * vocabulary_size(plan.target_config)
     read = batch_size * DEFAULT.max_length + batch_size // PASSAGES_PER_REHEARSED * DEFAULT.rehearsal_tokens
-    layers, width = number_of_layers(plan.target_slots), plan.target_config.hidden_size
+    layers, width = number_of_layers(plan.target_slots), plan.target_config.get_text_config().hidden_size
     neurons = max(slot.d_in for slot in plan.target_slots.values())
     of_layer = read * (_KEPT_BYTES_PER_WIDTH * width + _KEPT_NUMBERS_PER_NEURON * bytes_per_number * neurons)
     inputs = read * layers * width * bytes_per_number

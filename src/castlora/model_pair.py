@@ -17,7 +17,7 @@ from castlora.config import Bits, Recipe
 from castlora.errors import UserError
 from castlora.execution.offloading import Offloading
 from castlora.models.endings import end_tokens_of
-from castlora.models.loading import best_device, load_model, load_sharded
+from castlora.models.loading import best_device, load_model, load_sharded, vocabulary_size
 from castlora.plan import Plan
 from castlora.text.passages import Passage
 
@@ -74,12 +74,12 @@ class Loading:
             raise UserError("--sharded is for plain LoRAs, and this adapter merges into the weights; leave it out.")
 
     def load(
-        self, name_or_path: str, revision: str | None, bits: Bits | None
+        self, name_or_path: str, revision: str | None, bits: Bits | None, architectures: list[str] | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-        """Loads one of the models to where it runs."""
+        """Loads one of the models to where it runs; `architectures` as in `load_model`."""
         if self.sharded:
-            return load_sharded(name_or_path, revision, best_device())
-        return load_model(name_or_path, revision, best_device(), bits)
+            return load_sharded(name_or_path, revision, best_device(), architectures)
+        return load_model(name_or_path, revision, best_device(), bits, architectures)
 
 
 IN_FULL = Loading()
@@ -169,7 +169,7 @@ def load_models(plan: Plan, loading: Loading = IN_FULL) -> Models:
     target_ends = _ends("target", target, target_tokenizer)
     source_bytes = ByteTokenizer.from_tokenizer(source_tokenizer)
     target_bytes = ByteTokenizer.from_tokenizer(target_tokenizer)
-    sizes = plan.source_config.vocab_size, plan.target_config.vocab_size
+    sizes = vocabulary_size(plan.source_config), vocabulary_size(plan.target_config)
     shared = SharedVocabulary.of(source_bytes, target_bytes, *sizes, source_ends, target_ends)
     return Models(
         source=source,
@@ -191,7 +191,7 @@ def load_teacher(plan: Plan, loading: Loading = IN_FULL) -> Models:
     """Loads source + LoRA alone, which stands in the place of the target too, for what needs none."""
     source, teacher, tokenizer = _load_teacher(plan, loading)
     spelled = ByteTokenizer.from_tokenizer(tokenizer)
-    vocabulary = plan.source_config.vocab_size
+    vocabulary = vocabulary_size(plan.source_config)
     shared = SharedVocabulary.of(spelled, spelled, vocabulary, vocabulary, _ends("source", teacher, tokenizer))
     return Models(
         source=source,
@@ -207,11 +207,14 @@ def load_teacher(plan: Plan, loading: Loading = IN_FULL) -> Models:
 
 def _load_teacher(plan: Plan, loading: Loading) -> tuple[PreTrainedModel, PeftModel, PreTrainedTokenizerFast]:
     """The source, the source with the adapter acting in it, and the tokenizer that the adapter was trained with."""
-    source, tokenizer = loading.load(plan.source, plan.source_revision, loading.source_bits)
-    if plan.source_config.vocab_size != source.config.vocab_size:
+    source, tokenizer = loading.load(
+        plan.source, plan.source_revision, loading.source_bits, plan.source_config.architectures
+    )
+    trained, of_base = vocabulary_size(plan.source_config), vocabulary_size(source.config)
+    if trained != of_base:
         logger.info(
             "The adapter was trained with %d tokens, its base model has %d; the tokenizer in its folder reads them.",
-            plan.source_config.vocab_size, source.config.vocab_size,
+            trained, of_base,
         )  # fmt: skip
         resize_vocabulary(source, plan.source_config)
     teacher = PeftModel.from_pretrained(source, str(plan.adapter.folder)).eval()

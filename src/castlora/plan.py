@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from castlora.adapters.base import as_trained
 from castlora.adapters.factors import PORTABLE_RANKS, LowRank, portable_rank, read_update
 from castlora.adapters.files import AdapterFiles, open_adapter
-from castlora.adapters.vocabulary import with_vocabulary_of
 from castlora.config import Recipe
 from castlora.errors import UserError
 from castlora.models.loading import context_length, load_config, skeleton
@@ -117,7 +117,7 @@ def plan_transfer(adapter: str, target: str, source: str | None) -> Plan:
     source_config = load_config(
         source_name, revision, "name the adapter's base model, a folder or hub id, with --source"
     )
-    source_config = with_vocabulary_of(files.folder, source_config)
+    source_config = as_trained(files.folder, source_config)
     target_config = load_config(target)
     update = read_update(files, source_config)
     source_slots = linear_slots(skeleton(source_config), source_config)
@@ -138,5 +138,5 @@ def describe_beyond(beyond: Sequence[str]) -> str:
     """What becomes of that which an adapter trains beside the linear maps of layers."""
     return (
         f"The adapter also trains {', '.join(beyond)}. No map carries that; the target's LoRA learns it from what "
-        "source + adapter predicts."
+        "source + adapter predicts about text."
     )

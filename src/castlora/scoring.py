@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from castlora.adapters.base import as_trained
 from castlora.adapters.files import find_adapter
 from castlora.adapters.live import load_adapter
 from castlora.adapters.vocabulary import resize_vocabulary, tokenizer_of, with_vocabulary_of
@@ -17,7 +20,7 @@ from castlora.evaluation.tasks import load_task
 from castlora.execution.run_directory import check_absent, write_new_file
 from castlora.lift import COUNTABLE_GAIN
 from castlora.models.completions import CausalLM
-from castlora.models.loading import best_device, load_model, public_name
+from castlora.models.loading import best_device, load_config, load_model, public_name
 from castlora.publishing.record import check_record, record_task, warn_of_other_precision
 from castlora.report import BARE_TARGET, RETRAINED, TRANSFERRED
 from castlora.report.formatting import score_interval
@@ -65,7 +68,7 @@ def evaluate(
         check_absent(out)
     items = load_task(task)
     _check_compared(model, adapter, retrained, record, bits)
-    loaded, tokenizer = load_model(model, revision, best_device(), bits)
+    loaded, tokenizer = _load_base(model, revision, bits, adapter)
     if adapter is not None:
         folder = find_adapter(adapter)
         resize_vocabulary(loaded, with_vocabulary_of(folder, loaded.config))
@@ -97,7 +100,7 @@ def evaluate(
         # An adapter changes the model in place: the other one needs it anew, and memory holds it once.
         del scored, loaded
         if retrained is not None:
-            anew = load_adapter(load_model(model, revision, best_device(), bits)[0], retrained, model)
+            anew = load_adapter(_load_base(model, revision, bits, retrained)[0], retrained, model)
             compared[RETRAINED] = evaluate_model(anew, tokenizer, items, batch_size, template)
         described = describe_task(skill_of(Path(task).stem, digest, compared), chat, scoring_versions())
         result |= {"scores": described["scores"], "lift": described["lift"]}
@@ -108,6 +111,16 @@ def evaluate(
         per_item = [{"score": score, "nll": nll, "prediction": prediction} for score, nll, prediction in rows]
         write_new_file(out, json.dumps({**result, "items": per_item}, indent=1) + "\n")
     return result
+
+
+def _load_base(
+    model: str, revision: str | None, bits: Bits | None, adapter: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A base model, as the class that the adapter was trained on."""
+    architectures = None
+    if adapter is not None:
+        architectures = as_trained(find_adapter(adapter), load_config(model, revision)).architectures
+    return load_model(model, revision, best_device(), bits, architectures)
 
 
 def describe(result: Mapping[str, Any]) -> str:

@@ -102,7 +102,7 @@ def start_student(
         recompute_activations(models.target, [layer_path(plan.target_slots, layer) for layer in layers])
     with_head = recipe.mse_weight > 0
     logger.debug("Start %s: %d modules of the target learn", recipe.start, len(adapted_modules(peft_model)))
-    widths = models.target.config.hidden_size, models.teacher.config.hidden_size
+    widths = models.target.config.get_text_config().hidden_size, models.source.config.get_text_config().hidden_size
     student = Student(peft_model, *widths, with_head=with_head).to(best_device())
     return student, StartLoss(low_rank_loss, cut_loss)
 

@@ -206,7 +206,7 @@ def collect_residuals(
         passages: the text, aligned
         permutation: pairs the positions of a batch at random, the control that must explain nothing
     """
-    widths = models.source.config.hidden_size, models.target.config.hidden_size
+    widths = models.source.config.get_text_config().hidden_size, models.target.config.get_text_config().hidden_size
     moments = Moments.zeros(*widths)
     for at_source, at_target in _paired_residuals(models, layers, passages):
         order = torch.arange(len(at_source))

@@ -8,11 +8,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedModel
 
+from castlora.adapters.base import as_trained
 from castlora.adapters.effective import without_start
 from castlora.adapters.factors import PORTABLE_RANKS, LowRank, portable_rank, read_factors, write_portable
 from castlora.adapters.files import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, is_mlx_adapter, open_adapter
@@ -23,10 +25,11 @@ from castlora.adapters.vocabulary import tokenizer_of
 from castlora.config import Form
 from castlora.errors import UserError
 from castlora.execution.run_directory import write_whole
-from castlora.models.loading import load_config, load_model, skeleton
-from castlora.models.modules import LinearSlot, linear_slots, number_of_layers
+from castlora.models.loading import load_config, load_model, reads_images, skeleton
+from castlora.models.modules import LinearSlot, linear_slots
 
 GGUF_SCRIPT = "convert_lora_to_gguf.py"
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 logger = logging.getLogger("castlora")
 
@@ -77,7 +80,7 @@ def convert(adapter: str, to: Form, out: str, base: str | None = None, llama_cpp
 def _write_adapter(adapter: str, base: str | None, part: Path, to: Form) -> None:
     factors, slots, base_name = _plain_factors(adapter, base)
     if to == "mlx":
-        write_mlx(part, factors, number_of_layers(slots), base_name)
+        write_mlx(part, factors, slots, base_name)
     else:
         rank = max(lora.rank for lora in factors.values())
         if rank > PORTABLE_RANKS[-1]:
@@ -102,7 +105,7 @@ def _plain_factors(adapter: str, base: str | None) -> tuple[dict[str, LowRank], 
             f"Adapter {adapter!r} is of kind {files.kind}, which has no exact low-rank form; give --to merged."
         )
     name = _base_of(adapter, base, files.base_model)
-    config = load_config(name)
+    config = as_trained(files.folder, load_config(name))
     factors = without_start(files, load_model(name)[0]) if files.has_start else read_factors(files, config)
     return factors, linear_slots(skeleton(config), config), name
 
@@ -124,7 +127,7 @@ def _write_merged(adapter: str, base: str | None, part: Path) -> None:
         raise UserError(f"Adapter {adapter!r} is one of MLX-LM; convert it with --to peft first.")
     files = open_adapter(adapter)
     name = _base_of(adapter, base, files.base_model)
-    model, of_base = load_model(name)
+    model, of_base = load_model(name, architectures=as_trained(files.folder, load_config(name)).architectures)
     adapted = load_adapter(model, adapter, name)
     tokenizer = tokenizer_of(files.folder, of_base, model.config)
     _untie_embeddings(model)
@@ -133,6 +136,8 @@ def _write_merged(adapter: str, base: str | None, part: Path) -> None:
     merged.to(load_config(name).dtype or merged.dtype).save_pretrained(part)
     tokenizer.save_pretrained(part)
     _copy_tokenizer(adapter, part)
+    if reads_images(model.config):
+        _copy_processor(name, part)
 
 
 def _untie_embeddings(model: PreTrainedModel) -> None:
@@ -169,6 +174,15 @@ def _base_of(adapter: str, given: str | None, named: str) -> str:
     if not (given or named):
         raise UserError(f"Adapter {adapter!r} does not name its base model; give it with --base.")
     return given or named
+
+
+def _copy_processor(base: str, part: Path) -> None:
+    """Copies what says how images are prepared, without which engines do not load a model that reads them."""
+    is_folder = Path(base).is_dir()
+    folder = Path(base) if is_folder else Path(snapshot_download(base, allow_patterns=list(_PROCESSOR_FILES)))
+    for name in _PROCESSOR_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, part / name)
 
 
 def _copy_tokenizer(adapter: str, part: Path) -> None:

@@ -1,5 +1,6 @@
 """Adapters: reading a PEFT LoRA into factors, and writing the portable PEFT form."""
 
+import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -80,9 +82,12 @@ def read_update(files: AdapterFiles, base_config: PreTrainedConfig) -> Update:
         raise UserError(
             f"Adapter {files.name!r} does not fit its base model ({first_line(error)}); {_HINT}."
         ) from error
+    # Older versions of transformers had other names for modules of some models.
+    tensors = convert_peft_adapter_state_dict_for_transformers(model, files.config, tensors)
     _check_against_base(files, tensors, model)
     adapted = {name: layer for name, layer in _adapted_layers(model) if name in slots}
-    beyond = tuple(sorted({_kind(key, modules) for key in tensors if not _is_of_a_map(key, adapted)}))
+    text_part = next(iter(slots.values())).text_part
+    beyond = tuple(sorted({_kind(key, modules, text_part) for key in tensors if not _is_of_a_map(key, adapted)}))
     if not files.is_plain:
         ranks = {name: min(EFFECTIVE_RANK, slots[name].d_in, slots[name].d_out) for name in adapted}
         return Update({name: _zeros(slots[name], rank) for name, rank in ranks.items()}, beyond)
@@ -166,6 +171,10 @@ def write_portable(
     )
     # PEFT keeps a set here, whose order on disk would change from run to run.
     config.target_modules = target_suffixes(written, slots)
+    text_part = next(slots[name].text_part for name in written)
+    if text_part:
+        # The part that reads images often has modules with these ends of names too, and nothing for them is written.
+        config.exclude_modules = rf"(?!{re.escape(text_part)}\.).*"
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     # `save_file` would keep the file from all other users.
@@ -242,9 +251,12 @@ def _is_of_a_map(key: str, maps: Iterable[str]) -> bool:
     return is_shared or (not key.endswith(".bias") and any(key.startswith(f"{KEY_PREFIX}{name}.") for name in maps))
 
 
-def _kind(key: str, modules: Container[str]) -> str:
-    """What a tensor belongs to, in every layer alike: a module of the base model, or its bias."""
+def _kind(key: str, modules: Container[str], text_part: str) -> str:
+    """What a tensor belongs to, in every layer alike: a module of the base model, its bias, or what reads images."""
     parts = key.removeprefix(KEY_PREFIX).split(".")
     names = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
     module = next((name for name in names if name in modules), parts[0])
+    if text_part and not module.startswith(text_part):
+        # The path of the part that reads images, as long as that of the one that reads text.
+        return ".".join(module.split(".")[: 1 + text_part.count(".")])
     return module_type(module) + (".bias" if key.endswith(".bias") else "")

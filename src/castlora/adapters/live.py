@@ -1,5 +1,6 @@
 """Adapters inside a model: loaded, attached, set, and read again."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -92,8 +93,11 @@ def load_adapter(base: PreTrainedModel, adapter: str, model: str) -> PeftModelFo
     check_patterns(adapter, config, [name for name, _ in base.named_modules()])
     resize_vocabulary(base, with_vocabulary_of(Path(folder), base.config))
     try:
-        adapted = PeftModel.from_pretrained(base, folder, config=config)
-    except LIBRARY_ERRORS as error:  # modules or shapes that the model does not have
+        with warnings.catch_warnings():
+            # PEFT would go on with a module that stays as it was.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(base, folder, config=config)
+    except (*LIBRARY_ERRORS, UserWarning) as error:  # modules or shapes that one has and the other has not
         raise UserError(f"{adapter}: cannot be loaded as an adapter of {model} ({first_line(error)}).") from error
     if not isinstance(adapted, PeftModelForCausalLM):
         task_type = adapted.peft_config["default"].task_type

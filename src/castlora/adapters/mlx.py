@@ -15,12 +15,18 @@ from castlora.adapters.factors import LowRank, pad_rank
 from castlora.adapters.files import CONFIG_FILE
 from castlora.errors import UserError, first_line
 from castlora.finite import is_finite
-from castlora.models.modules import LinearSlot
+from castlora.models.modules import LinearSlot, number_of_layers
 
 MLX_WEIGHTS_FILE = "adapters.safetensors"
-_ROOTS = {"transformer.h.": "model.h.", "gpt_neox.layers.": "model.h.", "model.layers.": "model.layers."}
+_ROOTS = {
+    "transformer.h.": "model.h.",
+    "gpt_neox.layers.": "model.h.",
+    "model.layers.": "model.layers.",
+    "model.language_model.layers.": "language_model.model.layers.",
+    "language_model.model.layers.": "language_model.model.layers.",
+}
 """Where transformers keeps the decoder layers of a model, and where MLX-LM does."""
-_LAYER = re.compile(r"^model\.(?:layers|h)\.\d+\.")
+_LAYER = re.compile(r"^(?:language_model\.)?model\.(?:layers|h)\.\d+\.")
 
 
 def mlx_name(module: str) -> str:
@@ -43,13 +49,13 @@ def mlx_base(folder: Path) -> str:
     return named if isinstance(named, str) else ""
 
 
-def write_mlx(folder: Path, factors: Mapping[str, LowRank], layers: int, base: str) -> None:
+def write_mlx(folder: Path, factors: Mapping[str, LowRank], slots: Mapping[str, LinearSlot], base: str) -> None:
     """Writes an adapter that `mlx_lm` loads with `--adapter-path`.
 
     Args:
         folder: where `adapter_config.json` and `adapters.safetensors` go
         factors: module path in transformers → factors
-        layers: number of decoder layers of the base model
+        slots: linear modules of the base model, by their names in transformers
         base: name of the base model
     """
     rank = max(lora.rank for lora in factors.values())
@@ -60,11 +66,17 @@ def write_mlx(folder: Path, factors: Mapping[str, LowRank], layers: int, base: s
         tensors[f"{mlx}.lora_b"] = padded.b.T.float().contiguous()
         keys.add(_LAYER.sub("", mlx))
     # MLX-LM adapts every layer alike; a layer that has nothing to add would start from noise.
-    for name, like in _absent(factors, layers).items():
-        tensors[f"{name}.lora_a"] = torch.zeros(factors[like].a.shape[1], rank)
-        tensors[f"{name}.lora_b"] = torch.zeros(rank, factors[like].b.shape[0])
+    for slot in _absent(factors, slots):
+        name = mlx_name(slot.name)
+        tensors[f"{name}.lora_a"] = torch.zeros(slot.d_in, rank)
+        tensors[f"{name}.lora_b"] = torch.zeros(rank, slot.d_out)
     parameters = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)}
-    config = {"model": base, "fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters}
+    config = {
+        "model": base,
+        "fine_tune_type": "lora",
+        "num_layers": number_of_layers(slots),
+        "lora_parameters": parameters,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     save_file(tensors, folder / MLX_WEIGHTS_FILE, metadata={"format": "mlx"})
@@ -102,16 +114,10 @@ def read_mlx(folder: Path, slots: Mapping[str, LinearSlot]) -> dict[str, LowRank
     return factors
 
 
-def _absent(factors: Mapping[str, LowRank], layers: int) -> dict[str, str]:
-    """Modules, by MLX-LM's names, that other layers adapt and one does not, each with a module of its shape."""
-    names = {mlx_name(name): name for name in factors}
-    absent = {}
-    for mlx, name in names.items():
-        for layer in range(layers):
-            other = re.sub(r"\.\d+\.", f".{layer}.", mlx, count=1)
-            if other not in names:
-                absent[other] = name
-    return absent
+def _absent(factors: Mapping[str, LowRank], slots: Mapping[str, LinearSlot]) -> list[LinearSlot]:
+    """Modules that the adapter leaves as they are, of a kind that it changes in other layers."""
+    kinds = {_LAYER.sub("", mlx_name(name)) for name in factors}
+    return [slot for name, slot in slots.items() if name not in factors and _LAYER.sub("", mlx_name(name)) in kinds]
 
 
 def _scale(folder: Path, config: Mapping[str, Any]) -> float:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from castlora.adapters.files import NEEDED_TOKENIZER_FILES, WEIGHTS_FILE
 from castlora.errors import UserError, first_line
-from castlora.models.loading import load_tokenizer, skeleton
+from castlora.models.loading import load_tokenizer, skeleton, vocabulary_size
 from castlora.text.chat import TEMPLATE_FILE
 
 
@@ -37,7 +37,7 @@ def tokenizer_of(
     if own.chat_template is None:
         own.chat_template = _template_beside(adapter) or of_base.chat_template
     for token, index in own.get_added_vocab().items():
-        if index >= base_config.vocab_size and token in str(own.chat_template):
+        if index >= vocabulary_size(base_config) and token in str(own.chat_template):
             raise UserError(
                 f"The chat template in {str(adapter)!r} writes {token!r}, for which neither the adapter nor its base "
                 "model has an embedding; name the model it was trained on with --source, or take another template."
@@ -61,10 +61,10 @@ def with_vocabulary_of(adapter: Path, base_config: PreTrainedConfig) -> PreTrain
         base_config: of its base model
     """
     rows = _saved_rows(adapter, base_config) if has_tokenizer(adapter) else 0
-    if rows <= base_config.vocab_size:
+    if rows <= vocabulary_size(base_config):
         return base_config
     extended = copy.deepcopy(base_config)
-    extended.vocab_size = rows
+    extended.get_text_config().vocab_size = rows
     return extended
 
 
@@ -75,8 +75,8 @@ def resize_vocabulary(base: PreTrainedModel, config: PreTrainedConfig) -> None:
         base: the base model, changed in place
         config: as `with_vocabulary_of` gives it
     """
-    if base.config.vocab_size != config.vocab_size:
-        base.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+    if vocabulary_size(base.config) != vocabulary_size(config):
+        base.resize_token_embeddings(vocabulary_size(config), mean_resizing=False)
 
 
 def _template_beside(adapter: Path) -> str | None:

@@ -145,9 +145,10 @@ class RecordedTeacher:
 
 def record_bytes(model: PreTrainedModel, passages: Sequence[AlignedPassage], with_hidden: bool) -> int:
     """Memory of a model's predictions on these passages, in bytes."""
-    numbers: int = model.config.vocab_size * sum(map(_counted_tokens, passages))
+    config = model.config.get_text_config()
+    numbers: int = config.vocab_size * sum(map(_counted_tokens, passages))
     if with_hidden:
-        numbers += model.config.hidden_size * sum(len(passage.source_ids) for passage in passages)
+        numbers += config.hidden_size * sum(len(passage.source_ids) for passage in passages)
     return model.dtype.itemsize * numbers
 
 

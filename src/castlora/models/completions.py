@@ -80,7 +80,7 @@ def _drop_left(ids: list[int], ends: list[int], max_length: int) -> list[int]:
 
 def readable_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> int:
     """Tokens that the model can read; architectures without position limits leave it to the tokenizer."""
-    return min(context_length(model.config.get_text_config()), int(tokenizer.model_max_length))
+    return min(context_length(model.config), int(tokenizer.model_max_length))
 
 
 @torch.inference_mode()

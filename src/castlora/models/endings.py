@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from castlora.models.loading import context_length
+from castlora.models.loading import context_length, vocabulary_size
 
 _TEXTS, _TOKENS = 8, 32
 _LEAST_DIFFERENCE = 0.2
@@ -32,7 +32,7 @@ def end_tokens_of(model: PreTrainedModel | PeftModel, end: int | None) -> tuple[
     Returns:
         ids in ascending order; none where the model predicts no `end`
     """
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = vocabulary_size(model.config)
     if end is None or end >= vocabulary:
         return ()
     tokens = min(_TOKENS, context_length(model.config))

@@ -14,13 +14,17 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.import_utils import is_bitsandbytes_available
 
@@ -70,12 +74,27 @@ def load_config(
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise UserError(f"Model {name_or_path!r}: architectures in config.json is no list of names; copy it again.")
     is_decoder = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
-    if config.is_encoder_decoder or not is_decoder:
+    if config.is_encoder_decoder or not (is_decoder or reads_images(config)):
         raise UserError(
             f"Model {name_or_path!r} ({', '.join(architectures)}) is not a decoder-only language model; "
-            "castlora needs one whose architecture ends in ForCausalLM or LMHeadModel."
+            "castlora needs one whose architecture ends in ForCausalLM or LMHeadModel, or one for images and text."
         )
     return config
+
+
+def reads_images(config: PreTrainedConfig) -> bool:
+    """Whether a model is one for images and text, by the class that its configuration names."""
+    named = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    return named is not None and named in (config.architectures or ())
+
+
+def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """What loads a model as the class that its configuration names, for which adapters are trained and engines serve.
+
+    For some models of images and text `AutoModelForCausalLM` would load the part for text alone, whose modules have
+    other names.
+    """
+    return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerFast:
@@ -96,12 +115,17 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
 
 
 def load_model(
-    name_or_path: str, revision: str | None = None, device: torch.device | str = "cpu", bits: Bits | None = None
+    name_or_path: str,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    bits: Bits | None = None,
+    architectures: list[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Loads a base model from safetensors, and its fast tokenizer.
 
     The weights are fp32 on a processor and bf16 on an accelerator; those of the layers are
-    quantized with `bits`, or where the model was saved so.
+    quantized with `bits`, or where the model was saved so. `architectures` names its class, where that is not the one
+    in its configuration.
 
     Raises:
         UserError: the model cannot be found, is damaged or incomplete, holds NaN, or is not a decoder, or
@@ -110,6 +134,7 @@ def load_model(
     if bits and not is_bitsandbytes_available():
         raise UserError(f"Weights of {bits} bits need bitsandbytes; pip install 'castlora[quantized]'.")
     config = load_config(name_or_path, revision)
+    config.architectures = architectures or config.architectures
     is_quantized = bits is not None or "quantization_config" in config.to_dict()
     dtype = dtype_on(torch.device(device))
     model = _read(config, name_or_path, revision, dtype, bits, {"": device} if is_quantized else None)
@@ -131,7 +156,7 @@ def load_spread(name_or_path: str, revision: str | None = None) -> PreTrainedMod
 
 
 def load_sharded(
-    name_or_path: str, revision: str | None, device: torch.device
+    name_or_path: str, revision: str | None, device: torch.device, architectures: list[str] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Loads a base model of whose decoder layers each process keeps a part; all processes have to call this.
 
@@ -141,11 +166,13 @@ def load_sharded(
         name_or_path: folder or hub id
         revision: of the hub id
         device: of this process
+        architectures: names of its class, where that is not the one in its configuration
 
     Raises:
         UserError: as `load_model` does, or the model was saved quantized.
     """
     config = load_config(name_or_path, revision)
+    config.architectures = architectures or config.architectures
     if "quantization_config" in config.to_dict():
         raise UserError(f"Model {name_or_path!r} was saved quantized and cannot be sharded; leave out --sharded.")
     join(device, LONGEST_WAIT)
@@ -168,7 +195,7 @@ def _read(
 ) -> PreTrainedModel:
     """The model with its weights, which are looked at."""
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             name_or_path,
             config=config,
             revision=revision,
@@ -231,12 +258,13 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         UserError: there is no such model.
     """
-    layers = config.num_hidden_layers
+    layers = config.get_text_config().num_hidden_layers
     if layers > _MOST_LAYERS:
         raise UserError(f"num_hidden_layers of {config.name_or_path!r} is {layers}; check its config.json.")
+    kind: Any = auto_class(config)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = kind.from_config(config)
     except LIBRARY_ERRORS as error:
         raise UserError(
             f"config.json of {config.name_or_path!r} describes no model that can be built ({first_line(error)}); "
@@ -289,10 +317,15 @@ def public_name(name_or_path: str) -> str:
     return Path(name_or_path).resolve().name if Path(name_or_path).exists() else name_or_path
 
 
+def vocabulary_size(config: PreTrainedConfig) -> int:
+    """Number of tokens that a model predicts."""
+    return int(config.get_text_config().vocab_size)
+
+
 def context_length(config: PreTrainedConfig) -> int:
     """Positions that the model was made for; transformers maps `n_positions` and its like to one of two names.
 
     Where the distance of tokens is all that counts, as in BLOOM, a model was made for any number.
     """
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    limits = (getattr(config.get_text_config(), name, None) for name in ("max_position_embeddings", "max_seq_len"))
     return next((int(limit) for limit in limits if limit), sys.maxsize)

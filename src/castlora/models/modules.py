@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from castlora.config import Role as Role
@@ -29,6 +29,9 @@ MODULE_ROLES: dict[str, tuple[Role, ...]] = {
     "gate_proj": ("gate",),
     "up_proj": ("up",),
     "mlp.gate_up_proj": ("gate", "up"),
+    "shared_mlp.input_linear": ("gate", "up"),
+    "feed_forward.w1": ("gate",),
+    "feed_forward.w3": ("up",),
     "fc1": ("fc",),
     "mlp.fc_in": ("fc",),
     "mlp.c_fc": ("fc",),
@@ -39,6 +42,8 @@ MODULE_ROLES: dict[str, tuple[Role, ...]] = {
     "mlp.fc_out": ("down",),
     "mlp.c_proj": ("down",),
     "mlp.dense_4h_to_h": ("down",),
+    "shared_mlp.output_linear": ("down",),
+    "feed_forward.w2": ("down",),
 }
 """Ends of module names, the longer one first, and the roles they hold, in the order of their output rows.
 
@@ -63,6 +68,8 @@ class LinearSlot:
     d_out: int
     is_conv1d: bool
     """Whether the module is a transformers `Conv1D`, which stores its weight as (d_in, d_out)."""
+    text_part: str = ""
+    """Path of the part that reads text, in a model that has others, where names of its modules may recur."""
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -70,22 +77,27 @@ class LinearSlot:
         return tuple(self.rows)
 
 
-def linear_slots(model: nn.Module, config: PreTrainedConfig) -> dict[str, LinearSlot]:
+def linear_slots(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, LinearSlot]:
     """All adaptable linear modules of the decoder layers, in the order of the model.
+
+    A model that reads images or sound too has layers for these, which text never passes: they are left out.
 
     Args:
         model: the model itself or its `skeleton`
         config: its configuration, which tells how fused modules are laid out
     """
     slots = {}
+    text_part = _text_part(model, config)
     for name, module in model.named_modules():
         layer = layer_index(name)
         roles = _roles_of(name)
         if layer is None or roles is None or not isinstance(module, nn.Linear | Conv1D):
             continue
+        if not name.startswith(text_part):
+            continue
         d_in, d_out = _dimensions(module)
         rows = role_rows(roles, d_out, config)
-        slots[name] = LinearSlot(name, layer, rows, d_in, d_out, isinstance(module, Conv1D))
+        slots[name] = LinearSlot(name, layer, rows, d_in, d_out, isinstance(module, Conv1D), text_part)
     return slots
 
 
@@ -119,6 +131,7 @@ def head_groups(config: PreTrainedConfig) -> tuple[int, int, int]:
     Returns:
         number of groups, and in each of them the query heads and the key heads
     """
+    config = config.get_text_config()
     described = config.to_dict()
     heads = config.num_attention_heads
     shared = 1 if described.get("multi_query") else heads
@@ -155,6 +168,14 @@ def layer_path(slots: Mapping[str, LinearSlot], layer: int) -> str:
 def module_type(module_name: str) -> str:
     """What names a module in every layer: `self_attn.q_proj`, `mlp.c_proj`, `fc1`."""
     return ".".join(part for part in module_name.split(".")[-2:] if not part.isdigit())
+
+
+def _text_part(model: PreTrainedModel, config: PreTrainedConfig) -> str:
+    """Path of the decoder of a model that reads more than text; nothing where it is the whole model."""
+    if config.get_text_config() is config:
+        return ""
+    decoder = model.get_decoder()
+    return next(str(name) for name, module in model.named_modules() if module is decoder)
 
 
 def _roles_of(module_name: str) -> tuple[Role, ...] | None:

@@ -82,6 +82,7 @@ def pair_modules(
 
     A fused target module whose source is fused in the same way takes the whole update in one
     branch; otherwise each of its roles is fed by a branch of its own, which adds their ranks.
+    Where not every layer of the source has attention, the nearest that has it stands for one without.
 
     Args:
         source_slots: linear modules of the source model
@@ -96,8 +97,10 @@ def pair_modules(
     by_layer: dict[int, list[LinearSlot]] = {}
     for name in adapted:
         by_layer.setdefault(source_slots[name].layer, []).append(source_slots[name])
+    layers_of = _layers_by_role(source_slots)
+    partners = {name: _nearest_layer(slot, layer_map[slot.layer], layers_of) for name, slot in target_slots.items()}
     pairs = tuple(
-        ModulePair(slot, _branches(slot, by_layer.get(layer_map[slot.layer], []))) for slot in target_slots.values()
+        ModulePair(slot, _branches(slot, by_layer.get(partners[name], []))) for name, slot in target_slots.items()
     )
     branches = [branch for pair in pairs for branch in pair.branches]
     if not branches:
@@ -163,6 +166,20 @@ def _unused_roles(slot: LinearSlot, branches: Iterable[Branch]) -> tuple[Role, .
 
 def _describe_part(slot: LinearSlot, roles: tuple[Role, ...]) -> str:
     return slot.name if roles == slot.roles else f"{slot.name}({'+'.join(roles)})"
+
+
+def _layers_by_role(slots: Mapping[str, LinearSlot]) -> dict[Role, set[int]]:
+    layers: dict[Role, set[int]] = {}
+    for slot in slots.values():
+        for role in slot.roles:
+            layers.setdefault(role, set()).add(slot.layer)
+    return layers
+
+
+def _nearest_layer(target: LinearSlot, wanted: int, layers_of: Mapping[Role, set[int]]) -> int:
+    """The source layer nearest to the wanted one that has a module for this one; the wanted one if none has."""
+    with_module = {layer for role in with_stand_ins(target.roles) for layer in layers_of.get(role, ())}
+    return min(with_module or {wanted}, key=lambda layer: (abs(layer - wanted), layer))
 
 
 def _branches(target: LinearSlot, sources: list[LinearSlot]) -> tuple[Branch, ...]:

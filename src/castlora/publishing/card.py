@@ -306,14 +306,15 @@ def _peft_snippet(manifest: Mapping[str, Any]) -> str:
     revision, bits = manifest["target"]["revision"], manifest["target_bits"]
     base = python_string(public_name(manifest["target"]["name"]))
     pinned = f"{base}, revision={python_string(revision)}" if revision else base
-    classes = ["AutoModelForCausalLM", "AutoTokenizer", *(["BitsAndBytesConfig"] if bits else [])]
+    kind = "AutoModelForImageTextToText" if manifest["target"].get("reads_images") else "AutoModelForCausalLM"
+    classes = [kind, "AutoTokenizer", *(["BitsAndBytesConfig"] if bits else [])]
     quantized = f", quantization_config=BitsAndBytesConfig({_QUANTIZED[bits]})" if bits else ""
     return f"""\
 from peft import PeftModel
 from transformers import {", ".join(classes)}
 
 tokenizer = AutoTokenizer.from_pretrained({pinned})
-base = AutoModelForCausalLM.from_pretrained({pinned}{quantized})
+base = {kind}.from_pretrained({pinned}{quantized})
 model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 """
 

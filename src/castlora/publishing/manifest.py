@@ -19,7 +19,7 @@ from castlora.alignment.positions import AlignedPassage
 from castlora.config import Recipe, RecipeName, recipe_differences
 from castlora.evaluation.imitation import Imitation
 from castlora.model_pair import Models
-from castlora.models.loading import best_device, public_name
+from castlora.models.loading import best_device, public_name, reads_images
 from castlora.models.pairing import Pairing
 from castlora.plan import Plan
 from castlora.publishing.runs import MANIFEST_FILE as MANIFEST_FILE
@@ -42,6 +42,7 @@ def describe_inputs(plan: Plan, models: Models, text: TextSource, formats: Seque
         "target": {
             "name": public_name(plan.target),
             "revision": None,
+            "reads_images": reads_images(plan.target_config),
             "tokenizer_sha256": models.target_bytes.fingerprint,
         },
         "adapter": {

@@ -174,7 +174,7 @@ def find_formats(
         the best format, up to seven that come near it, and the generic ones that come half as near; none where the
         adapter has no such effect in any
     """
-    vocabulary = teacher.config.vocab_size
+    vocabulary = teacher.config.get_text_config().vocab_size
     answers = {inside: may_begin_answer(byte_tokenizer, ends, vocabulary, inside) for inside in (True, False)}
     asked = _Asked(teacher, tokenizer, answers, ends, max_prompt_tokens, max_answer_tokens)
 
