@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from jsonargparse import auto_cli
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from benchmarks.mutations import JSON_MUTATIONS, TENSOR_MUTATIONS, TEXT_MUTATIONS, Mutation
 from castlora import CastMaps, convert, fit, join, merge_statistics, sketch
@@ -157,6 +158,17 @@ def _model_config(folder: Path) -> None:
             shutil.copy(demo_models_path() / TARGET / name, folder / name)
 
 
+def _image_model_config(folder: Path) -> None:
+    """Of a small Gemma 3, which reads images too."""
+    _model_config(folder)
+    of_text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+               "vocab_size": 3072}  # fmt: skip
+    of_images = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = AutoConfig.for_model("gemma3", text_config=of_text, vision_config=of_images)
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    config.save_pretrained(folder)
+
+
 def _whole_model(folder: Path) -> None:
     shutil.copytree(demo_models_path() / TARGET, folder, dirs_exist_ok=True)
 
@@ -223,6 +235,7 @@ TARGETS: dict[str, Target] = {
     "adapter to check": Target(_adapter_files, check_portable, _ADAPTER),
     "MLX-LM adapter": Target(_mlx_files, _convert_from_mlx, ("adapter_config.json", "adapters.safetensors")),
     "configuration of a base model": Target(_model_config, _plan_to_model, ("config.json",)),
+    "configuration of a model for images": Target(_image_model_config, _plan_to_model, ("config.json",)),
     "weights of a base model": Target(
         _whole_model, lambda folder: load_model(str(folder)), ("model.safetensors", "generation_config.json")
     ),

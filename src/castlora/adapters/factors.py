@@ -96,7 +96,9 @@ def read_update(files: AdapterFiles, base_config: PreTrainedConfig) -> Update:
         assert isinstance(layer, LoraLayer)
         a = tensors[f"{KEY_PREFIX}{name}.lora_A.weight"].float()
         b = tensors[f"{KEY_PREFIX}{name}.lora_B.weight"].float()
-        factors[name] = LowRank(a, b * layer.scaling["default"])
+        scale = layer.scaling["default"]
+        # Multiplication by 1 would only copy what may be most of the memory that a translation takes.
+        factors[name] = LowRank(a, b if scale == 1 else b * scale)
     return Update(factors, beyond)
 
 
@@ -194,6 +196,8 @@ def target_suffixes(adapted: Iterable[str], modules: Iterable[str]) -> list[str]
 def pad_rank(factors: LowRank, rank: int) -> LowRank:
     """The same update with zero rows in A and zero columns in B up to `rank`."""
     missing = rank - factors.rank
+    if missing == 0:
+        return factors
     a = torch.cat([factors.a, factors.a.new_zeros(missing, factors.a.shape[1])])
     b = torch.cat([factors.b, factors.b.new_zeros(factors.b.shape[0], missing)], dim=1)
     return LowRank(a, b)

@@ -164,8 +164,9 @@ class CastMaps:
         before = _scaled_before(adapter)
         if scale is None:
             scale = SCALE_BETWEEN_RELATED if are_related(fits) and before == 1 else 1.0
-        scaled = {name: LowRank(lora.a, scale * lora.b) for name, lora in folded.items()}
-        written, cut = cut_to_rank(scaled, rank) if largest > rank else (scaled, 0.0)
+        for lora in folded.values():
+            lora.b.mul_(scale)
+        written, cut = cut_to_rank(folded, rank) if largest > rank else (folded, 0.0)
         source_rank = max(lora.rank for lora in factors.values())
         return Translated(written, source_rank, rank, cut, scale, before * scale, pairing, fits)
 
@@ -227,12 +228,12 @@ def translate(bridge: str, adapters: Sequence[str], out: str, scale: float | Non
         raise UserError(f"scale is {scale}; give a number above 0.")
     maps = CastMaps.load(bridge)
     opened = {name: open_adapter(adapter) for adapter, name in folder_names("--adapter", adapters).items()}
-    for files in opened.values():
-        maps.pair(files)
-        _scaled_before(files)
     if len(opened) == 1:
         (files,) = opened.values()
         return [_write(maps, files, out, scale)]
+    for files in opened.values():
+        maps.pair(files)
+        _scaled_before(files)
     request = {"bridge": bridge, "adapters": list(adapters), "scale": scale, "castlora_version": __version__}
     with open_run(out, request, 0) as run:
         folders = {run.out / name: files for name, files in opened.items()}

@@ -20,7 +20,7 @@ from castlora.models.pairing import Branch, ModulePair, Pairing, pair_modules, w
 
 TO_SOURCE = "to_source"
 """Name of a site's map from the target's input to the source's."""
-_ROWS_AT_ONCE = 512
+_ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -155,5 +155,11 @@ def fold_site(
 
 
 def _times(matrix: Tensor, factor: Tensor) -> Tensor:
-    """Matrix · factor in the factor's precision, block by block: a map is large, and in files has fewer bits."""
-    return torch.cat([rows.to(factor) @ factor for rows in matrix.split(_ROWS_AT_ONCE)])
+    """Matrix · factor in the factor's precision, block by block: a map is large, and in files has fewer bits.
+
+    Blocks are small, since what is kept of each module would otherwise pin the memory of large ones.
+    """
+    product = factor.new_empty(len(matrix), factor.shape[1])
+    for rows, part in zip(matrix.split(_ROWS_AT_ONCE), product.split(_ROWS_AT_ONCE), strict=True):
+        torch.mm(rows.to(factor), factor, out=part)
+    return product
