@@ -1,5 +1,6 @@
 """Adapters as they lie on people's disks."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoConfig
 from castlora import UserError, convert, inspect
 from castlora.adapters.factors import LowRank, read_factors, read_update
 from castlora.adapters.files import CONFIG_FILE, WEIGHTS_FILE, open_adapter
+from castlora.models import modules
 from castlora.models.loading import load_config, load_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -125,6 +127,34 @@ def test_what_an_adapter_changes_in_experts_is_named_and_merged(base_model, mixt
     convert(str(tmp_path / "adapter"), "merged", str(tmp_path / "merged"))
     expected = tiny.logits(tiny.load_adapted(mixture, tmp_path / "adapter"), IDS)
     torch.testing.assert_close(tiny.logits(tiny.load(tmp_path / "merged"), IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_read_as_they_were_before_they_were_fused(mixture, tmp_path):
+    """As transformers 4 had them, each with three modules of its own."""
+    config = json.loads((mixture / "config.json").read_text())
+    width, neurons = config["hidden_size"], config["intermediate_size"]
+    shapes = {"w1": (width, neurons), "w2": (neurons, width), "w3": (width, neurons)}
+    tiny.save_adapter(tmp_path / "adapter", mixture, ["q_proj"])
+    before = read_update(open_adapter(str(tmp_path / "adapter")), load_config(str(mixture)))
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS_FILE)
+    for layer, expert, (name, (d_in, d_out)) in itertools.product(range(2), range(2), shapes.items()):
+        module = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+        tensors |= {f"{module}.lora_A.weight": torch.randn(4, d_in), f"{module}.lora_B.weight": torch.randn(d_out, 4)}
+    save_file(tensors, tmp_path / "adapter" / WEIGHTS_FILE)
+    written = json.loads((tmp_path / "adapter" / CONFIG_FILE).read_text())
+    written["target_modules"] = ["q_proj", *shapes]
+    (tmp_path / "adapter" / CONFIG_FILE).write_text(json.dumps(written))
+    update = read_update(open_adapter(str(tmp_path / "adapter")), load_config(str(mixture)))
+    assert update.beyond == ("mlp.experts",) and update.factors.keys() == before.factors.keys()
+    assert all(torch.equal(update.factors[name].b, lora.b) for name, lora in before.factors.items())
+
+
+def test_of_a_base_model_without_known_modules_nothing_pairs(base_model, tmp_path, monkeypatch):
+    base = base_model("llama")
+    tiny.save_adapter(tmp_path / "adapter", base, ["q_proj"])
+    monkeypatch.setattr(modules, "MODULE_ROLES", {})
+    update = read_update(open_adapter(str(tmp_path / "adapter")), load_config(str(base)))
+    assert update.factors == {} and update.beyond == ("self_attn.q_proj",)
 
 
 def test_an_adapter_of_experts_alone_has_nothing_that_pairs(base_model, mixture, tmp_path):

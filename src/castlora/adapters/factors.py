@@ -78,15 +78,15 @@ def read_update(files: AdapterFiles, base_config: PreTrainedConfig) -> Update:
     try:
         with torch.device("meta"):
             model = PeftModel(base, files.config)
+        # Older versions of transformers had other names for modules of some models.
+        tensors = convert_peft_adapter_state_dict_for_transformers(model, files.config, tensors)
     except LIBRARY_ERRORS as error:
         raise UserError(
             f"Adapter {files.name!r} does not fit its base model ({first_line(error)}); {_HINT}."
         ) from error
-    # Older versions of transformers had other names for modules of some models.
-    tensors = convert_peft_adapter_state_dict_for_transformers(model, files.config, tensors)
     _check_against_base(files, tensors, model)
     adapted = {name: layer for name, layer in _adapted_layers(model) if name in slots}
-    text_part = next(iter(slots.values())).text_part
+    text_part = next((slot.text_part for slot in slots.values()), "")
     beyond = tuple(sorted({_kind(key, modules, text_part) for key in tensors if not _is_of_a_map(key, adapted)}))
     if not files.is_plain:
         ranks = {name: min(EFFECTIVE_RANK, slots[name].d_in, slots[name].d_out) for name in adapted}

@@ -1,8 +1,8 @@
 """How far a student's predictions are from a teacher's, with a way back that keeps little.
 
-Logits are the widest tensors of a step. Written with torch's functions alone, the objective keeps some six more of
-their size for the way back, in single precision. All that the way back needs is how the divergence changes with the
-logits, which is known on the way there: one of their size, in their own precision.
+Logits are the widest tensors of a step. Written with torch's functions alone, the objective needs some five more of
+their size, in single precision. All that the way back needs is how the divergence changes with the logits, which is
+known on the way there: one of their size, in their own precision.
 """
 
 from collections.abc import Iterator
