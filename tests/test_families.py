@@ -1,7 +1,9 @@
 """Every family of base models that castlora names, as tiny models with random weights, as source and as target."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_d_head": 16,
         "mamba_d_state": 8,
         "mamba_n_groups": 1,
+        "mamba_chunk_size": 16,
         "position_embedding_type": "rope",
     },
     "qwen3_5": {
@@ -91,8 +94,27 @@ EXPERTS = ("mixtral", "gpt_oss", "qwen3_moe")
 HYBRIDS = ("lfm2", "granite-4", "qwen3_5")
 """One layer of three has attention; the others have something that ends as attention does."""
 NAMES = tuple(FAMILIES)
-# Each family is once a source and once a target, of another type of tokenizer.
-PAIRS = [(source, NAMES[(index + 9) % len(NAMES)]) for index, source in enumerate(NAMES)]
+ORDINARY = (
+    "llama", "llama-3", "mistral", "qwen2", "qwen3", "stablelm", "olmo", "granite", "smollm", "smollm3", "cohere2",
+    "ernie4_5", "exaone4", "olmo2", "olmo3", "seed_oss", "apertus", "arcee", "nemotron", "qwen3_moe",
+)  # fmt: skip
+"""They have no layout of their own: one module per part."""
+
+
+def by_tokenizer(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those with the one type of tokenizer, and those with the other."""
+    of_type: tuple[list[str], list[str]] = [], []
+    for name in names:
+        of_type[NAMES.index(name) % 2].append(name)
+    return of_type
+
+
+SENTENCEPIECE, BYTE_LEVEL = by_tokenizer(name for name in NAMES if name not in ORDINARY)
+# A family with a layout of its own is a source and a target, any other is one of both; tokenizers differ in type.
+PAIRS = [
+    *zip(SENTENCEPIECE, cycle(BYTE_LEVEL)), *zip(BYTE_LEVEL, cycle(SENTENCEPIECE)),
+    *zip(*by_tokenizer(ORDINARY), strict=True),
+]  # fmt: skip
 every_family = pytest.mark.parametrize("name", NAMES)
 
 

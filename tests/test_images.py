@@ -102,6 +102,8 @@ def test_a_transfer_there_and_back(base, base_model, tmp_path, text_file, checke
     assert lora == set(written), "PEFT must not put factors beside modules that read images"
     assert "AutoModelForImageTextToText" in (there.folder / "README.md").read_text()
 
+    if name not in ("gemma3", "qwen3_5", "llama4"):
+        return  # Their layouts are those of one of these.
     back = transfer(str(there.folder), str(base_model("llama")), str(tmp_path / "back"), text=str(text_file), **OPTIONS)
     assert back.manifest["logit_difference"] <= 1e-4
     assert back.manifest["adapter"]["beyond_maps"] == []
