@@ -120,10 +120,13 @@ def family(name: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerFast]:
     return configs[name], tokenizer
 
 
-def save_model(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Path:
+def save_model(
+    folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, seed: int = 0,
+    kind: Any = AutoModelForCausalLM,
+) -> Path:  # fmt: skip
     """A base model with random weights and its tokenizer, as transformers saves them."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = kind.from_config(config)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-from tiny import CONTEXT, sentencepiece_type
+from tiny import CONTEXT, save_model, sentencepiece_type
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 TEXT = {
@@ -48,11 +47,5 @@ def save_image_model(folder: Path, name: str) -> Path:
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "vocab_size": len(tokenizer)}
     given = FAMILIES[name]
     of_text = {**TEXT, **special, "initializer_range": 0.2, **given["text_config"]}
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **{**given, "text_config": of_text}))
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    config = AutoConfig.for_model(name, **{**given, "text_config": of_text})
+    return save_model(folder, config, tokenizer, kind=AutoModelForImageTextToText)

@@ -106,7 +106,10 @@ def _plain_factors(adapter: str, base: str | None) -> tuple[dict[str, LowRank], 
         )
     name = _base_of(adapter, base, files.base_model)
     config = as_trained(files.folder, load_config(name))
-    factors = without_start(files, load_model(name)[0]) if files.has_start else read_factors(files, config)
+    if files.has_start:
+        factors = without_start(files, load_model(name, architectures=config.architectures)[0])
+    else:
+        factors = read_factors(files, config)
     return factors, linear_slots(skeleton(config), config), name
 
 
