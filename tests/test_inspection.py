@@ -181,11 +181,12 @@ def test_programs_find_in_the_record_what_the_text_says(adapter, base_model):
     assert set(record["adapter"]["ranks"].values()) == {4} and record["adapter"]["beyond_maps"] == []
     assert (record["forecast"]["steps"], record["forecast"]["batch_size"]) == (7, 3)
     assert record["forecast"]["seconds"] > 0 and record["forecast"]["memory_bytes"] > 0
-    assert record["forecast"]["writing_seconds"] > 0 and "the target writes 576 passages to rehearse" in str(found)
+    assert record["forecast"]["writing_seconds"] > 0 and "the target writes 70 passages to rehearse" in str(found)
     assert record["forecast"]["searching_seconds"] > 0 and "it is first asked in 400 formats: about " in str(found)
     assert record["command"] in str(found)
     untrained = inspect(str(adapter("phi3")), str(base_model("gpt2")), steps=0)
     assert untrained.record["forecast"]["seconds"] > 0 and "Forecast for the start without a step" in str(untrained)
+    assert "the target writes 320 passages to rehearse" in str(untrained)
     same = inspect(str(adapter("llama")), str(base_model("phi3"))).record["tokenizers"]
     assert same == {"same": True, "source_tokens": 309, "target_tokens": 309, "spelled_alike": 309}
 

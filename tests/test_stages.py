@@ -10,11 +10,11 @@ from castlora import stages
 from castlora.adapters.live import student_factors
 from castlora.alignment.positions import AlignedPassage, collate
 from castlora.config import DEFAULT
-from castlora.distillation.training import reading_order
+from castlora.distillation.training import measuring_steps, reading_order
 from castlora.errors import UserError
 from castlora.model_pair import HELD_OUT_PASSAGES, align_text, load_models
 from castlora.plan import plan_transfer
-from castlora.stages import StartLoss, hold_teacher, start_student
+from castlora.stages import StartLoss, hold_teacher, passages_to_rehearse, start_student, text_of_start
 from castlora.teaching import curriculum
 from castlora.teaching.curriculum import (
     TextSource,
@@ -59,6 +59,37 @@ def test_passages_of_like_length_stand_together():
 
 def test_fewer_passages_than_a_batch_will_do():
     assert Counter(first_ids(reading_order(PASSAGES[:3], 9, 8, seed=0))) == Counter({0: 3, 1: 3, 2: 3})
+
+
+def test_a_start_reads_the_first_passages_alone_with_little_padding(monkeypatch):
+    monkeypatch.setattr(stages, "STATISTICS_PASSAGES", 64)
+    read = text_of_start(PASSAGES)
+    assert sorted(first_ids(read)) == list(range(64))
+    assert padded_tokens(read, 16) < 1.25 * sum(LENGTHS[:64]) < padded_tokens(PASSAGES[:64], 16)
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "start", "weight", "written"),
+    [
+        (1000, 16, "fresh", 0.1, 512),
+        (50, 4, "ridge", 0.1, 50),
+        (5, 2, "ridge", 0.1, 3),
+        (0, 4, "ridge", 0.1, 0),
+        (0, 4, "readout", 0.1, 256),
+        (50, 4, "readout", 0.0, 0),
+    ],
+)
+def test_the_target_writes_no_more_than_is_rehearsed(steps, batch_size, start, weight, written):
+    recipe = replace(DEFAULT, steps=steps, batch_size=batch_size, start=start, rehearsal_weight=weight)
+    assert passages_to_rehearse(recipe) == written
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "apart"),
+    [(1000, 16, 100), (300, 16, 30), (250, 4, 25), (50, 4, 16), (20, 4, 16), (3, 4, 3)],
+)
+def test_short_trainings_are_measured_less_often(steps, batch_size, apart):
+    assert measuring_steps(replace(DEFAULT, steps=steps, batch_size=batch_size)) == apart
 
 
 @pytest.fixture(scope="module")

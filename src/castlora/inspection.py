@@ -14,7 +14,7 @@ from castlora.adapters.factors import PORTABLE_RANKS
 from castlora.adapters.vocabulary import tokenizer_of
 from castlora.alignment.tokens import ByteTokenizer
 from castlora.alignment.vocabulary import SharedVocabulary
-from castlora.config import DEFAULT, Bits, check_above_zero, check_zero_or_more
+from castlora.config import DEFAULT, Bits, TextTuning, check_above_zero, check_zero_or_more, resolve_recipe
 from castlora.distillation.rehearsal import PASSAGES_PER_REHEARSED
 from castlora.distillation.training import check_rehearsal
 from castlora.maps.copied_start import STEPS_OF_PLAIN_START, has_shapes_of_source
@@ -34,7 +34,7 @@ from castlora.models.pairing import describe
 from castlora.plan import Plan, describe_beyond, plan_transfer
 from castlora.publishing.licences import describe_licences, read_licences
 from castlora.publishing.manifest import command_line, describe_pairing
-from castlora.stages import HELD_OUT_REHEARSED, STATISTICS_PASSAGES
+from castlora.stages import HELD_OUT_REHEARSED, STATISTICS_PASSAGES, passages_to_rehearse
 from castlora.teaching.format_search import tokens_to_search
 
 _PROMPT_TOKENS = 48
@@ -253,7 +253,9 @@ def _forecast(plan: Plan, steps: int, batch_size: int, loading: Loading, process
     rate = _product_rate()
     memory_bytes, low_memory_bytes = _forecast_memory(plan, math.ceil(batch_size / processes), loading, processes)
     candidates = (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.candidates
-    written = DEFAULT.rehearsal_passages + HELD_OUT_REHEARSED
+    written = (
+        passages_to_rehearse(resolve_recipe("default", None, steps, batch_size, TextTuning())) + HELD_OUT_REHEARSED
+    )
     prompts = candidates * _PROMPT_TOKENS + (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.answer_tokens
     searched = tokens_to_search(DEFAULT.format_candidates, _PROMPT_TOKENS, DEFAULT.answer_tokens)
     return _Forecast(

@@ -122,7 +122,7 @@ def transfer(
         seed: of everything random; the same seed gives the same bytes on the same machine
         rank: rank of the adapter to write; by default the smallest that holds the update
         tuning: departures from the recipe's other numbers
-        task: task file that both models are scored on before the training, and the target some ten times along it; it
+        task: task file that both models are scored on before the training, and the target up to ten times along it; it
             takes time and does not change the result
         report_to: tracker that shows the losses while the training runs; it does not change the result
         low_memory: whether an accelerator holds one of the two models at a time, while the other waits in the
@@ -260,14 +260,13 @@ def _train(
     before = from_main(partial(measure, student))
     with student.model.disable_adapter():
         bare = from_main(partial(measure, student))
-    drift = partial(measure_drift, rehearsal.bare, student.model, rehearsal.held_out)
+    drift = partial(measure_drift, rehearsal.held_out_bare, student.model, rehearsal.held_out)
 
-    def measure_along() -> dict[str, float]:
-        now = measure(student)
+    def describe_along(now: HeldOut) -> dict[str, float]:
         along = {"held_out_kl": now.kl, "agreement": now.agreement, "drift": drift()}
         return {**along, "task_score": scored.evaluate_target(models).score} if scored else along
 
-    at_start = {"step": 0, **from_main(measure_along)}
+    at_start = {"step": 0, **from_main(partial(describe_along, before))}
     paced = gentle_recipe(recipe, choice)
     name = run.out.resolve().name
     checkpoint = from_main(run.last_checkpoint)
@@ -276,7 +275,7 @@ def _train(
     log = train_student(
         teacher, student, models.shared, training, paced, seed, run.checkpoints, checkpoint,
         callbacks=tracking(report_to, name) if this_process().is_main else (), run_name=name,
-        rehearsal=rehearsal, measure=measure_along,
+        rehearsal=rehearsal, measure=lambda: describe_along(measure(student)),
     )  # fmt: skip
     scales = TRAINED_SCALES if recipe.steps > 0 else SOLVED_SCALES
     scale = from_main(partial(keep_best_scale, student, measure, scales))

@@ -1,6 +1,7 @@
 """The stages of a transfer, each from plain inputs to plain results; `pipeline` strings them together."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,11 +17,12 @@ from castlora.config import Recipe
 from castlora.distillation.distill import HeldOut, Student
 from castlora.distillation.rehearsal import PASSAGES_PER_REHEARSED, BareTarget, Rehearsal, rehearsed, write_passages
 from castlora.distillation.teacher import LiveTeacher, RecordedTeacher, Teacher, record_bytes, record_limit
+from castlora.distillation.training import reading_order
 from castlora.errors import UserError
 from castlora.execution.processes import share_of_batch
 from castlora.execution.recomputation import recompute_activations
 from castlora.maps.cast_layer import cut_to_rank
-from castlora.maps.fitting import SiteMoments, ridge_factors, ridge_maps, solve_in_parts
+from castlora.maps.fitting import STATISTICS_BATCH, SiteMoments, ridge_factors, ridge_maps, solve_in_parts
 from castlora.maps.last_layer import LastLayer, Solution, find_last_layer, solve_last_layer
 from castlora.maps.starts import Maps, fold_maps, paper_maps, parametrize_by_maps
 from castlora.model_pair import Models
@@ -62,6 +64,12 @@ def last_layer_to_solve(models: Models, plan: Plan, recipe: Recipe) -> LastLayer
     return site
 
 
+def text_of_start(training: Sequence[AlignedPassage]) -> list[AlignedPassage]:
+    """The part of the training text that a start is solved for, passages of like length together."""
+    read = training[:STATISTICS_PASSAGES]
+    return reading_order(read, len(read), STATISTICS_BATCH, seed=0)
+
+
 def start_student(
     models: Models,
     plan: Plan,
@@ -88,7 +96,7 @@ def start_student(
             100 * update.lost,
         )
         plan = replace(plan, factors=update.factors)
-    folded, maps = _solved_start(models, plan, recipe, training[:STATISTICS_PASSAGES], seed)
+    folded, maps = _solved_start(models, plan, recipe, text_of_start(training), seed)
     models.use("target")
     solved = {last_layer.module} if last_layer else set()
     peft_model = attach_lora(models.target, {*plan.target_modules, *solved}, rank)
@@ -156,7 +164,7 @@ def start_last_layer(
     """
     if last_layer is None:
         return None
-    read = teacher, training[:STATISTICS_PASSAGES], models.shared
+    read = teacher, text_of_start(training), models.shared
     return solve_last_layer(student, last_layer, *read, measure, rehearsal, recipe.rehearsal_weight)
 
 
@@ -203,10 +211,18 @@ def hold_teacher(
     return live, live
 
 
+def passages_to_rehearse(recipe: Recipe) -> int:
+    """Passages that the bare target writes, no more than are read."""
+    if recipe.rehearsal_weight == 0:
+        return 0
+    in_steps = recipe.steps * recipe.batch_size
+    in_start = STATISTICS_PASSAGES if recipe.start == "readout" else 0
+    return min(recipe.rehearsal_passages, math.ceil(max(in_steps, in_start) / PASSAGES_PER_REHEARSED))
+
+
 def write_rehearsed(models: Models, recipe: Recipe, seed: int) -> list[list[int]]:
     """Text of the bare target as token ids, as much as the recipe rehearses; the last passages are for measuring."""
-    trained_on = recipe.rehearsal_passages if recipe.rehearsal_weight > 0 else 0
-    count = trained_on + HELD_OUT_REHEARSED
+    count = passages_to_rehearse(recipe) + HELD_OUT_REHEARSED
     models.use("target")
     return write_passages(models.target, models.target_tokenizer, count, recipe.rehearsal_tokens, seed)
 
@@ -225,7 +241,12 @@ def hold_bare_target(
     passages = list(map(rehearsed, written))
     training, held_out = passages[:-HELD_OUT_REHEARSED], passages[-HELD_OUT_REHEARSED:]
     reads = recipe.steps * share_of_batch(recipe.batch_size) // PASSAGES_PER_REHEARSED
-    if reads > len(training) and record_bytes(target, passages, with_hidden=False) <= record_limit(target):
-        with student.disable_adapter():
-            return Rehearsal(RecordedTeacher(student, passages, with_hidden=False), training, held_out)
-    return Rehearsal(BareTarget(student), training, held_out)
+    limit = record_limit(target)
+    with student.disable_adapter():
+        if reads > len(training) and record_bytes(target, passages, with_hidden=False) <= limit:
+            recorded = RecordedTeacher(student, passages, with_hidden=False)
+            return Rehearsal(recorded, training, recorded, held_out)
+        live = BareTarget(student)
+        if record_bytes(target, held_out, with_hidden=False) <= limit:
+            return Rehearsal(live, training, RecordedTeacher(student, held_out, with_hidden=False), held_out)
+    return Rehearsal(live, training, live, held_out)

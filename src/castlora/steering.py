@@ -247,7 +247,7 @@ def evaluate_steered(
     length = min(context_length(models.source.config), context_length(models.target.config))
     # One token more than fits, so that a cut is noticed: it would take the answer away.
     aligned = list(align_passages(passages, models.source_bytes, models.target_bytes, length + 1, context_weight=1e-6))
-    if any(max(len(one.source_ids), len(one.target_ids)) > length for one in aligned):
+    if any(one.length > length for one in aligned):
         raise UserError(
             f"A task item is longer than the {length} tokens that both models can read; shorten its prompt."
         )

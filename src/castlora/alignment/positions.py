@@ -37,6 +37,11 @@ class AlignedPassage:
     is_general: bool = False
     """As that of the passage in text."""
 
+    @property
+    def length(self) -> int:
+        """Tokens in the tokenizer that needs more."""
+        return max(len(self.source_ids), len(self.target_ids))
+
 
 class Examples(Dataset[_Example]):
     """Passages, or what holds them, in the form that torch and transformers read."""

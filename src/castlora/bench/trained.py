@@ -170,7 +170,7 @@ def _train(reading: Reading, student: Student, recipe: Recipe, seed: int) -> dic
     scale = keep_best_scale(student, measure, TRAINED_SCALES if log else SOLVED_SCALES)
     after = measure(student)
     return {
-        "drift": measure_drift(rehearsal.bare, student.model, rehearsal.held_out),
+        "drift": measure_drift(rehearsal.held_out_bare, student.model, rehearsal.held_out),
         "held_out_kl": [before.kl, after.kl],
         "agreement": [before.agreement, after.agreement],
         "last_loss": log[-1]["loss"] if log else None,

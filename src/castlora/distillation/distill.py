@@ -186,7 +186,8 @@ def measure_held_out(
     device = next(student.parameters()).device
     student.eval()
     losses, divergences, agreements, weights, of_batch = [], [], [], [], []
-    for batch in batches(examples, _HELD_OUT_BATCH, device):
+    by_length = sorted(examples, key=lambda passage: passage.length)
+    for batch in batches(by_length, _HELD_OUT_BATCH, device):
         counts = batch["weights"] > 0
         taught, learned = read_batch(teacher, student, batch)
         parts = distillation_losses(taught, learned, batch, student.hidden_head, shared, recipe)

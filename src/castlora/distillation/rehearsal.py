@@ -92,9 +92,11 @@ class Rehearsal:
     """What the student must not unlearn."""
 
     bare: Teacher
-    """Predicts as the bare target."""
+    """Predicts on the passages as the bare target."""
     passages: Sequence[AlignedPassage]
     """Text that the target wrote, for training."""
+    held_out_bare: Teacher
+    """Predicts on the held-out ones as the bare target."""
     held_out: Sequence[AlignedPassage]
     """The same, kept out of training."""
 

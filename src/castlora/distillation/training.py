@@ -44,7 +44,8 @@ ADAM_BETAS = (0.9, 0.98)
 _HIGHEST_LEARNING_RATE = 0.01
 _BATCHES_SORTED_TOGETHER = 8
 _LOGS = 50
-_MEASURES = 10
+_MEASURES, _PASSAGES_PER_MEASURE = 10, 64
+"""A measurement reads twice as many, so that ten would take longer than a short training."""
 
 Measure = Callable[[], Mapping[str, float]]
 """Measures the student as it stands, by names that the log takes."""
@@ -132,7 +133,7 @@ class DistillationTrainer(Trainer):
         of_processes = from_all({name: sum(values) / len(values) for name, values in self.parts.items()})
         means = {name: sum(of_one[name] for of_one in of_processes) / len(of_processes) for name in self.parts}
         self.parts = {}
-        is_due = "loss" in logs and self.state.global_step % _measuring_steps(self.recipe.steps) == 0
+        is_due = "loss" in logs and self.state.global_step % measuring_steps(self.recipe) == 0
         measured = from_main(self.measure) if self.measure and is_due else {}
         super().log({**logs, **means, **measured}, *args, **kwargs)
 
@@ -181,10 +182,11 @@ def _logging_steps(steps: int) -> int:
     return max(1, steps // _LOGS)
 
 
-def _measuring_steps(steps: int) -> int:
-    """A tenth of the steps, as far as it is a multiple of those that are logged."""
-    logged = _logging_steps(steps)
-    return max(logged, steps // _MEASURES // logged * logged)
+def measuring_steps(recipe: Recipe) -> int:
+    """Steps from one measurement to the next: a tenth of all, but passages enough, and a multiple of those logged."""
+    logged = _logging_steps(recipe.steps)
+    apart = max(recipe.steps // _MEASURES, min(recipe.steps, _PASSAGES_PER_MEASURE // recipe.batch_size))
+    return max(logged, apart // logged * logged)
 
 
 def check_batch(recipe: Recipe, sharded: bool) -> None:
@@ -294,7 +296,7 @@ def reading_order(training: Sequence[AlignedPassage], count: int, batch_size: in
     resumed run sees what it would have seen.
     """
     generator = torch.Generator().manual_seed(seed)
-    lengths = [max(len(passage.source_ids), len(passage.target_ids)) for passage in training]
+    lengths = [passage.length for passage in training]
     order: list[AlignedPassage] = []
     while len(order) < count:
         indices = get_length_grouped_indices(lengths, batch_size, _BATCHES_SORTED_TOGETHER, generator)

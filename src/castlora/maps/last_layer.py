@@ -1,6 +1,7 @@
 """The last module of the target, whose output only the final norm and the output head read, and its solution."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ from castlora.models.modules import LinearSlot
 logger = logging.getLogger("castlora")
 
 _BATCH = 16
+_KEPT_PLACES = 2
+"""Places in the target's own text for each one in answers; more take longer and keep little more."""
 _TOLERANCE, _ROUNDINGS = 1e-3, 4.0
 _EXAMPLE = [[5, 6, 7]]
 _MOST_BYTES = 2 << 30
@@ -78,6 +81,7 @@ def solve_last_layer(
     if rehearsal_weight > 0:
         own = rehearsal.passages[: len(passages) // PASSAGES_PER_REHEARSED]
         kept = collect_places(student.model, rehearsal.bare, site, own, shared.target_classes, shared.classes)
+        kept = kept.at(slice(None, None, math.ceil(len(kept.hidden) / (_KEPT_PLACES * len(places.hidden)))))
         places = Places.together([places.weighing(1), kept.weighing(rehearsal_weight)])
     classes = shared.target_classes.to(places.hidden.device)
     candidates = [as_it_was, *solve_readout(places, site.tail, classes, as_it_was.rank)]

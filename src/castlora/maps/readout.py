@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from castlora.adapters.factors import LowRank
-from castlora.distillation.objective import class_log_probabilities, kl_divergence
+from castlora.distillation.objective import class_probabilities
 from castlora.maps.cast_layer import balance
 from castlora.maps.solvers import ridge_map
 
@@ -79,9 +79,13 @@ class Tail:
     is_centred: bool
     """Whether the norm takes the mean away, as LayerNorm does and RMSNorm does not."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """What the model makes of hidden states (places, width): shape (places, vocabulary), fp32."""
-        return (self.norm(hidden).to(self.head.dtype) @ self.head.T).float()
+    def logits(self, normed: Tensor) -> Tensor:
+        """What the head makes of hidden states behind the norm (places, width): shape (places, vocabulary), fp32."""
+        return (normed.to(self.head.dtype) @ self.head.T).float()
+
+    def pull(self, slopes: Tensor) -> Tensor:
+        """What changes by `slopes` (places, vocabulary) with each logit changes by this with `normed`, same shape."""
+        return (slopes.to(self.head.dtype) @ self.head).float()
 
     def sizes(self, hidden: Tensor) -> Tensor:
         """What the norm divides each hidden state by, shape (places, 1)."""
@@ -98,7 +102,7 @@ class Tail:
         return hidden - hidden.mean(-1, keepdim=True) if self.is_centred else hidden
 
 
-def taught_log_probabilities(logits: Tensor, places: Places, classes: Tensor) -> Tensor:
+def taught_log_probabilities(own: Tensor, places: Places, classes: Tensor) -> Tensor:
     """What the target should predict: log-probabilities of its tokens, shape (places, vocabulary).
 
     Where both models have read the same text, each class of tokens gets the probability that the teacher gives it, and
@@ -107,13 +111,13 @@ def taught_log_probabilities(logits: Tensor, places: Places, classes: Tensor) ->
     answer says which token follows.
 
     Args:
-        logits: of the target as it is, shape (places, vocabulary)
+        own: log-probabilities that the target gives as it is, shape (places, vocabulary)
         places: where they are
         classes: class of each token of the target, shape (vocabulary,)
     """
-    bare = logits.log_softmax(-1)
-    own = class_log_probabilities(logits, classes, places.taught.shape[1])
-    wanted = bare + (places.taught - own)[:, classes]
+    of_classes = class_probabilities(own.exp(), classes, places.taught.shape[1])
+    missing = places.taught - of_classes.clamp_min_(torch.finfo(own.dtype).tiny).log_()
+    wanted = missing.index_select(1, classes).add_(own)
     follows, token = places.next_tokens >= 0, places.next_tokens.clamp_min(0).unsqueeze(-1)
     of_class = classes[token]
     is_open = places.is_aligned & follows & (classes.bincount()[of_class] > 1).squeeze(-1)
@@ -122,8 +126,9 @@ def taught_log_probabilities(logits: Tensor, places: Places, classes: Tensor) ->
     of_others = _rest(whole, said) - _rest(whole, wanted[is_open].gather(1, token[is_open]))
     wanted[is_open] = (wanted[is_open] + is_in_class * of_others).scatter(1, token[is_open], said)
     is_said = ~places.is_aligned & follows
-    wanted[is_said] = (bare[is_said] + math.log(_OTHERS)).scatter(1, token[is_said], math.log(1 - _OTHERS))
-    return wanted.log_softmax(-1)
+    said_there = (own[is_said] + math.log(_OTHERS)).scatter(1, token[is_said], math.log(1 - _OTHERS))
+    wanted[is_said] = said_there.log_softmax(-1)
+    return wanted
 
 
 def _rest(whole: Tensor, part: Tensor) -> Tensor:
@@ -186,17 +191,19 @@ def refine(places: Places, tail: Tail, classes: Tensor, update: LowRank) -> Iter
     a, b = whitened.a.clone().requires_grad_(), whitened.b.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([a, b], max_iter=_ITERATIONS, history_size=20, line_search_fn="strong_wolfe")
 
-    @torch.enable_grad()
     def divergence() -> Tensor:
         optimizer.zero_grad()
         total = torch.zeros((), device=features.device)
         for rows in _parts(len(features)):
             part = places.at(rows)
-            logits = tail.logits(part.hidden + size * (features[rows] @ a.T @ b.T))
-            taught = taught_log_probabilities(logits.detach(), part, classes)
-            of_part = weights[rows] @ kl_divergence(taught, logits.log_softmax(-1))
-            of_part.backward()
-            total += of_part.detach()
+            normed = tail.norm(part.hidden + size * (features[rows] @ a.T @ b.T))
+            own = tail.logits(normed.detach()).log_softmax(-1)
+            taught = taught_log_probabilities(own, part, classes)
+            shares = taught.exp()
+            # How the divergence changes with each logit, since what is taught about a class moves no token within it.
+            slopes = own.exp() - shares
+            total += weights[rows] @ taught.sub_(own).mul_(shares).sum(-1)
+            normed.backward(tail.pull(slopes.mul_(weights[rows].unsqueeze(-1))))
         return total
 
     for _ in range(_ROUNDS):
@@ -230,8 +237,8 @@ def _wanted_change(places: Places, tail: Tail, classes: Tensor) -> tuple[Tensor,
 def _predictions(places: Places, tail: Tail, classes: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Some places at a time, with log-probabilities as they are and as they should be."""
     for rows in _parts(len(places.hidden)):
-        logits = tail.logits(places.hidden[rows])
-        yield rows, logits.log_softmax(-1), taught_log_probabilities(logits, places.at(rows), classes)
+        own = tail.logits(tail.norm(places.hidden[rows])).log_softmax(-1)
+        yield rows, own, taught_log_probabilities(own, places.at(rows), classes)
 
 
 def _parts(count: int) -> Iterator[slice]:

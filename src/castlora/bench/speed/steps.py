@@ -61,7 +61,8 @@ def rehearse(subject: Subject, student: Student, seed: int) -> Rehearsal:
     text = subject.passages(_REHEARSED, DEFAULT.rehearsal_tokens, "running text", seed)
     passages = [rehearsed(passage.target_ids) for passage in text]
     with student.model.disable_adapter():
-        return Rehearsal(RecordedTeacher(student.model, passages, with_hidden=False), passages, held_out=())
+        recorded = RecordedTeacher(student.model, passages, with_hidden=False)
+        return Rehearsal(recorded, passages, recorded, held_out=())
 
 
 def teacher_and_student(subject: Subject, rank: int) -> tuple[LiveTeacher, Student]:
