@@ -1,5 +1,6 @@
 """Prompts that each model reads in its own chat template."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -15,6 +16,7 @@ from castlora.alignment.positions import align_passages
 from castlora.alignment.tokens import ByteTokenizer
 from castlora.evaluation.tasks import TaskItem, chat_items
 from castlora.models.completions import encode_completion
+from castlora.models.loading import load_tokenizer
 from castlora.scoring import evaluate
 from castlora.teaching.curriculum import TextSource
 from castlora.text.chat import TEMPLATE_FILE, ask, chat_passages, read_conversations, without_special_tokens
@@ -118,6 +120,35 @@ def test_what_a_template_refuses_is_said(tokenizers):
     system = [{"role": "system", "content": "Be brief."}, *ask("Who?")]
     with pytest.raises(UserError, match=r"refuses messages of system, user \(No system messages"):
         chat_passages([system], *tokenizers)
+
+
+def test_a_template_that_reads_parts_of_messages_is_given_parts(tokenizers):
+    source = copy.deepcopy(tokenizers[0])
+    source.chat_template = (
+        "{% for message in messages %}[{{ message.role }}] {% for part in message.content "
+        "if part.type == 'text' %}{{ part.text | trim }}{% endfor %}{% endfor %}[assistant]"
+    )
+    (passage,) = chat_passages([ask(" Who  finds it? ")], source, tokenizers[1])
+    assert passage.text == "[user] Who  finds it?[assistant]"
+
+
+def test_a_template_that_leaves_the_message_out_is_refused(tokenizers):
+    source = copy.deepcopy(tokenizers[0])
+    source.chat_template = "{% for message in messages if message.role != 'tool' %}{{ message.content }}{% endfor %}"
+    assert chat_passages([[*ask("One?"), *ask("Two?")]], source, tokenizers[1])[0].text == "One?Two?"
+    with pytest.raises(UserError, match="leaves out the message to answer, of the role 'tool'"):
+        chat_passages([[*ask("Who?"), {"role": "tool", "content": "The fox."}]], source, tokenizers[1])
+
+
+def test_the_template_of_an_older_processor_is_read(base_model, tmp_path):
+    folder = shutil.copytree(base_model("mistral"), tmp_path / "model")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": SOURCE_TEMPLATE}))
+    assert load_tokenizer(str(folder)).chat_template == SOURCE_TEMPLATE
+    with_template(folder, TARGET_TEMPLATE, tmp_path / "newer")
+    assert load_tokenizer(str(tmp_path / "newer")).chat_template == TARGET_TEMPLATE
+    (folder / "chat_template.json").write_text("[]")
+    with pytest.raises(UserError, match=r"chat_template.json of '.*model' cannot be read .*copy it again"):
+        load_tokenizer(str(folder))
 
 
 def test_answers_align_byte_for_byte_and_prompts_not_at_all(tokenizers):

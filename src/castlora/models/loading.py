@@ -1,5 +1,6 @@
 """Base models: loading them safely, and what their configurations say of them."""
 
+import json
 import logging
 import math
 import re
@@ -26,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, cached_file
 from transformers.utils.import_utils import is_bitsandbytes_available
 
 from castlora.config import Bits
@@ -111,7 +113,29 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"Tokenizer of {name_or_path!r} has no fast form; convert it to a tokenizer.json first.")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _template_of_processor(name_or_path, revision)
     return tokenizer
+
+
+def _template_of_processor(name_or_path: str, revision: str | None) -> str | None:
+    """The chat template that older models for images keep in a file of their processor; None where there is none."""
+    path = cached_file(
+        name_or_path,
+        LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return None
+    try:
+        return str(json.loads(Path(path).read_text(encoding="utf-8"))["chat_template"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE} of {name_or_path!r} cannot be read ({first_line(error)}); "
+            "copy it again, or save the template in the tokenizer."
+        ) from error
 
 
 def load_model(

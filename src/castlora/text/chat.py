@@ -3,7 +3,8 @@
 import copy
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import processors
@@ -117,11 +118,27 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, templ
     """A conversation in a chat template, up to where the answer begins.
 
     Raises:
-        UserError: the template refuses a message.
+        UserError: the template refuses a message, or leaves the one to answer out.
     """
+    rendered = _fill(template, conversation, tokenizer)
+    if not _holds(rendered, conversation[-1]["content"]):
+        # Templates of some models for images read a list of parts, and leave out a plain text without a word.
+        in_parts = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in conversation]
+        rendered = _fill(template, in_parts, tokenizer)
+    if not _holds(rendered, conversation[-1]["content"]):
+        raise UserError(
+            f"The chat template of {tokenizer.name_or_path!r} leaves out the message to answer, "
+            f"of the role {conversation[-1]['role']!r}; change the messages or the template."
+        )
+    return rendered
+
+
+def _fill(template: str, conversation: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast) -> str:
+    # Its types know no parts of messages.
+    messages: Any = list(conversation)
     try:
         rendered = tokenizer.apply_chat_template(
-            conversation, chat_template=template, tokenize=False, add_generation_prompt=True
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
         )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in conversation)
@@ -130,6 +147,11 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerFast, templ
             f"({first_line(error)}); change the messages or the template."
         ) from error
     return str(rendered)
+
+
+def _holds(rendered: str, content: str) -> bool:
+    """Whether a text has been written, by a template that may set its white space anew."""
+    return "".join(content.split()) in "".join(rendered.split())
 
 
 def _is_message(message: object) -> bool:
