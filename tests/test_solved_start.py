@@ -48,6 +48,15 @@ def test_without_a_step_the_solved_start_is_written(base_model, quick_transfer, 
     assert (result.folder / "report.html").is_file()
 
 
+def test_a_handful_of_prompts_can_be_solved_for(quick_transfer, prompts_file, tmp_path):
+    few = tmp_path / "few.txt"
+    few.write_text("\n".join(prompts_file.read_text().splitlines()[:3]))
+    result = quick_transfer("llama", "mistral", prompts=str(few), steps=0, tuning=replace(tiny.SHORT, fewest_prompts=0))
+    assert result.manifest["passages"] == {"training": 2, "held_out": 1, "variants": 0}
+    losses = result.manifest["last_layer"]["losses"]
+    assert min(losses) < losses[0]
+
+
 @pytest.fixture
 def unsolvable(monkeypatch):
     """Has targets look like those that norm what their last layer adds, as Gemma does."""

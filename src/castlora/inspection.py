@@ -253,9 +253,8 @@ def _forecast(plan: Plan, steps: int, batch_size: int, loading: Loading, process
     rate = _product_rate()
     memory_bytes, low_memory_bytes = _forecast_memory(plan, math.ceil(batch_size / processes), loading, processes)
     candidates = (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.candidates
-    written = (
-        passages_to_rehearse(resolve_recipe("default", None, steps, batch_size, TextTuning())) + HELD_OUT_REHEARSED
-    )
+    recipe = resolve_recipe("default", None, steps, batch_size, TextTuning())
+    written = passages_to_rehearse(recipe) + HELD_OUT_REHEARSED
     prompts = candidates * _PROMPT_TOKENS + (DEFAULT.filled_passages + HELD_OUT_PASSAGES) * DEFAULT.answer_tokens
     searched = tokens_to_search(DEFAULT.format_candidates, _PROMPT_TOKENS, DEFAULT.answer_tokens)
     return _Forecast(

@@ -79,7 +79,7 @@ def solve_last_layer(
     lora_b.weight.zero_()
     places = collect_places(student.model, teacher, site, passages, shared.source_classes, shared.classes)
     if rehearsal_weight > 0:
-        own = rehearsal.passages[: len(passages) // PASSAGES_PER_REHEARSED]
+        own = rehearsal.passages[: math.ceil(len(passages) / PASSAGES_PER_REHEARSED)]
         kept = collect_places(student.model, rehearsal.bare, site, own, shared.target_classes, shared.classes)
         kept = kept.at(slice(None, None, math.ceil(len(kept.hidden) / (_KEPT_PLACES * len(places.hidden)))))
         places = Places.together([places.weighing(1), kept.weighing(rehearsal_weight)])
