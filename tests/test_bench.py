@@ -9,6 +9,7 @@ import tiny
 import yaml
 from filelock import FileLock
 
+from castlora import config
 from castlora.bench import grid, reading
 from castlora.bench.methods import METHODS
 from castlora.bench.quality import plan_runs, run_quality
@@ -21,6 +22,8 @@ from castlora.errors import UserError
 OTHER_SKILL = "control: adapter of another skill"
 CHOICES = [" fox", " hen", " river"]
 LITTLE = {"rehearsal_passages": 8, "rehearsal_tokens": 12}
+# The source would answer hundreds of variants of a few prompts.
+AS_GIVEN = replace(config.DEFAULT, fewest_prompts=0)
 
 
 def write_lines(path: Path, records: list[dict[str, object]]) -> None:
@@ -28,7 +31,8 @@ def write_lines(path: Path, records: list[dict[str, object]]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def little_is_rehearsed(monkeypatch):
+def little_is_read(monkeypatch):
+    monkeypatch.setitem(config.RECIPES, "default", AS_GIVEN)
     write = reading.write_rehearsed
     monkeypatch.setattr(
         reading, "write_rehearsed", lambda models, recipe, seed: write(models, replace(recipe, **LITTLE), seed)

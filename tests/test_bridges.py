@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from benchmarks import bridges
+from castlora import config
 from castlora.adapters.factors import LowRank
 from castlora.adapters.live import attach_lora, student_factors
 from castlora.bench import reading
@@ -80,6 +81,8 @@ def two_skills(base_model, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(
         bridges, "reference_scores", lambda _spec, _pair, skill: {"skill": skill, "references": REFERENCES}
     )
+    # The source would answer hundreds of variants of a few prompts.
+    monkeypatch.setitem(config.RECIPES, "default", replace(config.DEFAULT, fewest_prompts=0))
     write = reading.write_rehearsed
     little = {"rehearsal_passages": 8, "rehearsal_tokens": 12}
     monkeypatch.setattr(
@@ -102,11 +105,11 @@ def test_maps_learn_from_the_other_adapters_alone_and_nothing_is_run_twice(
     out, page = tmp_path / "results", tmp_path / "bridges.md"
     for _ in range(2):
         bridges.main(
-            two_skills, text_file, tmp_path / "work", out, page, tmp_path, SKILLS, SKILLS, steps=[2], bridge_steps=8
+            two_skills, text_file, tmp_path / "work", out, page, tmp_path, SKILLS, SKILLS, steps=[2], bridge_steps=4
         )
     assert learned_from == [["plants"], ["animals"]]
     learned = json.loads((out / "learned" / "animals.json").read_text())
-    assert [point["step"] for point in learned["points"]] == list(range(9))
+    assert [point["step"] for point in learned["points"]] == list(range(5))
     assert learned["points"][-1]["seen_kl"] < learned["points"][0]["seen_kl"]
     text = page.read_text()
     assert "| steps | bridge | bridge, last layer solved | ridge start, rehearsed | default, last layer solved" in text

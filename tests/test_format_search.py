@@ -130,7 +130,7 @@ def search(taught, formats: list[str], fillings: list[str], longest: int = 80) -
     return find_formats(model, tokenizer, ByteTokenizer.from_tokenizer(tokenizer), ends, formats, fillings, longest, 8)
 
 
-@pytest.mark.parametrize("batch_tokens", [8192, 8], ids=["read together", "one by one"])
+@pytest.mark.parametrize("batch_tokens", [8192, 400], ids=["read together", "a few at a time"])
 def test_the_format_of_the_training_is_found_among_others(taught, monkeypatch, batch_tokens):
     monkeypatch.setattr(completions, "_BATCH_TOKENS", batch_tokens)
     assert search(taught, [*OTHERS, KNOWN], list(tiny.sentences(64, seed=5)))[0] == KNOWN

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from castlora import UserError, pipeline
 from castlora.adapters.live import attach_lora
 from castlora.alignment.positions import collate
+from castlora.distillation import training
 from castlora.distillation.rehearsal import BareTarget, measure_drift, rehearsed, write_passages
 from castlora.distillation.teacher import RecordedTeacher, predict
 from castlora.distillation.training import collate_lessons, lessons
@@ -127,7 +128,8 @@ def test_a_target_that_rehearses_drifts_less(quick_transfer):
 def test_a_run_measures_itself_at_every_tenth_of_its_steps(quick_transfer, monkeypatch):
     # With another scale, which is chosen when the training is over, the result would not be that of the last step.
     monkeypatch.setattr(pipeline, "TRAINED_SCALES", (1.0,))
-    result = quick_transfer("llama", "mistral", steps=20, batch_size=32)
+    monkeypatch.setattr(training, "PASSAGES_PER_MEASURE", 8)
+    result = quick_transfer("llama", "mistral", steps=20)
     measured = [entry["step"] for entry in result.log if "drift" in entry]
     assert measured == list(range(0, 21, 2))
     last, losses = result.log[-1], result.manifest["losses"]

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from castlora import UserError, evaluate, pipeline, reading
+from castlora.distillation import training
 from castlora.distillation.training import LossProgress
 from castlora.publishing.manifest import MANIFEST_FILE
 from castlora.publishing.runs import read_run
@@ -36,6 +37,7 @@ def test_the_target_is_scored_along_the_way_as_evaluate_scores_it(
 ):
     # With another scale, which is chosen when the training is over, the result would not be that of the last step.
     monkeypatch.setattr(pipeline, "TRAINED_SCALES", (1.0,))
+    monkeypatch.setattr(training, "PASSAGES_PER_MEASURE", 1)
     animals = task("animals", 24)
     result = scored_transfer(task=animals)
     (measured,) = result.manifest["tasks"]

@@ -44,8 +44,9 @@ ADAM_BETAS = (0.9, 0.98)
 _HIGHEST_LEARNING_RATE = 0.01
 _BATCHES_SORTED_TOGETHER = 8
 _LOGS = 50
-_MEASURES, _PASSAGES_PER_MEASURE = 10, 64
-"""A measurement reads twice as many, so that ten would take longer than a short training."""
+_MEASURES = 10
+PASSAGES_PER_MEASURE = 64
+"""Fewest passages of a training between two measurements, each of which reads twice as many."""
 
 Measure = Callable[[], Mapping[str, float]]
 """Measures the student as it stands, by names that the log takes."""
@@ -185,7 +186,7 @@ def _logging_steps(steps: int) -> int:
 def measuring_steps(recipe: Recipe) -> int:
     """Steps from one measurement to the next: a tenth of all, but passages enough, and a multiple of those logged."""
     logged = _logging_steps(recipe.steps)
-    apart = max(recipe.steps // _MEASURES, min(recipe.steps, _PASSAGES_PER_MEASURE // recipe.batch_size))
+    apart = max(recipe.steps // _MEASURES, min(recipe.steps, PASSAGES_PER_MEASURE // recipe.batch_size))
     return max(logged, apart // logged * logged)
 
 
