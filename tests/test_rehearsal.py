@@ -55,6 +55,12 @@ class TestWriting:
         first, again, other = (write_passages(model, tokenizer, 5, 12, seed) for seed in (1, 1, 2))
         assert first == again != other
 
+    def test_a_penalty_that_a_model_was_saved_with_changes_nothing(self, base_model, tokenizer):
+        model = tiny.load(base_model("llama"))
+        written = write_passages(model, tokenizer, 20, 12, seed=0)
+        model.generation_config.repetition_penalty = 5.0
+        assert write_passages(model, tokenizer, 20, 12, seed=0) == written
+
     def test_without_a_token_that_begins_texts_any_token_does(self, base_model, tokenizer):
         bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
         assert bare.bos_token_id is None and bare.eos_token_id is None

@@ -60,6 +60,7 @@ def write_passages(
             temperature=1.0,
             top_k=0,
             top_p=1.0,
+            repetition_penalty=1.0,
             max_new_tokens=max_tokens - 1,
             pad_token_id=ends[0] if ends else 0,
             eos_token_id=ends or None,

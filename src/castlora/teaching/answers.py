@@ -125,6 +125,7 @@ def share_that_ends(
             input_ids=group.ids,
             attention_mask=group.mask,
             do_sample=False,
+            repetition_penalty=1.0,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.eos_token_id or 0,
             eos_token_id=list(ends) or None,
@@ -146,6 +147,8 @@ def _sample_answers(
         temperature=1.0,
         top_k=0,
         top_p=1.0,
+        # A model may be saved with one, which would change what it learned to say.
+        repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         eos_token_id=list(ends) or None,
@@ -154,7 +157,10 @@ def _sample_answers(
     is_new = torch.arange(written.shape[1], device=written.device) >= group.ids.shape[1]
     is_end = is_new & torch.isin(written, torch.tensor(ends, device=written.device))
     written = written.masked_fill(is_end, pad)
-    read, texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (group.ids, written))
+    read, texts = (
+        tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for ids in (group.ids, written)
+    )
     answers = [text[len(before) :] if text.startswith(before) else "" for before, text in zip(read, texts, strict=True)]
     cut = (~is_end.any(-1)).tolist()
     return {"answers": answers, "cut": cut, "generator": _generator(group.ids.device)}
