@@ -25,8 +25,6 @@ from castlora.models.modules import LinearSlot
 logger = logging.getLogger("castlora")
 
 _BATCH = 16
-_KEPT_PLACES = 2
-"""Places in the target's own text for each one in answers; more take longer and keep little more."""
 _TOLERANCE, _ROUNDINGS = 1e-3, 4.0
 _EXAMPLE = [[5, 6, 7]]
 _MOST_BYTES = 2 << 30
@@ -81,7 +79,6 @@ def solve_last_layer(
     if rehearsal_weight > 0:
         own = rehearsal.passages[: math.ceil(len(passages) / PASSAGES_PER_REHEARSED)]
         kept = collect_places(student.model, rehearsal.bare, site, own, shared.target_classes, shared.classes)
-        kept = kept.at(slice(None, None, math.ceil(len(kept.hidden) / (_KEPT_PLACES * len(places.hidden)))))
         places = Places.together([places.weighing(1), kept.weighing(rehearsal_weight)])
     classes = shared.target_classes.to(places.hidden.device)
     candidates = [as_it_was, *solve_readout(places, site.tail, classes, as_it_was.rank)]
